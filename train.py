@@ -1,0 +1,15 @@
+#!/bin/sh
+""":"  # Train a GPT. The room to read is nanogpt/train.py.
+
+# A shell obeys the next three lines, which start Python on this file; Python takes them for a docstring.
+python=$(dirname "$0")/.venv/bin/python
+[ -x "$python" ] || python=python3
+exec "$python" "$0" "$@"
+"""
+
+import sys
+
+from nanogpt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
