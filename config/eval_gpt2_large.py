@@ -1,0 +1,7 @@
+# The loss of OpenAI's gpt2-large (774M parameters) on OpenWebText.
+
+init_from = "gpt2-large"
+eval_only = True
+eval_iters = 500  # many, for a good estimate
+batch_size = 8
+wandb_log = False

@@ -1,0 +1,331 @@
+"""The settings: their names, defaults and bounds; config files; the command line; `--help`.
+
+Everything else receives a finished, checked config. This module knows no other and never imports torch.
+"""
+
+import ast
+import difflib
+import math
+import operator
+import textwrap
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+DTYPES = ("float32", "bfloat16", "float16")
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+class UserError(ValueError):
+    """What a user can mend: one line a problem, exit code 2, no traceback."""
+
+    def __init__(self, *problems):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def setting(default, help, kind=None, *, low=None, above=None, high=None, choices=None, auto=False, group=None):
+    """A dataclass field with what the parser and `--help` need.
+
+    The type is that of the default unless `kind` says otherwise; `low <= value <= high`, `value > above`;
+    `auto`: the word `auto` is allowed too; `group`: the heading that begins here in `--help`.
+    """
+    meta = dict(help=help, kind=kind or type(default), low=low, above=above, high=high)
+    return field(default=default, metadata=meta | dict(choices=choices, auto=auto, group=group))
+
+
+@dataclass
+class TrainConfig:
+    """Settings of `train.py`."""
+
+    out_dir: str = setting("out", "folder for checkpoints, metrics.jsonl and the picture of the losses", group="Run")
+    eval_interval: int = setting(2000, "evaluate (and save) every so many iterations", low=1)
+    log_interval: int = setting(1, "print a line every so many iterations", low=1)
+    eval_iters: int = setting(200, "batches of each split in an evaluation; always the same ones", low=1)
+    eval_only: bool = setting(False, "evaluate once, print the exact validation loss, and end")
+    always_save_checkpoint: bool = setting(True, "save at every evaluation, not only when val loss improves")
+    init_from: str = setting("scratch", "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder")
+    wandb_log: bool = setting(False, "log to Weights & Biases", group="Weights & Biases")
+    wandb_project: str = setting("owt", "its project")
+    wandb_run_name: str = setting("gpt2", "its run name")
+    dataset: str = setting("openwebtext", "a folder in data/ with train.bin, val.bin and meta.json", group="Data")
+    gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
+    batch_size: int = setting(12, "sequences in a micro-batch", low=1)
+    block_size: int = setting(1024, "context length, in tokens", low=1)
+    n_layer: int = setting(12, "transformer blocks", low=1, group="Model")
+    n_head: int = setting(12, "attention heads in a block", low=1)
+    n_embd: int = setting(768, "channels; a multiple of n_head", low=1)
+    dropout: float = setting(0.0, "0 for pretraining; 0.1 and more for finetuning and small data", low=0.0, high=1.0)
+    bias: bool = setting(False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit better and faster")
+    learning_rate: float = setting(6e-4, "the highest learning rate", above=0.0, group="Optimizer")
+    max_iters: int = setting(600000, "optimizer updates in the whole run", low=0)
+    weight_decay: float = setting(1e-1, "AdamW's, on matrices only", low=0.0)
+    beta1: float = setting(0.9, "AdamW's decay of the mean", low=0.0, high=1.0)
+    beta2: float = setting(0.95, "AdamW's decay of the mean square", low=0.0, high=1.0)
+    grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0.0 turns it off", low=0.0)
+    decay_lr: bool = setting(True, "warm up and decay; otherwise the rate is constant", group="Learning rate schedule")
+    warmup_iters: int = setting(2000, "iterations of linear warm-up", low=0)
+    lr_decay_iters: int = setting(600000, "iteration at which the cosine reaches min_lr; about max_iters", low=0)
+    min_lr: float = setting(6e-5, "the lowest learning rate; about learning_rate / 10", low=0.0)
+    backend: str = setting("auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
+    dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
+    compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
+    seed: int | str = setting(1337, "of the initialisation, the batches and dropout", int, low=0, high=2**63 - 1, auto=True)
+
+    def problems(self):
+        """What no single setting shows: pairs (name to blame, what is wrong)."""
+        if self.n_embd % self.n_head:
+            yield "n_embd", f"must be a multiple of n_head, which is {self.n_head}"
+        if self.decay_lr and self.min_lr > self.learning_rate:
+            yield "min_lr", f"must not exceed learning_rate, which is {self.learning_rate}"
+        for name in ("dropout", "beta1", "beta2"):
+            if getattr(self, name) == 1.0:
+                yield name, "must be below 1"
+        if self.dataset != Path(self.dataset).name:
+            yield "dataset", "must be the name of a folder in data/, not a path"
+
+
+@dataclass
+class SampleConfig:
+    """Settings of `sample.py`."""
+
+    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
+    out_dir: str = setting("out", "folder that a training run wrote")
+    start: str = setting("\n", "what the text begins with (\\n is a new line), or FILE:prompt.txt", group="Text")
+    num_samples: int = setting(10, "texts to write", low=1)
+    max_new_tokens: int = setting(500, "length of each, in tokens", low=1)
+    temperature: float = setting(0.8, "below 1 is tamer, above 1 wilder, 0 always takes the likeliest token", low=0.0)
+    top_k: int = setting(200, "choose among the so many likeliest tokens only; 0 among all", low=0)
+    seed: int | str = setting(1337, "of the choice of tokens", int, low=0, high=2**63 - 1, auto=True, group="System")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
+    dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
+    compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
+
+    def problems(self):
+        """What no single setting shows: pairs (name to blame, what is wrong)."""
+        return ()
+
+
+def load(cls, argv, prog):
+    """Read config files and `--key=value` arguments into a checked `cls`.
+
+    Files come first, in order; flags override them wherever they stand. The result's `sources` maps each
+    setting that is not at its default to where its value came from. `--help` prints and exits with 0.
+    Raises UserError with every problem found, not the first alone.
+    """
+    values, sources, problems = {}, {}, []
+    known = {f.name: f for f in fields(cls)}
+    flags = [a for a in argv if a.startswith("-") and a not in ("-h", "--help")]
+    names = {}
+    for path in (a for a in argv if not a.startswith("-")):
+        for line, name, value in read_config_file(path, names, problems):
+            _assign(f"{path}:{line}", f"{path}:{line}: {name} = {value!r}", name, value, known, values, sources, problems)
+    for flag in flags:
+        name, equals, text = flag.lstrip("-").partition("=")
+        if equals or name not in known:
+            _assign(flag, flag, name, _Text(text), known, values, sources, problems)
+        else:
+            example = "True" if known[name].metadata["kind"] is bool else "VALUE"
+            problems.append(f"{flag}: a setting is written --{name}={example}, with an equals sign and no spaces")
+    cfg = cls(**values)
+    cfg.sources = sources
+    if not problems:
+        for name, why in cfg.problems():
+            where = sources.get(name, "")
+            shown = where if where.startswith("-") else f"{where or 'default'}: {name} = {getattr(cfg, name)!r}"
+            problems.append(f"{shown}: {why}")
+    if problems:
+        raise UserError(*problems)
+    if "-h" in argv or "--help" in argv:
+        print(help_text(cfg, prog))
+        raise SystemExit(0)
+    return cfg
+
+
+class _Text(str):
+    """A value as typed on the command line, not yet of any type."""
+
+
+def _assign(source, shown, name, value, known, values, sources, problems):
+    if name not in known:
+        problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
+        return
+    try:
+        values[name] = convert(value, known[name].metadata)
+        sources[name] = source
+    except ValueError as e:
+        problems.append(f"{shown}: expected {e}")
+
+
+def nearest(name, known):
+    """'; did you mean X?' for a mistyped name, or nothing."""
+    close = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def convert(value, meta):
+    """`value` (Python's, or text from the command line) as its setting's type, within its bounds.
+
+    Raises ValueError that says what was expected.
+    """
+    kind, auto = meta["kind"], meta["auto"]
+    if auto and isinstance(value, str) and value == "auto":
+        return "auto"
+    if isinstance(value, _Text):
+        value = _from_text(value, kind)
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) < 2**1000 else math.inf
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e4 is a number of iterations as good as 10000
+    fits = type(value) is kind
+    if fits and kind is not str and kind is not bool:
+        low, above, high = meta["low"], meta["above"], meta["high"]
+        fits = math.isfinite(value) and not (
+            (low is not None and value < low) or (above is not None and value <= above) or (high is not None and value > high)
+        )
+    if fits and meta["choices"]:
+        fits = value in meta["choices"]
+    if not fits:
+        raise ValueError(describe(meta) + (nearest(value, meta["choices"]) if meta["choices"] and isinstance(value, str) else ""))
+    return value
+
+
+def _from_text(text, kind):
+    text = str(text)
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def describe(meta):
+    """What a setting accepts, in words: 'an integer >= 1 or auto'."""
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[meta["kind"]]
+    if meta["choices"]:
+        words = "one of " + ", ".join(meta["choices"])
+    low, above, high = meta["low"], meta["above"], meta["high"]
+    if low is not None and high is not None:
+        words += f" from {low} to {high}"
+    elif low is not None:
+        words += f" >= {low}"
+    elif above is not None:
+        words += f" > {above}"
+    return words + (" or auto" if meta["auto"] else "")
+
+
+# -- config files: assignments of literals and arithmetic, parsed and never executed
+
+_ARITHMETIC = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.USub: operator.neg, ast.UAdd: operator.pos,
+}  # fmt: skip
+
+
+def read_config_file(path, names, problems):
+    """Yield (line, name, value) for each assignment of the config file at `path`.
+
+    `names` are the values assigned so far, here or in earlier files, and grow as it is read; a name that
+    begins with an underscore is a helper, not a setting. What cannot be read goes to `problems`.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        statements = ast.parse(raw.decode("utf-8"), filename=path).body
+    except FileNotFoundError:
+        hint = "" if "." in path else "; a setting is written --key=value"
+        problems.append(f"{path}: there is no such config file{nearest_file(path)}{hint}")
+        return
+    except OSError as e:
+        problems.append(f"{path}: cannot be read: {e.strerror}")
+        return
+    except SyntaxError as e:
+        problems.append(f"{path}:{e.lineno or 1}: not an assignment that Python can read: {(e.text or '').strip()!r}")
+        return
+    except (ValueError, RecursionError, MemoryError) as e:
+        problems.append(f"{path}: is no text that Python can read ({type(e).__name__})")
+        return
+    for statement in statements:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str):
+            continue  # a docstring
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+            problems.append(f"{path}:{statement.lineno}: only assignments like name = value can stand in a config file")
+            continue
+        name = targets[0].id
+        try:
+            value = names[name] = evaluate(statement.value, names)
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as e:
+            problems.append(f"{path}:{statement.lineno}: {name} = ...: {e}")
+            continue
+        if not name.startswith("_"):
+            yield statement.lineno, name, value
+
+
+def nearest_file(path):
+    """'; did you mean FILE?' for a mistyped path, or nothing."""
+    folder = Path(path).parent
+    close = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.py")], n=1, cutoff=0.5)
+    return f"; did you mean {folder / close[0]}?" if close else ""
+
+
+def evaluate(node, names):
+    """The value of a literal, an earlier name, or arithmetic on them. Raises ValueError on anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
+        return node.value
+    if isinstance(node, ast.Name):
+        if node.id in names:
+            return names[node.id]
+        raise ValueError(f"{node.id!r} is not assigned above")
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _ARITHMETIC:
+        return _ARITHMETIC[type(node.op)](_number(evaluate(node.operand, names)))
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        left, right = evaluate(node.left, names), evaluate(node.right, names)
+        if isinstance(node.op, ast.Add) and isinstance(left, str) and isinstance(right, str):
+            return _bounded(left + right)
+        _number(left), _number(right)
+        if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
+            raise ValueError("that power is too large for a setting")
+        return _bounded(_ARITHMETIC[type(node.op)](left, right))
+    raise ValueError("only literals and arithmetic on names assigned above can stand in a config file")
+
+
+def _number(value):
+    if type(value) not in (int, float):
+        raise ValueError(f"no arithmetic on {value!r}")
+    return value
+
+
+def _bounded(value):
+    too_large = len(value) > 10_000 if isinstance(value, str) else isinstance(value, complex) or abs(value) > 1e300
+    if too_large:
+        raise ValueError("that value is too large for a setting")
+    return value
+
+
+# -- showing them
+
+
+def help_text(cfg, prog):
+    """Every setting with its present value, meaning, type, default, and where the value came from."""
+    lines = [f"usage: {prog} [config/FILE.py ...] [--key=value ...]", ""]
+    lines += ["Config files hold plain assignments; a flag overrides them. Each setting, with its present value:"]
+    for f in fields(cfg):
+        meta, came = f.metadata, cfg.sources.get(f.name)
+        if meta["group"]:
+            lines += ["", meta["group"]]
+        origin = f"{came}; default {f.default!r}" if came else "default"
+        left = f"  --{f.name}={getattr(cfg, f.name)!r}"
+        right = textwrap.wrap(f"{meta['help']} [{describe(meta)}; {origin}]", 70)
+        lines += [f"{left:<38}  {right[0]}"] + [" " * 40 + r for r in right[1:]]
+    return "\n".join(lines)
+
+
+def settings(cfg):
+    """The settings as a plain dictionary, for JSON."""
+    return {f.name: getattr(cfg, f.name) for f in fields(cfg)}

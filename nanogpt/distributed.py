@@ -1,0 +1,264 @@
+"""Processes and devices: which one this is, what it computes on, and how several act as one.
+
+One process unless `torchrun` started several (LOCAL_RANK is set). Every `auto` that depends on the machine is
+settled here, and said in one line.
+"""
+
+import ctypes
+import logging
+import os
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import TextIO
+
+import torch
+import torch.distributed as td
+
+from nanogpt.config import UserError
+
+
+@dataclass
+class Dist:
+    """This process among all: its rank, its device, and the collective operations that the loop needs."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products, under autocast
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    out: TextIO = sys.stdout  # where `say` prints
+
+    @property
+    def is_main(self):
+        """Whether this process prints, logs and saves."""
+        return self.rank == 0
+
+    def say(self, line):
+        """Print a line, once however many processes there are."""
+        if self.is_main:
+            print(line, file=self.out, flush=True)
+
+    def to_device(self, tensor):
+        """A copy on the device; on a GPU it is made while the host goes on."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def autocast(self):
+        """Matrix products in `dtype` within the context; nothing changes in float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def wrap(self, model):
+        """The model with gradients averaged over all processes; the model itself where there is one."""
+        if self.world_size == 1:
+            return model
+        from torch.nn.parallel import DistributedDataParallel
+
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def synchronised(self, model, last):
+        """Context of a micro-step: only the last one's backward pass averages gradients."""
+        return nullcontext() if last or self.world_size == 1 else model.no_sync()
+
+    def mean(self, tensor):
+        """The mean of a tensor over all processes, without waiting for the device."""
+        if self.world_size > 1:
+            tensor = tensor.clone()
+            td.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
+    def sum(self, numbers):
+        """Python numbers, each summed over all processes in float64."""
+        if self.world_size == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        td.all_reduce(tensor)
+        return tensor.tolist()
+
+    def barrier(self):
+        """Wait until every process has come here."""
+        if self.world_size > 1:
+            td.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+
+@contextmanager
+def setup(cfg, out=None):
+    """The Dist of this process, its process group open; closed at the end, also after an error.
+
+    `out`: where its announcements are printed, by default standard output.
+    """
+    out = out or sys.stdout
+    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    several = "LOCAL_RANK" in os.environ
+    say = partial(print, file=out, flush=True) if rank == 0 else lambda line: None
+    device = choose_device(cfg, say, local_rank, several)
+    dist = Dist(device, choose_dtype(cfg, device, say), rank, local_rank, world_size if several else 1, out)
+    prepare_device(device)
+    if not several:
+        yield dist
+        return
+    backend = getattr(cfg, "backend", "auto")
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        say(f"backend: {backend}, the one for {device.type} devices (--backend)")
+    td.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    try:
+        yield dist
+    finally:
+        td.destroy_process_group()
+
+
+def choose_device(cfg, say, local_rank=0, several=False):
+    """The torch.device that `cfg.device` means for this local rank. UserError where there is none such."""
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        why = {"cuda": "a GPU is there", "mps": "Apple's GPU is there", "cpu": "no GPU was found"}[name]
+        if several and name == "mps":
+            name, why = "cpu", "several processes cannot share Apple's GPU"
+        say(f"device: {name}, because {why} (--device)")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device={name}: expected cpu, cuda, cuda:N or mps") from None
+    if device.type == "cpu":
+        return device
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device.type not in available:
+        raise UserError(f"--device={name}: expected cpu, cuda, cuda:N or mps")
+    if not available[device.type]:
+        raise UserError(f"--device={name}: this PyTorch ({torch.__version__}) sees no {device.type} device; --device=cpu works everywhere")
+    index = local_rank if several else device.index or 0
+    if index >= available[device.type]:
+        asked = f"{local_rank + 1} processes need as many GPUs" if several else f"there is no device {index}"
+        raise UserError(f"--device={name}: {asked}, and this machine has {available[device.type]}")
+    if device.type == "cuda":
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(cfg, device, say):
+    """The torch.dtype that `cfg.dtype` means on this device."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    if device.type != "cuda":
+        name, why = "float32", f"matrix products in it are exact, and not slower at small sizes on {device.type}"
+    elif torch.cuda.is_bf16_supported(including_emulation=False):
+        name, why = "bfloat16", "this GPU multiplies in it at full speed"
+    else:
+        name, why = "float16", "this GPU has no bfloat16; gradients are scaled"
+    say(f"dtype: {name}, because {why} (--dtype)")
+    return getattr(torch, name)
+
+
+def choose_seed(cfg, dist):
+    """Settle `seed=auto` in the config itself, the same on all processes, so that it is saved with the run."""
+    if cfg.seed == "auto":
+        drawn = int.from_bytes(os.urandom(4), "little") if dist.is_main else 0
+        cfg.seed = int(dist.sum([drawn])[0])
+        dist.say(f"seed: {cfg.seed}, from the operating system (--seed={cfg.seed} repeats this run)")
+
+
+def prepare_device(device):
+    """What makes every model faster on this device and changes no meaning."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 products at 10 mantissa bits, many times faster
+    if device.type == "cpu" and sys.platform == "linux":
+        keep_memory()
+
+
+def keep_memory():
+    """Tell glibc to keep freed memory instead of returning it to the system.
+
+    Activations are freed and allocated again at every step; each return costs a page fault for every 4 KiB.
+    benchmarks/cpu.py measures what that is worth.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent outside glibc
+    if mallopt:
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+
+
+def share_batch(cfg, world_size):
+    """How each process works through its part of the global batch: (micro-steps, sequences in each).
+
+    The global batch is gradient_accumulation_steps * batch_size whatever the number of processes. A micro-step
+    holds at most batch_size sequences. UserError where the processes do not divide it.
+    """
+    total = cfg.gradient_accumulation_steps * cfg.batch_size
+    if total % world_size:
+        fitting = [n for n in range(1, min(total, 4 * world_size) + 1) if total % n == 0]
+        raise UserError(
+            f"{world_size} processes do not divide the global batch of {cfg.gradient_accumulation_steps} x {cfg.batch_size} = "
+            f"{total} sequences; these numbers would: {', '.join(map(str, fitting))}"
+        )
+    mine = total // world_size
+    micro_batch = max(b for b in range(1, min(cfg.batch_size, mine) + 1) if mine % b == 0)
+    return mine // micro_batch, micro_batch
+
+
+def choose_compile(cfg, device, say):
+    """Whether to compile: `cfg.compile`, or for `auto` what pays on this device."""
+    if cfg.compile != "auto":
+        return cfg.compile
+    on = device.type == "cuda"
+    why = "it pays within minutes on a GPU" if on else f"on {device.type} it takes longer than it saves in a short run"
+    say(f"compile: {on}, because {why} (--compile)")
+    return on
+
+
+def compiled(model, cfg, dist, shape, training):
+    """`torch.compile` of the model where `compile` says so, tried out on a batch of this shape; the same weights.
+
+    `training`: the backward pass is needed too. Where compilation fails, one line says so, and the model
+    runs uncompiled.
+    """
+    if not choose_compile(cfg, dist.device, dist.say):
+        return model
+    failures = catch_compile_errors()
+    dist.say("compile: takes a while before the first step")
+    began = time.perf_counter()
+    fast = torch.compile(model)
+    try:
+        idx = torch.zeros(shape, dtype=torch.int64, device=dist.device)
+        if training:
+            with dist.autocast():
+                loss = fast(idx, idx)[1]
+            loss.backward()
+        model.eval()
+        with torch.no_grad(), dist.autocast():
+            fast(idx, idx if training else None)
+    except Exception as e:  # of any kind: a compiler, its driver, or PyTorch's own
+        failures.append(e)
+    model.train(training)
+    model.zero_grad(set_to_none=True)
+    if failures:
+        reason = next((line.strip() for line in str(failures[0]).splitlines() if line.strip()), type(failures[0]).__name__)
+        dist.say(f"compile: failed, going on without it ({reason})")
+        return model
+    dist.say(f"compile: took {time.perf_counter() - began:.0f} s")
+    return fast
+
+
+def catch_compile_errors():
+    """Let what cannot be compiled run uncompiled, and collect the reasons instead of logging pages of them."""
+    import torch._dynamo
+
+    torch._dynamo.config.suppress_errors = True
+    failures = []
+
+    def collect(record):
+        failures.append(record.exc_info[1] if record.exc_info else record.getMessage())
+        return False
+
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(collect)
+    return failures

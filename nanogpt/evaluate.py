@@ -1,0 +1,75 @@
+"""How good the model is: a quick estimate during training, and the exact loss over a whole split."""
+
+import math
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+@contextmanager
+def evaluating(model):
+    """No dropout and no gradients within."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
+
+
+def losses(model, batches, cfg, dist):
+    """Mean loss over the first `eval_iters` batches of each stream: {'train': nats, 'val': nats}.
+
+    Always the same batches, so that evaluations compare. Each process takes every world_size-th batch.
+    """
+    result = {}
+    with evaluating(model):
+        for split, stream in batches.items():
+            total = torch.zeros((), device=dist.device)
+            for i in range(dist.rank, cfg.eval_iters, dist.world_size):
+                x, y = stream.get(i * cfg.batch_size, cfg.batch_size)
+                with dist.autocast():
+                    total += model(x, y)[1]
+            result[split] = dist.sum([total.item()])[0] / cfg.eval_iters
+    return result
+
+
+def exact(model, dataset, cfg, dist, token_bytes):
+    """The loss over all of a split, each token predicted once, from windows laid end to end.
+
+    `token_bytes`: the UTF-8 length of each token id, or None. Returns a dict: `loss` (nats a token), `tokens`,
+    `perplexity`, and with token_bytes `bits_per_byte`. No randomness: the same to the last digit every time.
+    """
+    T, B, n = cfg.block_size, cfg.batch_size, len(dataset.tokens)
+    nats = count = n_bytes = 0
+    starts = np.arange(0, n - 1, T)
+    mine = range(dist.rank * B, len(starts), dist.world_size * B)
+    with evaluating(model):
+        for i in tqdm(mine, desc="exact val loss", leave=False, disable=None if dist.is_main else True, mininterval=0.5):
+            ids = padded_windows(dataset, starts[i : i + B], B, T)
+            targets = ids[:, 1:]
+            x, y = dist.to_device(ids[:, :-1].clamp(min=0)), dist.to_device(targets.contiguous())
+            with dist.autocast():
+                loss = model(x, y)[1].item()
+            real = targets[targets >= 0]
+            nats += loss * real.numel()
+            count += real.numel()
+            if token_bytes is not None:
+                n_bytes += int(token_bytes[real.numpy()].sum())
+    nats, count, n_bytes = dist.sum([nats, count, n_bytes])
+    result = {"loss": nats / count, "tokens": int(count), "perplexity": math.exp(min(nats / count, 700))}
+    if n_bytes:
+        result["bits_per_byte"] = nats / math.log(2) / n_bytes
+    return result
+
+
+def padded_windows(dataset, starts, B, T):
+    """Windows of T + 1 ids from each start, filled with -1 (not counted) to the one shape (B, T + 1)."""
+    ids = torch.full((B, T + 1), -1, dtype=torch.int64)
+    for row, start in enumerate(starts):
+        window = dataset.tokens[start : start + T + 1]
+        dataset.check(window)
+        ids[row, : len(window)] = torch.from_numpy(window.astype(np.int64))
+    return ids

@@ -1,0 +1,234 @@
+"""What a run reports: lines and a progress bar, metrics.jsonl, W&B, throughput and MFU, the picture of the losses."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanogpt.config import UserError, settings
+
+# Dense peak in TFLOP/s without sparsity, bfloat16 (float16 where the chip has no bfloat16), from the vendors' datasheets.
+# The first name that is part of the device's counts.
+PEAK_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148, "B200": 2250, "GH200": 989,
+    "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "A6000": 155,
+    "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
+    "RTX 4090": 165, "RTX 4080": 98, "RTX 3090": 71, "RTX 3080": 60,
+}  # fmt: skip
+
+
+def device_peak(dist):
+    """The most FLOP/s that the devices of all processes can do at this dtype: from the datasheet where it is known, otherwise measured."""
+    if dist.device.type == "cuda" and dist.dtype != torch.float32:
+        name = torch.cuda.get_device_name(dist.device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if known in name:
+                dist.say(f"peak: {tflops} TFLOP/s, the datasheet's for {name} at {str(dist.dtype)[6:]}; MFU is relative to it")
+                return tflops * 1e12 * dist.world_size
+    rate = measured_peak(dist) * dist.world_size
+    if dist.device.type == "cpu":
+        what = f"this CPU with {torch.get_num_threads()} threads"
+    else:
+        what = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "this GPU"
+    dist.say(f"peak: {rate / 1e12:.3g} TFLOP/s, measured on {what} at {str(dist.dtype)[6:]}; MFU is relative to it")
+    return rate
+
+
+def measured_peak(dist):
+    """FLOP/s of a large matrix product on the device: the fastest within a tenth of a second."""
+    n = 1024 if dist.device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=dist.device, dtype=dist.dtype) for _ in range(2))
+    fastest, end = math.inf, time.perf_counter() + 0.1
+    while fastest == math.inf or time.perf_counter() < end:
+        synchronize(dist.device)
+        begin = time.perf_counter()
+        a @ b
+        synchronize(dist.device)
+        fastest = min(fastest, time.perf_counter() - begin)
+    return 2 * n**3 / fastest
+
+
+def synchronize(device):
+    """Wait until the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Log:
+    """Reports a run: on the main process alone, and to files only where something is trained.
+
+    A step's loss is read when the next step has been given to the device, so that a GPU never waits for the host.
+    """
+
+    def __init__(self, cfg, dist, *, start_step, tokens_per_iter, flops_per_iter, peak):
+        self.cfg, self.dist = cfg, dist
+        self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
+        self.waiting = None  # a step whose loss has not been read yet
+        self.last_step, self.seconds, self.mark = start_step, 0.0, time.perf_counter()
+        self.file = self.wandb = self.bar = None
+        if not dist.is_main or cfg.eval_only:
+            return
+        path = Path(cfg.out_dir) / "metrics.jsonl"
+        drop_after(path, start_step)
+        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        self.wandb = start_wandb(cfg) if cfg.wandb_log else None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=cfg.max_iters, initial=start_step, unit="it", leave=False, dynamic_ncols=True)
+
+    def say(self, line):
+        """Print a line on the main process, above the progress bar."""
+        if self.bar:
+            tqdm.write(line)
+        else:
+            self.dist.say(line)
+
+    def step(self, step, loss, grad_norm, lr):
+        """Report update number `step`; `loss` and `grad_norm` are tensors, perhaps still being computed."""
+        if not self.dist.is_main:
+            return
+        self._read_waiting()
+        if step % self.cfg.log_interval == 0:
+            self.waiting = step, loss, grad_norm, lr
+        if self.bar:
+            self.bar.update()
+        if self.dist.device.type == "cpu":
+            self._read_waiting()  # there is nothing to overlap with
+
+    def _read_waiting(self):
+        if self.waiting is None:
+            return
+        step, loss, grad_norm, lr = self.waiting
+        self.waiting = None
+        loss, grad_norm = loss.item(), grad_norm.item()  # waits for that step alone
+        now = time.perf_counter()
+        seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
+        self.last_step, self.seconds, self.mark = step, 0.0, now
+        rate, mfu = self.tokens_per_iter / seconds, self.flops_per_iter / seconds / self.peak
+        self.say(
+            f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, "
+            f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}"
+        )
+        self._record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, ms=seconds * 1000, tokens_per_second=rate, mfu=mfu)
+        self._send(step, {"train/iter_loss": loss, "lr": lr, "mfu": mfu * 100, "grad_norm": grad_norm})
+        if self.bar:
+            self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+
+    @contextmanager
+    def paused(self):
+        """Time spent within (evaluating, saving) counts for no step."""
+        self._read_waiting()
+        self.seconds += time.perf_counter() - self.mark
+        yield
+        self.mark = time.perf_counter()
+
+    def evaluation(self, step, losses, lr):
+        """Report the estimated losses {'train': nats, 'val': nats} after `step` updates."""
+        self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        self._record(step=step, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
+        self._send(step, {"train/loss": losses["train"], "val/loss": losses["val"], "lr": lr})
+
+    def exact(self, step, result):
+        """Report what `evaluate.exact` found."""
+        per_byte = f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
+        count = f"over all {result['tokens']:,} validation tokens"
+        self.say(f"exact val loss {result['loss']:.6f} {count}, perplexity {result['perplexity']:.4f}{per_byte}")
+        self._record(step=step, **{f"exact_{k}": v for k, v in result.items()})
+        self._send(step, {"val/exact_loss": result["loss"]})
+
+    def _record(self, **values):
+        if self.file:
+            values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self.file.write(json.dumps(values) + "\n")
+
+    def _send(self, step, values):
+        if self.wandb:
+            self.wandb.log({"iter": step} | values, step=step)
+
+    def close(self):
+        """Report what is left, close what is open, and draw the picture of the losses."""
+        self._read_waiting()
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+        if self.wandb:
+            self.wandb.finish()
+        if self.file:
+            self.file.close()
+            self.say(draw_losses(self.cfg.out_dir))
+
+
+def drop_after(path, step):
+    """Remove from metrics.jsonl what a run reported after `step`, from where it now goes on."""
+    if not path.exists():
+        return
+    kept = [record for record in read_metrics(path) if record["step"] <= step and (record["step"] < step or "loss" in record)]
+    temporary = path.with_name(".metrics.jsonl.tmp")
+    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def require_wandb(cfg):
+    """Raise UserError where W&B is asked for and not installed."""
+    if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
+        raise UserError('--wandb_log=True: wandb is not installed; pip install "nanogpt[wandb]" brings it')
+
+
+def start_wandb(cfg):
+    """A W&B run; WANDB_MODE=offline keeps it on this machine."""
+    import wandb
+
+    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings(cfg), dir=cfg.out_dir)
+
+
+def draw_losses(out_dir):
+    """Draw `loss.png` from `metrics.jsonl`: training and validation loss over the iterations. Returns a line about it."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return 'no picture of the losses: pip install "nanogpt[plot]" brings matplotlib'
+    records = read_metrics(Path(out_dir) / "metrics.jsonl")
+    steps = [r for r in records if r.get("loss") is not None]
+    evals = [r for r in records if r.get("val_loss") is not None]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#b8c4d6", linewidth=0.8, label="train, each batch")
+    marks = dict(marker="o", markersize=3.5, linewidth=1.8)
+    axes.plot([r["step"] for r in evals], [r["train_loss"] for r in evals], color="#2f6db5", label="train", **marks)
+    axes.plot([r["step"] for r in evals], [r["val_loss"] for r in evals], color="#d9662b", label="validation", **marks)
+    if evals:
+        best = min(evals, key=lambda r: r["val_loss"])
+        axes.axhline(best["val_loss"], color="#d9662b", linewidth=0.7, linestyle=":")
+        axes.set_title(f"best validation loss {best['val_loss']:.4f} at iteration {best['step']:,}", fontsize=11)
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)")
+    axes.grid(color="#e6e6e6", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = Path(out_dir) / "loss.png"
+    temporary = path.with_name(".loss.png.tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, path)
+    return f"loss curves: {path}"
