@@ -1,0 +1,61 @@
+#!/bin/sh
+""":"
+# Tiny Shakespeare in GPT-2's tokens: input.txt, train.bin, val.bin and meta.json in this folder.
+#
+#     sh data/shakespeare/prepare.py [--input=FILE] [--out=DIR]
+#
+# The room to read is nanogpt/shakespeare.py, where the text comes from; then nanogpt/tokenizer.py.
+# A shell reads these lines, finds a Python, and starts this file once more with it; for Python they are text.
+python="$(dirname "$0")/../../.venv/bin/python"
+[ -x "$python" ] || python=python3
+exec "$python" "$0" "$@"
+":"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # works without the package being installed
+
+from nanogpt.config import UserError  # noqa: E402
+from nanogpt.data import write_dataset  # noqa: E402
+from nanogpt.shakespeare import get_text  # noqa: E402
+from nanogpt.tokenizer import GPT2Tokenizer  # noqa: E402
+
+
+def main():
+    """Write the dataset. Returns the exit code."""
+    what = "Prepare tiny Shakespeare, or any text, in GPT-2's tokens."
+    parser = argparse.ArgumentParser(description=what, allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--input", metavar="FILE", help="a UTF-8 text to use instead")
+    flag("--out", metavar="DIR", type=Path, default=HERE, help="the dataset's folder (this script's)")
+    args = parser.parse_args()
+    beside = args.out.parent / "shakespeare_char" / "input.txt"  # fetched already?
+    if args.input is None and beside.exists() and not (args.out / "input.txt").exists():
+        args.input = beside
+    try:
+        tokenizer = GPT2Tokenizer()  # first: without it, nothing need be fetched
+        text = get_text(args.out, args.input)
+        n = int(0.9 * len(text))
+        train_ids, val_ids = tokenizer.encode(text[:n]), tokenizer.encode(text[n:])
+        if len(val_ids) < 2:  # an input and its target
+            source = args.input or args.out / "input.txt"
+            raise UserError(f"{source}: {len(text)} characters are too few to split; some 100 would do")
+        write_dataset(args.out, tokenizer, train_ids, val_ids)
+    except (UserError, OSError, ImportError) as e:
+        print(f"prepare.py: {e}", file=sys.stderr)
+        return 2
+    print(f"{len(text):,} characters in GPT-2's vocabulary of {tokenizer.vocab_size:,}")
+    folder = os.path.relpath(args.out)
+    print(f"{len(train_ids):,} tokens in train.bin, {len(val_ids):,} in val.bin, in {folder}")
+    if args.out == HERE:
+        flags = "--dataset=shakespeare --out_dir=out-shakespeare"
+        print(f"next: python train.py config/train_shakespeare_char.py {flags}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
