@@ -1,0 +1,117 @@
+"""What a run reports, to the file, the terminal, the picture and W&B."""
+
+import fcntl
+import io
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_train import SMALL, losses
+
+from nanogpt import metrics
+
+
+def test_wandb_receives_losses_rate_and_mfu(tiny, run_door, tmp_path):
+    """The real package, offline: its own file is read back."""
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    args = ["--wandb_log=True", "--wandb_project=owls", "--wandb_run_name=barn", "--max_iters=4"]
+    done = run_door("train.py", *SMALL, *args, WANDB_MODE="offline", WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    rows, run = {}, None
+    for raw in log_records(next(tmp_path.glob("out/wandb/offline-run-*/*.wandb")).read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(raw)
+        for item in record.history.item:
+            rows.setdefault("/".join(item.nested_key) or item.key, []).append(json.loads(item.value_json))
+        run = record.run if record.HasField("run") else run
+    assert (run.project, run.display_name) == ("owls", "barn")
+    by_step = losses(tmp_path / "out")
+    assert rows["train/iter_loss"] == pytest.approx([by_step[s] for s in (1, 2, 3, 4)])
+    assert len(rows["train/loss"]) == len(rows["val/loss"]) == 2
+    assert {"lr", "mfu", "iter"} <= rows.keys() and all(m > 0 for m in rows["mfu"])
+
+
+def log_records(raw, block=2**15):
+    """The records of a .wandb file, which is a LevelDB log (its doc/log_format.md) behind 7 bytes of W&B's own."""
+    assert raw.startswith(b":W&B")
+    at, record = 7, b""
+    while at + 7 <= len(raw):
+        if block - at % block < 7:
+            at += block - at % block  # too little is left of the block for a header
+            continue
+        length, kind = struct.unpack("<HB", raw[at + 4 : at + 7])
+        record += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
+def test_a_terminal_gets_a_progress_bar_and_the_same_lines(tiny, tmp_path):
+    master, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--max_iters=6"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL) as process:
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                part = os.read(master, 4096)
+            except OSError:  # the terminal's end, on Linux
+                break
+            if not part:
+                break
+            shown += part
+    os.close(master)
+    assert process.returncode == 0
+    assert b"/6 [" in shown and b"iter 6: loss" in shown and b"step 6: train loss" in shown
+
+
+def test_no_terminal_no_bar(tiny, run_door):
+    done = run_door("train.py", *SMALL, "--max_iters=2")
+    assert "\r" not in done.stdout + done.stderr and done.stderr == ""
+
+
+def write(path, *records):
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
+
+
+def test_going_on_from_a_step_forgets_what_came_after_it(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    train, evaluation = [{"step": s, "loss": 1.0} for s in (1, 2, 3)], {"step": 2, "val_loss": 1.0}
+    write(path, *train[:2], evaluation, train[2], '{"step": 4, "lo')
+    metrics.drop_after(path, 2)
+    assert metrics.read_metrics(path) == train[:2]  # the evaluation at 2 is about to be made again
+    assert path.read_text().count("\n") == 2
+
+
+def test_a_loss_that_is_not_finite_leaves_valid_json(tmp_path, dist):
+    from nanogpt.config import TrainConfig
+
+    cfg = TrainConfig(out_dir=str(tmp_path))
+    log = metrics.Log(cfg, dist, start_step=0, tokens_per_iter=1, flops_per_iter=1.0, peak=1.0)
+    log.evaluation(0, {"train": float("nan"), "val": float("inf")}, 0.1)
+    log.close()
+    assert json.loads(Path(tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "train_loss": None, "val_loss": None, "lr": 0.1}
+    assert (tmp_path / "loss.png").exists()  # an empty picture, not a crash
+
+
+def test_the_peak_is_this_devices_own_and_named(dist):
+    dist.out = io.StringIO()
+    assert 1e9 < metrics.device_peak(dist) < 1e14
+    assert "measured on this CPU" in dist.out.getvalue()
+
+
+def test_the_peak_counts_every_process(dist, monkeypatch):
+    monkeypatch.setattr(metrics, "measured_peak", lambda dist: 7.0)
+    dist.world_size = 4
+    assert metrics.device_peak(dist) == 28.0

@@ -1,0 +1,124 @@
+"""sample.py as a person uses it: from a trained run, without its data."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+from test_train import SMALL
+
+from nanogpt import sample, train
+from nanogpt.config import UserError
+
+
+@pytest.fixture
+def trained(tiny, monkeypatch, capsys):
+    """A folder with a trained run in out/ and no data."""
+    root = tiny.parent.parent
+    monkeypatch.chdir(root)
+    train.main([*SMALL, "--max_iters=40", "--lr_decay_iters=40", "--eval_interval=40"])
+    shutil.rmtree(root / "data")
+    capsys.readouterr()
+    return root
+
+
+@pytest.fixture
+def write(trained, capsys):
+    """write("--start=The") returns (text, announcements)."""
+
+    def write(*args):
+        sample.main(["--device=cpu", "--num_samples=1", "--max_new_tokens=30", *args])
+        return capsys.readouterr()
+
+    return write
+
+
+def test_it_goes_on_from_the_start_and_repeats_with_the_seed(write):
+    one, again, other = (write("--start=The ", f"--seed={s}").out for s in (1, 1, 2))
+    assert one.startswith("The ") and one.endswith("\n---------------\n")
+    assert len(one) == len("The ") + 30 + len("\n---------------\n")
+    assert one == again != other
+
+
+def test_standard_output_is_the_text_alone(write):
+    text, announcements = write("--dtype=auto")
+    assert "dtype: float32" in announcements and "dtype" not in text
+
+
+def test_several_samples_differ(write):
+    samples = write("--num_samples=3").out.split("\n---------------\n")[:3]
+    assert len(set(samples)) == 3
+
+
+def test_greedy_and_top_k_of_one_are_the_same(write):
+    assert write("--temperature=0").out == write("--top_k=1").out == write("--top_k=1", "--seed=9").out
+
+
+def test_a_prompt_from_a_file(write, trained):
+    (trained / "prompt.txt").write_text("The cat")
+    assert write("--start=FILE:prompt.txt").out.startswith("The cat")
+
+
+def test_a_new_line_typed_in_a_shell(write):
+    assert write("--start=The\\nThe").out.startswith("The\nThe")
+
+
+def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(write):
+    text, announcements = write("--start=" + "The cat sat by the mat.\\n" * 2)
+    assert "--start has 48 tokens, the context 16: the model sees the last 16 of them" in announcements
+    assert text.startswith("The cat sat by the mat.\nThe cat")
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--start=Größe"], "--start: .*ö"),
+        (["--start=FILE:nowhere.txt"], "FILE:nowhere.txt: No such file"),
+        (["--start="], "--start is empty"),
+        (["--out_dir=elsewhere"], "elsewhere: holds no checkpoint; there are some in out"),
+        (["--init_from=elsewhere"], "--init_from=elsewhere: holds no checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(trained, args, expected):
+    with pytest.raises(UserError, match=expected) as caught:
+        sample.main(["--device=cpu", *args])
+    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+
+
+def test_text_appears_while_it_is_generated(trained):
+    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--num_samples=1", "--max_new_tokens=100000", "--start=The"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.read(20).startswith(b"The")  # 100,000 tokens would take minutes
+        process.kill()
+
+
+
+def test_it_takes_the_best_checkpoint(trained, capsys):
+    best = sorted(Path("out/checkpoints").iterdir())[0]
+    worse = best.with_name("step-00000099")  # newer, and worse: its weights are noise
+    shutil.copytree(best, worse)
+    rewrite(worse, step=99, val_loss=9.0)
+    sample.main(["--device=cpu", "--num_samples=1", "--temperature=0"])
+    text = capsys.readouterr().out
+    shutil.rmtree(worse)
+    sample.main(["--device=cpu", "--num_samples=1", "--temperature=0"])
+    assert text == capsys.readouterr().out
+
+
+def rewrite(folder, **changes):
+    """Another checkpoint in `folder`: all-zero weights, and these changes to what checkpoint.json says."""
+    weights = {name: torch.zeros_like(t) for name, t in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors")
+    info = json.loads((folder / "checkpoint.json").read_text()) | changes
+    (folder / "checkpoint.json").write_text(json.dumps(info))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in manifest["files"]:
+        raw = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -1,0 +1,279 @@
+"""Whole training runs, small ones: what they print, write, resume and refuse."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from nanogpt import checkpoint, data, train
+from nanogpt.config import UserError
+
+SMALL = (
+    "--dataset=tiny --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 "
+    "--eval_interval=4 --eval_iters=2 --max_iters=8 --warmup_iters=2 --lr_decay_iters=8 --learning_rate=1e-2 "
+    "--min_lr=1e-3 --device=cpu --compile=False"
+).split()
+
+
+@pytest.fixture
+def run(tiny, monkeypatch, capsys):
+    """run("--max_iters=2") trains in this process, in tmp_path, and returns what was printed."""
+    monkeypatch.chdir(tiny.parent.parent)
+
+    def run(*args):
+        train.main([*SMALL, *args])
+        return capsys.readouterr().out
+
+    return run
+
+
+def metrics(out_dir="out"):
+    with open(f"{out_dir}/metrics.jsonl") as f:
+        return [json.loads(line) for line in f]
+
+
+def losses(out_dir="out"):
+    return {r["step"]: r["loss"] for r in metrics(out_dir) if "loss" in r}
+
+
+def final_weights(out_dir="out"):
+    return load_file(checkpoint.newest(out_dir).folder / "model.safetensors")
+
+
+def test_a_run_prints_the_lines_that_people_and_scripts_read(run):
+    out = run()
+    assert re.search(r"^step 4: train loss \d\.\d{4}, val loss \d\.\d{4}$", out, re.M)
+    assert re.search(r"^iter 3: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%", out, re.M)
+    assert re.search(r"^exact val loss \d\.\d{6} over all [\d,]+ validation tokens, perplexity .* bits per byte$", out, re.M)
+
+
+def test_a_run_learns(run):
+    run("--max_iters=60", "--lr_decay_iters=60")
+    assert losses()[60] < 1.5 < 3 < losses()[1]
+
+
+def test_exactly_max_iters_updates_and_an_evaluation_at_the_end(run):
+    out = run("--max_iters=7")
+    assert re.findall(r"^step (\d+):", out, re.M) == ["0", "4", "7"]
+    assert list(losses()) == list(range(1, 8))
+    state = checkpoint.newest("out").optimizer_tensors()
+    assert {int(t) for name, t in state.items() if name.startswith("step.")} == {7}
+
+
+def test_log_interval_thins_the_lines_and_the_file(run):
+    run("--log_interval=3")
+    assert list(losses()) == [3, 6]
+
+
+def test_the_run_leaves_settings_metrics_and_a_picture(run):
+    run("--out_dir=deep/out")
+    saved = json.loads(Path("deep/out/config.json").read_text())
+    assert saved["settings"]["n_layer"] == 2 and saved["sources"]["n_layer"] == "--n_layer=2"
+    assert Path("deep/out/loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert metrics("deep/out")[-1]["exact_loss"] > 0
+
+
+def test_the_global_batch_is_what_counts(run):
+    run("--out_dir=a", "--batch_size=4", "--gradient_accumulation_steps=2")
+    run("--out_dir=b", "--batch_size=8", "--gradient_accumulation_steps=1")
+    run("--out_dir=c", "--batch_size=1", "--gradient_accumulation_steps=8")
+    assert losses("a") == pytest.approx(losses("b"), abs=1e-4)
+    assert losses("a") == pytest.approx(losses("c"), abs=1e-4)
+
+
+@pytest.mark.parametrize("dropout", ["0.0", "0.3"])
+def test_a_resumed_run_is_the_same_run(run, dropout):
+    args = [f"--dropout={dropout}", "--max_iters=12", "--lr_decay_iters=12"]
+    run(*args, "--out_dir=whole")
+    run(*args, "--out_dir=parts", "--max_iters=4")
+    out = run(*args, "--out_dir=parts", "--init_from=resume")
+    assert "resuming parts/checkpoints/step-00000004 at step 4" in out
+    assert losses("whole") == losses("parts")
+    whole, parts = checkpoint.newest("whole"), checkpoint.newest("parts")
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        assert (whole.folder / file).read_bytes() == (parts.folder / file).read_bytes()
+    assert whole.best_val_loss == parts.best_val_loss
+
+
+def test_dropout_differs_between_steps_and_runs_repeat(run):
+    run("--dropout=0.5", "--out_dir=a", "--max_iters=3")
+    run("--dropout=0.5", "--out_dir=b", "--max_iters=3")
+    run("--dropout=0.5", "--out_dir=c", "--max_iters=3", "--seed=2")
+    assert losses("a") == losses("b") != losses("c")
+    assert data.step_seed(1, 0, 0) != data.step_seed(1, 1, 0) != data.step_seed(1, 1, 1)
+
+
+def test_auto_resumes_what_is_there_and_starts_otherwise(run):
+    assert "resuming" not in run("--init_from=auto", "--max_iters=4")
+    assert "resuming" in run("--init_from=auto", "--max_iters=8")
+    assert list(losses()) == list(range(1, 9))
+
+
+def test_a_new_run_sets_an_earlier_one_aside(run, tmp_path):
+    run("--max_iters=4")
+    before = final_weights()
+    out = run("--max_iters=4", "--seed=5")
+    aside = next((tmp_path / "out").glob("earlier-*"))
+    assert f"out/{aside.name}" in out
+    assert all(torch.equal(before[n], t) for n, t in final_weights(aside).items())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_learns_the_same(run, dtype):
+    run("--out_dir=a", "--max_iters=20")
+    run("--out_dir=b", "--max_iters=20", f"--dtype={dtype}")
+    assert losses("a") != losses("b")
+    assert losses("a")[20] == pytest.approx(losses("b")[20], abs=0.05)
+    scaler = checkpoint.newest("b").scaler
+    assert bool(scaler) == (dtype == "float16")
+
+
+def test_float16_gradients_are_unscaled_before_they_are_clipped(run):
+    out = run("--dtype=float16", "--max_iters=2", "--eval_interval=100")
+    norms = [float(n) for n in re.findall(r"grad norm ([\d.]+)", out)]
+    assert all(0.01 < n < 50 for n in norms)  # scaled ones would be tens of thousands
+
+
+def test_clipping_is_off_at_zero(run):
+    run("--out_dir=a", "--grad_clip=0.0", "--max_iters=3")
+    run("--out_dir=b", "--grad_clip=1e9", "--max_iters=3")
+    run("--out_dir=c", "--grad_clip=1e-3", "--max_iters=3")
+    a, b, c = (final_weights(o) for o in "abc")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not all(torch.equal(a[n], c[n]) for n in a)
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "resume", "auto", "other"])
+def test_eval_only_works_everywhere_and_writes_nothing(run, tmp_path, init_from):
+    run("--max_iters=4")
+    if init_from == "other":
+        (tmp_path / "out").rename(tmp_path / "other")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    out = run("--eval_only=True", f"--init_from={init_from}")
+    exact = re.findall(r"exact val loss ([\d.]+)", out)
+    assert len(exact) == 1 and not re.search(r"^iter \d", out, re.M)
+    assert exact == re.findall(r"exact val loss ([\d.]+)", run("--eval_only=True", f"--init_from={init_from}"))
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_finetuning_starts_from_another_run(run):
+    run("--max_iters=20", "--out_dir=first")
+    run("--init_from=first", "--out_dir=second", "--max_iters=1", "--learning_rate=1e-6", "--decay_lr=False")
+    assert losses("second")[1] == pytest.approx(losses("first")[20], abs=0.5)
+    assert list(losses("second")) == [1]
+
+
+def test_finetuning_a_hugging_face_folder_with_a_shorter_context(run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocab_size = json.loads((tmp_path / "data/tiny/meta.json").read_text())["vocab_size"]
+    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=vocab_size)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "hf")
+    out = run("--init_from=hf", "--max_iters=2")
+    assert "cropped from 32 to 16" in out
+    assert checkpoint.newest("out").model_config["activation"] == "gelu_new"
+    assert "resuming" in run("--init_from=resume", "--max_iters=3", "--n_layer=1", "--bias=True")
+
+
+def refused(capsys, *args):
+    with pytest.raises(UserError) as caught:
+        train.main([*SMALL, *args])
+    capsys.readouterr()
+    assert all("\n" not in p for p in caught.value.problems)
+    return "\n".join(caught.value.problems)
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--init_from=resume"], r"out/ holds no checkpoint.*--init_from=scratch"),
+        (["--init_from=resum"], "did you mean resume"),
+        (["--dataset=tinny"], "did you mean tiny"),
+        (["--block_size=1000000"], "tokens are too few for a block_size of 1000000"),
+        (["--device=cuda"], "sees no cuda device"),
+        (["--device=cuda:7"], "sees no cuda device"),
+        (["--device=toaster"], "expected cpu, cuda"),
+    ],
+)
+def test_bad_input_gets_one_line_and_changes_nothing(run, tmp_path, capsys, args, expected):
+    if torch.cuda.is_available() and "cuda" in args[0]:
+        pytest.skip("this machine has a GPU")
+    before = sorted(tmp_path.rglob("*"))
+    assert re.search(expected, refused(capsys, *args))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_model_that_does_not_fit_the_checkpoint_is_refused(run, capsys):
+    run("--max_iters=4")
+    message = refused(capsys, "--init_from=resume", "--n_layer=3", "--n_embd=32")
+    assert "--n_layer=3" in message and "has n_layer = 2" in message and "--n_embd=32" in message
+
+
+def test_another_tokenizer_is_refused_on_resume(run, tmp_path, capsys):
+    run("--max_iters=4")
+    meta = tmp_path / "data/tiny/meta.json"
+    changed = json.loads(meta.read_text())
+    changed["tokenizer"]["chars"] = changed["tokenizer"]["chars"][:-1] + ["ß"]
+    meta.write_text(json.dumps(changed))
+    assert "its tokenizer is not the one" in refused(capsys, "--init_from=resume")
+
+
+def torchrun(processes, *args, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(ROOT / "train.py"), *SMALL, *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_train_the_same_model(run, tmp_path):
+    run("--out_dir=one")
+    done = torchrun(2, "--out_dir=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 4:") == 1  # one process alone speaks
+    assert losses("one") == pytest.approx(losses("two"), abs=1e-4)
+    one, two = metrics("one"), metrics("two")
+    assert one[-1]["exact_loss"] == pytest.approx(two[-1]["exact_loss"], abs=1e-4)
+    evals = [[r["val_loss"] for r in m if "val_loss" in r] for m in (one, two)]
+    assert evals[0] == pytest.approx(evals[1], abs=1e-4)
+
+
+def test_processes_that_do_not_divide_the_batch_are_refused_with_those_that_do(tmp_path, tiny):
+    done = torchrun(3, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "3 processes do not divide the global batch of 2 x 4 = 8 sequences; these numbers would: 1, 2, 4, 8" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_process_group_is_closed_after_an_error(run, monkeypatch):
+    from nanogpt import distributed
+    from nanogpt.config import TrainConfig, load
+
+    for key, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(RuntimeError, match="the loop fell over"):
+        with distributed.setup(load(TrainConfig, SMALL, "train.py")):
+            assert torch.distributed.is_initialized()
+            raise RuntimeError("the loop fell over")
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_compiler_that_fails_costs_one_line_and_not_the_run(tmp_path, tiny, run_door):
+    env = dict(CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    done = run_door("train.py", *SMALL, "--compile=True", "--max_iters=2", **env)
+    assert done.returncode == 0, done.stderr
+    assert "compile: failed, going on without it (" in done.stdout
+    assert "Traceback" not in done.stderr + done.stdout
+    plain = run_door("train.py", *SMALL, "--max_iters=2", "--out_dir=plain")
+    assert plain.returncode == 0 and losses(tmp_path / "out") == losses(tmp_path / "plain")  # the trial left no trace
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(tmp_path, tiny, run_door):
+    compiled = run_door("train.py", *SMALL, "--compile=True", "--out_dir=a")
+    assert compiled.returncode == 0 and "compile: took" in compiled.stdout
+    assert run_door("train.py", *SMALL, "--out_dir=b").returncode == 0
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-4)
