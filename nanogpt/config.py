@@ -85,16 +85,16 @@ class TrainConfig:
     seed: int | str = setting(1337, "of the initialisation, the batches and dropout", int, low=0, high=2**63 - 1, auto=True)
 
     def problems(self):
-        """What no single setting shows: pairs (name to blame, what is wrong)."""
+        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
         if self.n_embd % self.n_head:
-            yield "n_embd", f"must be a multiple of n_head, which is {self.n_head}"
+            yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {self.n_head}"
         if self.decay_lr and self.min_lr > self.learning_rate:
-            yield "min_lr", f"must not exceed learning_rate, which is {self.learning_rate}"
+            yield ("min_lr", "learning_rate", "decay_lr"), f"must not exceed learning_rate, which is {self.learning_rate}"
         for name in ("dropout", "beta1", "beta2"):
             if getattr(self, name) == 1.0:
-                yield name, "must be below 1"
-        if self.dataset != Path(self.dataset).name:
-            yield "dataset", "must be the name of a folder in data/, not a path"
+                yield (name,), "must be below 1"
+        if self.dataset in ("", "..") or self.dataset != Path(self.dataset).name:
+            yield ("dataset",), "must be the name of a folder in data/, not a path"
 
 
 @dataclass
@@ -114,7 +114,7 @@ class SampleConfig:
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
 
     def problems(self):
-        """What no single setting shows: pairs (name to blame, what is wrong)."""
+        """What no setting shows alone: nothing here."""
         return ()
 
 
@@ -125,26 +125,36 @@ def load(cls, argv, prog):
     setting that is not at its default to where its value came from. `--help` prints and exits with 0.
     Raises UserError with every problem found, not the first alone.
     """
-    values, sources, problems = {}, {}, []
+    values, sources, problems, failed, names = {}, {}, [], set(), {}
     known = {f.name: f for f in fields(cls)}
+
+    def assign(source, shown, name, value):
+        if name not in known:
+            problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
+            return
+        try:
+            values[name], sources[name] = convert(value, known[name].metadata), source
+        except ValueError as e:
+            problems.append(f"{shown}: expected {e}")
+            failed.add(name)
+
     flags = [a for a in argv if a.startswith("-") and a not in ("-h", "--help")]
-    names = {}
     for path in (a for a in argv if not a.startswith("-")):
         for line, name, value in read_config_file(path, names, problems):
-            _assign(f"{path}:{line}", f"{path}:{line}: {name} = {value!r}", name, value, known, values, sources, problems)
+            assign(f"{path}:{line}", f"{path}:{line}: {name} = {value!r}", name, value)
     for flag in flags:
         name, equals, text = flag.lstrip("-").partition("=")
         if equals or name not in known:
-            _assign(flag, flag, name, _Text(text), known, values, sources, problems)
+            assign(flag, flag, name, _Text(text))
         else:
             example = "True" if known[name].metadata["kind"] is bool else "VALUE"
             problems.append(f"{flag}: a setting is written --{name}={example}, with an equals sign and no spaces")
     cfg = cls(**values)
     cfg.sources = sources
-    if not problems:
-        for name, why in cfg.problems():
-            where = sources.get(name, "")
-            shown = where if where.startswith("-") else f"{where or 'default'}: {name} = {getattr(cfg, name)!r}"
+    for names, why in cfg.problems():
+        if not failed & set(names):
+            name, where = names[0], sources.get(names[0], "default")
+            shown = where if where.startswith("-") else f"{where}: {name} = {getattr(cfg, name)!r}"
             problems.append(f"{shown}: {why}")
     if problems:
         raise UserError(*problems)
@@ -156,17 +166,6 @@ def load(cls, argv, prog):
 
 class _Text(str):
     """A value as typed on the command line, not yet of any type."""
-
-
-def _assign(source, shown, name, value, known, values, sources, problems):
-    if name not in known:
-        problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
-        return
-    try:
-        values[name] = convert(value, known[name].metadata)
-        sources[name] = source
-    except ValueError as e:
-        problems.append(f"{shown}: expected {e}")
 
 
 def nearest(name, known):
@@ -186,13 +185,13 @@ def convert(value, meta):
     if isinstance(value, _Text):
         value = _from_text(value, kind)
     if kind is float and type(value) is int:
-        value = float(value) if abs(value) < 2**1000 else math.inf
+        value = float(value) if -1e300 < value < 1e300 else math.inf
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)  # 1e4 is a number of iterations as good as 10000
     fits = type(value) is kind
     if fits and kind is not str and kind is not bool:
         low, above, high = meta["low"], meta["above"], meta["high"]
-        fits = math.isfinite(value) and not (
+        fits = -1e300 < value < 1e300 and not (
             (low is not None and value < low) or (above is not None and value <= above) or (high is not None and value > high)
         )
     if fits and meta["choices"]:
@@ -248,7 +247,7 @@ def read_config_file(path, names, problems):
     """
     try:
         raw = Path(path).read_bytes()
-        statements = ast.parse(raw.decode("utf-8"), filename=path).body
+        statements = ast.parse(raw.decode("utf-8-sig"), filename=path).body
     except FileNotFoundError:
         hint = "" if "." in path else "; a setting is written --key=value"
         problems.append(f"{path}: there is no such config file{nearest_file(path)}{hint}")
@@ -289,7 +288,7 @@ def nearest_file(path):
 def evaluate(node, names):
     """The value of a literal, an earlier name, or arithmetic on them. Raises ValueError on anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
-        return node.value
+        return _bounded(node.value)
     if isinstance(node, ast.Name):
         if node.id in names:
             return names[node.id]
@@ -333,7 +332,7 @@ def help_text(cfg, prog):
             lines += ["", meta["group"]]
         origin = f"{came}; default {f.default!r}" if came else "default"
         left = f"  --{f.name}={getattr(cfg, f.name)!r}"
-        right = textwrap.wrap(f"{meta['help']} [{describe(meta)}; {origin}]", 70)
+        right = textwrap.wrap(f"{meta['help']} [{describe(meta)}; {origin}]", 70, break_on_hyphens=False, break_long_words=False)
         lines += [f"{left:<38}  {right[0]}"] + [" " * 40 + r for r in right[1:]]
     return "\n".join(lines)
 

@@ -46,16 +46,25 @@ def meta_json(tokenizer, dtype):
 
 
 def write_files(folder, contents):
-    """Write {name: bytes} under temporary names, flush them to disk, and only then rename them all."""
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in contents}
+    """Write {name: bytes} under temporary names, flush them to disk, and only then rename them all.
+
+    An old meta.json goes first and the new one comes last, so that a dataset is whole or absent at every moment.
+    """
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in sorted(contents, key="meta.json".__eq__)}
     try:
-        for name, data in contents.items():
-            with open(temporary[name], "wb") as f:
-                f.write(data)
+        for name, path in temporary.items():
+            with open(path, "wb") as f:
+                f.write(contents[name])
                 f.flush()
                 os.fsync(f.fileno())
+        if "meta.json" in contents:
+            (folder / "meta.json").unlink(missing_ok=True)
         for name, path in temporary.items():
             os.replace(path, folder / name)
+        if hasattr(os, "O_DIRECTORY"):  # where a folder can be flushed at all
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)

@@ -11,12 +11,13 @@ from tqdm import tqdm
 @contextmanager
 def evaluating(model):
     """No dropout and no gradients within."""
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train()
+        model.train(was_training)
 
 
 def losses(model, batches, cfg, dist, stop):

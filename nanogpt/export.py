@@ -11,7 +11,14 @@ from nanogpt.config import GPT2_NAMES, UserError
 from nanogpt.model import GPT, GPTConfig
 
 # What a GPT-2 configuration may say, and the only value this model can follow.
-FIXED = {"n_inner": (None,), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "layer_norm_epsilon": (1e-5,)}
+FIXED = {
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": True,
+}
+SHAPE = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
 # OpenAI's code multiplies x @ W with W (in, out); nn.Linear keeps W (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -63,13 +70,15 @@ def read_config(folder, dropout):
         found = json.loads(path.read_text(encoding="utf-8"))
         if found.get("model_type") != "gpt2":
             raise UserError(f"{path}: describes a {found.get('model_type')!r} model; only gpt2 is known here")
-        for key, allowed in FIXED.items():
-            if found.get(key, allowed[0]) not in allowed and not (key == "n_inner" and found[key] == 4 * found["n_embd"]):
+        shape = {ours: found[theirs] for ours, theirs in SHAPE.items()}
+        for name, value in shape.items():
+            if type(value) is not int or value < 1:
+                raise UserError(f"{path}: {SHAPE[name]} = {value!r} is no size")
+        for key, value in FIXED.items():
+            if found.get(key, value) != value and (key, found[key]) != ("n_inner", 4 * found["n_embd"]):
                 raise UserError(f"{path}: {key} = {found[key]!r} is not supported")
         activation = found.get("activation_function", "gelu_new")
         activation = {"gelu_pytorch_tanh": "gelu_new"}.get(activation, activation)
-        shape = dict(block_size=found["n_positions"], vocab_size=found["vocab_size"])
-        shape |= {k: found[k] for k in ("n_layer", "n_head", "n_embd")}
         return GPTConfig(**shape, dropout=dropout, bias=True, activation=activation)
     except UserError:
         raise
@@ -88,9 +97,13 @@ def read_weights(folder):
     for path in files:
         try:
             safe = path.suffix == ".safetensors"
-            tensors |= load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(found, dict) or not all(isinstance(k, str) and torch.is_tensor(t) for k, t in found.items()):
+                raise ValueError("it is no dictionary of tensors")
+            tensors |= found
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as e:
-            raise UserError(f"{path}: cannot be read ({str(e).splitlines()[0]})") from None
+            reason = str(e).strip().splitlines() or [type(e).__name__]
+            raise UserError(f"{path}: cannot be read ({reason[0]})") from None
         except Exception as e:  # pickle.UnpicklingError, without importing pickle to name it
             raise UserError(f"{path}: refused, because it holds more than tensors ({type(e).__name__})") from None
     return tensors

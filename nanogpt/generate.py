@@ -33,7 +33,8 @@ def sample(logits, temperature=1.0, top_k=None, generator=None):
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature overflows
     if not top_k or top_k >= logits.size(-1):
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
     top, ids = logits.topk(top_k, dim=-1)  # (B, k), exactly k whatever ties

@@ -1,0 +1,256 @@
+"""GPT-2's weights in Hugging Face's format: the same logits as theirs, and a clear line for all else."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nanogpt.config import UserError
+from nanogpt.model import GPT
+
+transformers = pytest.importorskip("transformers")
+
+SHAPE = dict(n_layer=3, n_head=4, n_embd=32, n_positions=24, vocab_size=97, bos_token_id=0, eos_token_id=0)
+
+
+def reference_model(seed=1, scale=1.0, **changes):
+    """Hugging Face's model with random weights, biases and norms included."""
+    torch.manual_seed(seed)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE | changes)).eval()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+        p.data.mul_(scale if p.dim() == 2 else 1.0)
+    return model
+
+
+def save(model, folder, how="one file"):
+    if how == "one file":
+        model.save_pretrained(folder)
+    if how == "shards":
+        model.save_pretrained(folder, max_shard_size="30KB")
+        assert len(list(folder.glob("*.safetensors"))) > 2
+    if how == "pickle":
+        folder.mkdir()
+        (folder / "config.json").write_text(model.config.to_json_string())
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder that save_pretrained wrote."""
+    return save(reference_model(), tmp_path / "hf")
+
+
+def problem(folder):
+    with pytest.raises(UserError) as caught:
+        GPT.from_pretrained(folder)
+    (only,) = caught.value.problems
+    assert str(folder) in only and "\n" not in only
+    return only
+
+
+@torch.no_grad()
+def assert_same_logits(reference, folder):
+    model = GPT.from_pretrained(folder).eval()
+    ids = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(2))
+    expected = reference(ids).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(model(ids, ids)[0], expected, rtol=1e-4, atol=1e-4)
+    return expected
+
+
+# Parity
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("how", ["one file", "shards", "pickle"])
+def test_the_logits_equal_those_of_transformers(tmp_path, how, activation):
+    reference = reference_model(activation_function=activation)
+    assert_same_logits(reference, save(reference, tmp_path / "hf", how))
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu"])
+def test_the_logits_are_equal_at_a_realistic_scale(tmp_path, activation):
+    reference = reference_model(activation_function=activation, scale=10.0)
+    logits = assert_same_logits(reference, save(reference, tmp_path / "hf"))
+    assert logits.abs().max() > 10
+
+
+def test_the_two_activations_are_told_apart(tmp_path):
+    reference = reference_model(scale=10.0)
+    folder = save(reference, tmp_path / "hf")
+    change_config(folder, activation_function="gelu")
+    with pytest.raises(AssertionError):
+        assert_same_logits(reference, folder)
+
+
+def test_names_with_and_without_a_prefix_are_known(saved):
+    """OpenAI's own files on the hub name a tensor `h.0...`, and carry the causal mask."""
+    weights = load_file(saved / "model.safetensors")
+    short = {name.removeprefix("transformer."): w for name, w in weights.items()}
+    assert short.keys() != weights.keys()
+    for layer in range(3):
+        short[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 24, 24)
+        short[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(short, saved / "model.safetensors")
+    assert_same_logits(reference_model(), saved)
+
+
+def test_half_precision_weights_become_float32(saved):
+    weights = load_file(saved / "model.safetensors")
+    save_file({name: w.half() for name, w in weights.items()}, saved / "model.safetensors")
+    model = GPT.from_pretrained(saved)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.transformer.wpe.weight, weights["transformer.wpe.weight"].half().float())
+
+
+def test_the_shape_comes_from_the_folder_and_dropout_from_the_caller(saved):
+    config = GPT.from_pretrained(saved, dropout=0.3).config
+    assert (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd) == (24, 97, 3, 4, 32)
+    assert (config.dropout, config.bias, config.activation) == (0.3, True, "gelu_new")
+
+
+# What is refused
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("n_inner", 64),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("layer_norm_epsilon", 1e-6),
+        ("activation_function", "relu"),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_a_gpt2_that_this_model_cannot_follow_is_refused_by_name(saved, key, value):
+    change_config(saved, **{key: value})
+    said = problem(saved)
+    assert said.startswith(f"{saved / 'config.json'}: ") and str(value) in said
+    assert key.removesuffix("_function") in said
+
+
+def test_the_usual_inner_width_may_be_written_out(saved):
+    change_config(saved, n_inner=4 * 32)
+    GPT.from_pretrained(saved)
+
+
+def test_another_architecture_is_refused_by_name(saved):
+    change_config(saved, model_type="llama")
+    assert "'llama'" in problem(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_head": 5},
+        {"n_embd": "32"},
+        *(
+            change
+            for change in ({"n_head": 0}, {"n_layer": "3"}, {"n_layer": 3.0}, {"vocab_size": -1}, {"n_positions": None})
+        ),
+    ],
+)
+def test_an_impossible_shape_is_refused(saved, change):
+    change_config(saved, **change)
+    problem(saved)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "5", '{"model_type": "gpt2"}', "[" * 100_000, "\0"])
+def test_a_broken_config_json_is_refused(saved, content):
+    (saved / "config.json").write_text(content)
+    assert "describes no GPT-2" in problem(saved) or content == '{"model_type": "gpt2"}'
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    assert f"no {name}" in problem(saved) or f"neither {name}" in problem(saved)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    assert "has no config.json" in problem(tmp_path / "nowhere")
+
+
+def test_a_missing_shard_is_found_by_the_weights_it_lacks(tmp_path):
+    folder = save(reference_model(), tmp_path / "hf", "shards")
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+    assert "transformer." in problem(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_safetensors_file_is_refused(saved, keep):
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert problem(saved).startswith(f"{path}: cannot be read")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, -1])
+def test_a_truncated_pickle_is_refused(tmp_path, keep):
+    path = save(reference_model(), tmp_path / "hf", "pickle") / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert problem(path.parent).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize("change", [{"n_embd": 64}, {"vocab_size": 98}, {"n_positions": 25}, {"n_layer": 2}])
+def test_weights_of_another_shape_are_refused_by_name(saved, change):
+    change_config(saved, **change)
+    assert "transformer." in problem(saved)
+
+
+class Malicious:
+    """Unpickled without care, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle"])
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, form):
+    folder, marker = save(reference_model(), tmp_path / "hf", "pickle"), tmp_path / "marker"
+    path, evil = folder / "pytorch_model.bin", {"transformer.wte.weight": Malicious(marker)}
+    if form == "bare pickle":
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        torch.save(evil, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(FileExistsError):  # it would work
+        marker.mkdir()
+        pickle.loads(pickle.dumps(evil))
+    marker.rmdir()
+    assert problem(folder).startswith(f"{path}: ")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1, 2],
+        torch.zeros(2),
+        {1: torch.zeros(2)},
+        ([(1, 2)]),
+    ],
+    ids=["list", "tensor", "numbered", "pairs"],
+)
+def test_a_file_that_holds_no_named_tensors_is_refused(tmp_path, content):
+    folder = save(reference_model(), tmp_path / "hf", "pickle")
+    torch.save(content, folder / "pytorch_model.bin")
+    problem(folder)
+
+
+def test_a_name_that_stands_for_no_tensor_is_refused(tmp_path):
+    folder = save(reference_model(), tmp_path / "hf", "pickle")
+    torch.save(reference_model().state_dict() | {"transformer.ln_f.weight": 5}, folder / "pytorch_model.bin")
+    problem(folder)
