@@ -20,7 +20,7 @@ def evaluating(model):
         model.train(was_training)
 
 
-def losses(model, batches, cfg, dist, stop):
+def losses(model, batches, cfg, dist, stop=lambda: False):
     """Mean loss over the first `eval_iters` batches of each stream: {'train': nats, 'val': nats}.
 
     Always the same batches, so that evaluations compare. Each process takes every world_size-th batch.
@@ -43,7 +43,7 @@ def losses(model, batches, cfg, dist, stop):
     return result
 
 
-def exact(model, dataset, cfg, dist, token_bytes, stop):
+def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False):
     """The loss over all of a split, each token predicted once, from windows laid end to end.
 
     `token_bytes`: the UTF-8 length of each token id, or None. Returns a dict: `loss` (nats a token), `tokens`,

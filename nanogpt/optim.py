@@ -25,17 +25,18 @@ class AdamW:
         return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self, skip):
+    def step(self, skip=None):
         """Update every parameter that has a gradient; where the tensor `skip` holds 1, change nothing.
 
         So the device decides, and nobody waits for it. `torch.amp.GradScaler` adds its own found_inf.
         """
-        skip = torch.maximum(skip, getattr(self, "found_inf", skip))
+        found = [s for s in (skip, getattr(self, "found_inf", None)) if s is not None]
+        skip = torch.stack(found).amax() if found else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] for p in params]
             steps = [s["step"] for s in states]
-            torch._foreach_add_(steps, 1 - skip)
+            torch._foreach_add_(steps, 1 if skip is None else 1 - skip)
             torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
