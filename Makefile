@@ -12,7 +12,7 @@ unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX
 export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-all constraints clean
+.PHONY: help install demo test test-all torture constraints clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ test: .venv/.installed-test ## run the tests (PYTEST_ARGS='-x -k name' reaches p
 
 test-all: .venv/.installed-test ## run the long tests too
 	@$(RUN) -m pytest -q -m "not network" $(PYTEST_ARGS) </dev/null
+
+torture: .venv/.installed-test ## kill, damage and interrupt runs, and print what was lost: nothing
+	@$(RUN) -m pytest -q -m torture $(PYTEST_ARGS) </dev/null
 
 constraints: ## renew the pins of constraints.txt, all but torch's, which is chosen by hand
 	@$(PYTHON) -c "$$CHECK_PYTHON"

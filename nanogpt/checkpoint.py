@@ -18,7 +18,7 @@ import re
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -50,9 +50,9 @@ class Checkpoint:
 
     @property
     def val_loss(self):
-        """The estimate at this very step, or infinity where none was made."""
+        """The estimate at this very step, or infinity where none was made or it is no number."""
         losses = self.state["losses"]
-        return losses["val"] if losses else math.inf
+        return losses["val"] if losses and not math.isnan(losses["val"]) else math.inf
 
     def model_tensors(self):
         """{parameter name: tensor}."""
@@ -96,7 +96,7 @@ class Writer:
         try:
             self.folder = write(self.out_dir, model_tensors, other_tensors, info)
             clean(self.out_dir, self.keep, self.always)
-        except (OSError, SafetensorError) as e:
+        except Exception as e:  # whatever it is, the run must hear of it
             reason = getattr(e, "strerror", None) or e
             self.failure = RunFailed(
                 f"{self.out_dir}/checkpoints: step {info['step']} could not be saved ({reason}); the run stops, and the "
@@ -108,6 +108,12 @@ class Writer:
         if self.failure:
             failure, self.failure = self.failure, None
             raise failure
+
+    def last(self):
+        """The folder of the newest checkpoint, when nothing is being written any more; None where there is none."""
+        if self.thread:
+            self.thread.join()
+        return self.folder
 
     def wait(self):
         """Return when nothing is being written any more."""
@@ -132,10 +138,13 @@ def write(out_dir, model_tensors, other_tensors, info):
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
         _write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
         for path in [*sorted(temporary.iterdir()), temporary]:
+            if path.suffix == ".safetensors":
+                shutil.copymode(temporary / "checkpoint.json", path)  # safetensors lets nobody else read
             _flush(path)
         folder = _free_name(parent, info["step"])
         os.rename(temporary, folder)
         _flush(parent)
+        _flush(parent.parent)  # the first time, `checkpoints` itself is new
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -157,7 +166,14 @@ def clean(out_dir, keep, always):
     kept = {c.folder for c in [found[-1], *counted[-keep:], min(found, key=lambda c: (c.val_loss, c.step))]}
     for checkpoint in found:
         if checkpoint.folder not in kept:
-            shutil.rmtree(checkpoint.folder)
+            remove(checkpoint.folder)
+
+
+def remove(folder):
+    """Remove a checkpoint; where that is cut short, none is left that looks complete."""
+    stale = folder.with_name(f".{folder.name}.tmp")
+    os.rename(folder, stale)
+    shutil.rmtree(stale)
 
 
 def newest(out_dir, say=print):
@@ -195,12 +211,12 @@ def from_nanogpt(path, say):
     """The Checkpoint in the original nanoGPT's `ckpt.pt`. UserError where it is damaged, or more than data."""
     found = legacy.read_checkpoint(path)
     try:
-        settings, step = found["config"], found["iter_num"]
+        settings, step = found["config"], int(found["iter_num"])
         tokenizer = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
         config = GPTConfig(**found["model_args"])
         moments = legacy_moments(GPT(config), found["optimizer"]["state"])
         losses = {"val": float(found["best_val_loss"])}
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
         if isinstance(e, UserError):
             raise
         raise UserError(f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})") from None
@@ -259,10 +275,24 @@ def read(folder):
         _manifest(folder)
         info = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         checkpoint = Checkpoint(folder, **info)
-        checkpoint.val_loss, checkpoint.state["improved"], checkpoint.step + 0  # noqa: B018  the least it must have
+        _check(checkpoint)
         return checkpoint
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"checkpoint.json cannot be read ({type(e).__name__}: {e})") from None
+
+
+def _check(checkpoint):
+    """Raise TypeError, ValueError or KeyError where what others rely on is missing or of another type."""
+    kinds = dict(step=int, state=dict, model_config=dict, tokenizer=dict, settings=dict, scaler=dict)
+    held = [(name, getattr(checkpoint, name), kind) for name, kind in kinds.items()]
+    if not any(type(value) is not kind for _, value, kind in held):
+        held += [(f.name, checkpoint.model_config[f.name], type(f.default)) for f in fields(GPTConfig)]
+        held += [("improved", checkpoint.state["improved"], bool)]
+    for name, value, kind in held:
+        if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
+            raise TypeError(f"{name} is {value!r:.60}")
+    if not isinstance(checkpoint.val_loss, float):
+        raise TypeError(f"the loss is {checkpoint.val_loss!r:.60}")
 
 
 def _manifest(folder):
@@ -272,7 +302,7 @@ def _manifest(folder):
         known = manifest["format"] == FORMAT
         if known and set(manifest["files"]) == set(FILES) and all(set(e) == {"bytes", "sha256"} for e in manifest["files"].values()):
             return manifest
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"manifest.json cannot be read ({type(e).__name__}: {e})") from None
     raise UserError(f"manifest.json is not of format {FORMAT}, which this version reads")
 
@@ -283,7 +313,7 @@ def load_model(checkpoint, dropout=0.0):
     try:
         model = GPT(GPTConfig(**checkpoint.model_config | {"dropout": dropout}))
         model.load_weights(tensors)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
         raise UserError(f"{checkpoint.folder}: holds no model that this version knows ({e})") from None
     return model
 

@@ -56,7 +56,7 @@ class Watch:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite or (self.scaled and self.skipped_in_a_row < PATIENCE):
             return
-        last = self.writer.folder
+        last = self.writer.last()
         last = f"the last sound checkpoint is {last}" if last else "there is no checkpoint yet"
         hint = "--dtype=bfloat16 or float32" if self.scaled else f"--grad_clip={self.cfg.grad_clip / 2 or 1.0:g}"
         raise RunFailed(

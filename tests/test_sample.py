@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
-from test_train import SMALL
 
 from nanogpt import sample, train
 from nanogpt.config import UserError

@@ -2,44 +2,15 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import SMALL, losses, metrics, torchrun
 from safetensors.torch import load_file
 
 from nanogpt import checkpoint, data, train
 from nanogpt.config import UserError
-
-SMALL = (
-    "--dataset=tiny --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 "
-    "--eval_interval=4 --eval_iters=2 --max_iters=8 --warmup_iters=2 --lr_decay_iters=8 --learning_rate=1e-2 "
-    "--min_lr=1e-3 --device=cpu --compile=False"
-).split()
-
-
-@pytest.fixture
-def run(tiny, monkeypatch, capsys):
-    """run("--max_iters=2") trains in this process, in tmp_path, and returns what was printed."""
-    monkeypatch.chdir(tiny.parent.parent)
-
-    def run(*args):
-        train.main([*SMALL, *args])
-        return capsys.readouterr().out
-
-    return run
-
-
-def metrics(out_dir="out"):
-    with open(f"{out_dir}/metrics.jsonl") as f:
-        return [json.loads(line) for line in f]
-
-
-def losses(out_dir="out"):
-    return {r["step"]: r["loss"] for r in metrics(out_dir) if "loss" in r}
 
 
 def final_weights(out_dir="out"):
@@ -221,12 +192,6 @@ def test_another_tokenizer_is_refused_on_resume(run, tmp_path, capsys):
     changed["tokenizer"]["chars"] = changed["tokenizer"]["chars"][:-1] + ["ß"]
     meta.write_text(json.dumps(changed))
     assert "its tokenizer is not the one" in refused(capsys, "--init_from=resume")
-
-
-def torchrun(processes, *args, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(ROOT / "train.py"), *SMALL, *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_train_the_same_model(run, tmp_path):

@@ -1,0 +1,714 @@
+"""That a run cannot be lost: exact resume, atomic and durable checkpoints, damage, kills, full disks."""
+
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, ending, losses, metrics
+from safetensors.torch import load_file, save_file
+
+from nanogpt import checkpoint, cli, data, sample, train
+from nanogpt.config import RunFailed, UserError
+from nanogpt.model import GPTConfig
+from nanogpt.signals import Stopped
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+FILES = (*checkpoint.FILES, "manifest.json")
+
+
+def stop_at(monkeypatch, *steps):
+    """Let the run in this process be asked to stop in the midst of these steps, of each once."""
+    left, real = list(steps), train.train_step
+
+    def train_step(model, run, *rest):
+        if run.state.step in left:
+            left.remove(run.state.step)
+            signal.raise_signal(signal.SIGTERM)
+        return real(model, run, *rest)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+
+
+def stopped(run, *args):
+    with pytest.raises(Stopped):
+        run(*args)
+
+
+# -- exact resume
+
+CASES = {
+    "float32": [],
+    "dropout": ["--dropout=0.3"],
+    "accumulation": ["--gradient_accumulation_steps=4", "--batch_size=2", "--dropout=0.1"],
+    "bfloat16": ["--dtype=bfloat16", "--dropout=0.1"],
+    "float16": ["--dtype=float16"],
+    "bias": ["--bias=True", "--grad_clip=0.0"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_was_stopped_twice_ends_as_one_that_never_was(run, monkeypatch, case):
+    args = ["--max_iters=12", "--lr_decay_iters=12", *CASES[case]]
+    run(*args, "--out_dir=whole")
+    stop_at(monkeypatch, 2, 7)  # saved within an interval, and where an evaluation was due
+    stopped(run, *args, "--out_dir=parts")
+    torch.rand(5)  # what else draws random numbers must not matter
+    stopped(run, *args, "--out_dir=parts", "--init_from=resume")
+    run(*args, "--out_dir=parts", "--init_from=auto")
+    assert ending("whole") == ending("parts")
+    assert list(losses("parts")) == list(range(1, 13))
+
+
+def raise_at(steps, rank):
+    """In another process: the signal comes to this rank alone."""
+    if os.environ["RANK"] == rank:
+        stop_at(pytest.MonkeyPatch(), *steps)
+
+
+def test_two_processes_stopped_twice_end_as_two_that_never_were(start_two):
+    args = ["--dropout=0.2", "--out_dir=whole"]
+    assert [d.end() for d in start_two(*args)] == [0, 0]
+    args[-1] = "--out_dir=parts"
+    for step in (3, 6):
+        doors = start_two(*args, "--init_from=auto", before=partial(raise_at, [step], "1"))
+        assert [d.end() for d in doors] == [128 + signal.SIGTERM] * 2
+    assert [d.end() for d in start_two(*args, "--init_from=auto")] == [0, 0]
+    root = doors[0].log.parent
+    assert ending(root / "whole") == ending(root / "parts")
+
+
+def record_windows(path):
+    """In any process: note every window that it trains on, by number, with its tokens."""
+    real = data.Batches.get
+
+    def get(self, first, size):
+        x, y = real(self, first, size)
+        if self.stream == data.STREAMS["train"]:
+            with open(f"{path}-{os.getpid()}", "a") as f:
+                f.writelines(f"{first + i} {row.tolist()}\n" for i, row in enumerate(x))
+        return x, y
+
+    data.Batches.get = get
+
+
+def windows(tmp_path, name):
+    lines = [line for p in sorted(tmp_path.glob(f"{name}-*")) for line in p.read_text().splitlines()]
+    return sorted((int(number), tokens) for number, _, tokens in (line.partition(" ") for line in lines))
+
+
+def test_one_process_then_two_then_one_read_the_same_tokens_once(start, start_two, tmp_path):
+    args = ["--max_iters=12", "--lr_decay_iters=12"]
+    assert start(*args, "--out_dir=whole", before=partial(record_windows, "whole-read")).end() == 0
+    for max_iters, start_it in ((4, start), (8, start_two), (12, start)):
+        go = ["--out_dir=parts", "--init_from=auto", f"--max_iters={max_iters}"]
+        doors = start_it(*args, *go, before=partial(record_windows, "parts-read"))
+        for door in doors if isinstance(doors, list) else [doors]:
+            assert door.end() == 0, door.printed
+    read = windows(tmp_path, "parts-read")
+    assert [number for number, _ in read] == list(range(12 * 8))  # none twice, none left out
+    assert read == windows(tmp_path, "whole-read")
+    assert len(list(tmp_path.glob("parts-read-*"))) == 4
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), abs=1e-4)
+
+
+# -- killed
+
+
+def slow_disk(seconds):
+    """In another process: whatever touches the disk takes so long that a kill finds it at work."""
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "unlink"), (shutil, "copymode")):
+        real = getattr(module, name)
+
+        def slow(*args, real=real, **kwargs):
+            time.sleep(seconds)
+            return real(*args, **kwargs)
+
+        setattr(module, name, slow)
+
+
+def lost(out_dir):
+    """(updates that were reported and are in no checkpoint, whether one was being written), after a kill."""
+    found = checkpoint.newest(out_dir)
+    lines = Path(out_dir, "metrics.jsonl").read_text().splitlines()
+    reported = max((int(m[1]) for line in lines if (m := re.match(r'{"step": (\d+), "loss"', line))), default=0)
+    half_written = any(Path(out_dir, "checkpoints").glob(".step-*.tmp"))
+    return reported - (found.step if found else 0), half_written
+
+
+def killed_again_and_again(start, root, draw, n, *args, interval):
+    """Kill a run `n` times at random moments, each time resuming it; then let it end.
+
+    Returns [(updates lost, whether a checkpoint was being written), ...] of all kills.
+    """
+    done = []
+    while len(done) < n:
+        door = start(*args, "--init_from=auto", before=partial(slow_disk, 0.003) if draw.random() < 0.7 else None)
+        try:
+            door.wait_for(r"^iter \d")
+        except AssertionError:
+            assert door.end() == 0, door.printed  # it came to its end
+            break
+        time.sleep(draw.uniform(0, 0.3))
+        door.process.kill()  # SIGKILL
+        code = door.end()
+        assert code in (0, -signal.SIGKILL), door.printed
+        if code == -signal.SIGKILL:
+            done.append(lost(root / "out"))
+            assert done[-1][0] <= interval * (2 if done[-1][1] else 1), door.printed
+    door = start(*args, "--init_from=auto")
+    assert door.end() == 0, door.printed
+    return done
+
+
+def test_ten_kills_at_random_moments_cost_at_most_an_interval_each_and_change_nothing(start, tmp_path):
+    args = ["--eval_interval=2", "--max_iters=80", "--lr_decay_iters=80", "--dropout=0.1"]
+    door = start(*args, "--out_dir=whole")
+    kills = killed_again_and_again(start, tmp_path, random.Random(3), 10, *args, interval=2)
+    assert door.end() == 0
+    assert len(kills) == 10 and any(half_written for _, half_written in kills)
+    whole, parts = ending(tmp_path / "whole"), ending(tmp_path / "out")
+    assert whole == parts
+    assert not list((tmp_path / "out/checkpoints").glob(".*"))
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_complete(run, monkeypatch):
+    run("--max_iters=4")
+    folder = checkpoint.newest("out").folder
+
+    def killed(path):
+        os.unlink(Path(path) / "model.safetensors")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoint.remove(folder)
+    assert checkpoint.newest("out") is None
+    run("--max_iters=4", "--init_from=auto")
+    assert [p.name for p in Path("out/checkpoints").iterdir()] == ["step-00000004"]
+
+
+# -- damage
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 2)  # one would be the manifest's last line break, which says nothing
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def flip(path, bit=None):
+    raw = bytearray(path.read_bytes())
+    bit = len(raw) * 4 if bit is None else bit
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    """A finished run in out/ with two checkpoints."""
+    run()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("harm", [truncate, empty, flip, os.remove])
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_the_newest_checkpoint_is_named_and_the_one_before_it_taken(run, trained, harm, name):
+    whole = ending()
+    harm(trained / "checkpoints/step-00000008" / name)
+    before = snapshot(trained / "checkpoints/step-00000008")
+    out = run("--init_from=resume")
+    [line] = re.findall(r"^.*damaged.*$", out, re.M)
+    assert line.startswith("out/checkpoints/step-00000008: damaged (") and name in line
+    assert "resuming out/checkpoints/step-00000004 at step 4" in out
+    assert ending() == whole
+    assert snapshot(trained / "checkpoints/step-00000008") == before
+    assert checkpoint.newest("out").folder.name == "step-00000008-2"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "checkpoint.json"])
+def test_a_single_flipped_bit_is_found_wherever_it_is(trained, name):
+    path = checkpoint.newest("out").folder / name
+    sound = path.read_bytes()
+    assert checkpoint.damage(path.parent) is None
+    for bit in range(0, len(sound) * 8, 3 if name == "manifest.json" else 11):
+        flip(path, bit)
+        assert checkpoint.damage(path.parent), f"bit {bit} of {name}"
+        path.write_bytes(sound)
+
+
+def test_flipped_bits_in_the_tensors_are_found(trained):
+    draw = np.random.default_rng(1)
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        path = checkpoint.newest("out").folder / name
+        sound = path.read_bytes()
+        for bit in [0, len(sound) * 8 - 1, *draw.integers(0, len(sound) * 8, 100).tolist()]:
+            flip(path, bit)
+            assert name in checkpoint.damage(path.parent)
+            path.write_bytes(sound)
+
+
+def snapshot(folder):
+    return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("command", ["train --init_from=auto", "train --init_from=resume", "sample --device=cpu"])
+def test_where_all_are_damaged_nothing_starts_and_nothing_is_touched(trained, capsys, command):
+    for name in ("step-00000004", "step-00000008"):
+        flip(trained / "checkpoints" / name / "model.safetensors")
+    before = snapshot(trained)
+    name, flag = command.split()
+    assert cli.main([name, *(SMALL if name == "train" else []), flag]) == 2
+    assert "error: out/checkpoints: none of the 2 checkpoints is sound; nothing was touched" in capsys.readouterr().err
+    assert snapshot(trained) == before
+
+
+def test_sampling_skips_a_damaged_best(trained, capsys):
+    best = checkpoint.best("out").folder
+    flip(best / "model.safetensors")
+    sample.main(["--device=cpu", "--num_samples=1", "--max_new_tokens=5"])
+    assert f"{best}: damaged (model.safetensors has changed" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_never_renamed_is_no_checkpoint(run, trained):
+    folder = trained / "checkpoints/step-00000008"
+    os.rename(folder, trained / "checkpoints/.step-00000008.tmp")
+    assert checkpoint.newest("out").step == 4
+    run("--init_from=resume")
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+
+
+# -- written whole, flushed, then renamed
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
+def test_seen_from_outside_every_file_is_flushed_before_the_rename(tiny, tmp_path):
+    calls = "openat,write,pwrite64,ftruncate,fsync,rename,renameat,renameat2"
+    command = ["strace", "-f", "--seccomp-bpf", "-y", "-o", "trace", "-e", f"trace={calls}", sys.executable, str(ROOT / "train.py"), *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    if "ptrace" in done.stderr:
+        pytest.skip("tracing is not permitted here")
+    assert done.returncode == 0, done.stderr
+    for step in ("step-00000004", "step-00000008"):
+        check_order(written_events((tmp_path / "trace").read_text()), step)
+
+
+def written_events(trace):
+    """[(call, paths)] in the order in which the calls began; an fsync counts where it began, and must succeed."""
+    events = []
+    for line in trace.splitlines():
+        match = re.match(r"\d+ +(\w+)\((.*)", line)
+        if not match or " = -1 " in line:
+            continue
+        call, rest = match[1].rstrip("246"), match[2]
+        if call.startswith("rename"):
+            events.append(("rename", [inside(p) for p in re.findall(r'"([^"]*)"', rest)]))
+        elif path := re.match(r"\d+<([^>]*)>", rest):
+            events.append(("fsync" if call == "fsync" else "write", [inside(path[1])]))
+    return events
+
+
+def inside(path):
+    """A path relative to the run's out_dir, which is `out` in tmp_path."""
+    return re.sub(r"^(.*/)?out(/|$)", "", path)
+
+
+def check_order(events, step):
+    temporary, final = f"checkpoints/.{step}.tmp", f"checkpoints/{step}"
+    renamed = events.index(("rename", [temporary, final]))
+    before = events[:renamed]
+    names = {}  # under which name the bytes were written
+    for call, paths in before:
+        if call == "rename" and paths[1].startswith(temporary):
+            names[paths[1]] = paths[0]
+    for name in FILES:
+        path = f"{temporary}/{name}"
+        writes = [i for i, e in enumerate(before) if e[0] == "write" and e[1][0] in (path, names.get(path))]
+        flushes = [i for i, e in enumerate(before) if e == ("fsync", [path])]
+        assert writes and flushes and max(writes) < max(flushes), name
+    assert ("fsync", [temporary]) in before and before.index(("fsync", [temporary])) > max(writes)
+    after = events[renamed:]
+    assert ("fsync", ["checkpoints"]) in after and ("fsync", [""]) in after
+    assert not [e for e in after if e[0] == "write" and e[1][0].startswith((temporary, final))]
+
+
+def test_a_checkpoint_can_be_read_by_those_who_can_read_its_folder(trained):
+    modes = {p.stat().st_mode for p in checkpoint.newest("out").folder.iterdir()}
+    assert len(modes) == 1
+
+
+# -- which are kept
+
+
+REST = dict(model_config=asdict(GPTConfig()), tokenizer={}, settings={}, scaler={})  # of a checkpoint.json
+
+
+def steps_kept():
+    return sorted(p.name for p in Path("out/checkpoints").iterdir())
+
+
+def save_all(val_losses, **cfg):
+    """Write a checkpoint for each of these validation losses, as a run would, and yield after each."""
+    settings = dict(keep=2, always=True) | cfg
+    writer = checkpoint.Writer("out", **settings)
+    state = train.TrainState()
+    for step, val in enumerate(val_losses, 1):
+        state.step = step
+        state.note({"train": val, "val": val})
+        info = dict(step=step, state=dict(vars(state)), **REST)
+        writer.save({"w": torch.tensor([val])}, {"m": torch.tensor([val])}, info)
+        writer.wait()
+        yield step
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_ones_and_the_best_are_kept(tmp_path, monkeypatch, keep):
+    monkeypatch.chdir(tmp_path)
+    vals = [5.0, 3.0, 4.0, 4.5, 2.0, 6.0, 7.0, 8.0]
+    for step in save_all(vals, keep=keep):
+        best = min(range(step), key=lambda i: vals[i]) + 1
+        expected = {best, *range(max(1, step - keep + 1), step + 1)}
+        assert steps_kept() == [f"step-{s:08d}" for s in sorted(expected)]
+        assert checkpoint.newest("out").step == step
+        assert checkpoint.best("out").step == best
+
+
+def test_without_always_those_that_are_no_improvement_give_way_but_the_last_one_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vals = [5.0, 3.0, 4.0, 4.5, 2.0, 6.0, 7.0, 8.0]
+    kept = [steps_kept() for _ in save_all(vals, keep=2, always=False)]
+    expected = [[1], [1, 2], [1, 2, 3], [1, 2, 4], [2, 5], [2, 5, 6], [2, 5, 7], [2, 5, 8]]
+    assert kept == [[f"step-{s:08d}" for s in row] for row in expected]
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    list(save_all([math.nan, 5.0, math.nan, math.nan], keep=1))
+    assert checkpoint.best("out").step == 2
+
+
+@pytest.mark.parametrize("always", ["True", "False"])
+def test_a_crash_costs_at_most_an_interval_whatever_is_kept(run, always):
+    run(f"--always_save_checkpoint={always}", "--max_iters=12", "--learning_rate=10", "--min_lr=10", "--warmup_iters=0")
+    vals = {r["step"]: r["val_loss"] for r in metrics() if "val_loss" in r}
+    assert vals[12] > min(vals.values())  # it got worse, and was saved all the same
+    assert checkpoint.newest("out").step == 12
+    run(f"--always_save_checkpoint={always}", "--max_iters=13", "--init_from=resume", "--learning_rate=1e-3", "--decay_lr=False")
+
+
+def test_a_damaged_one_does_not_count_among_the_kept(trained):
+    flip(trained / "checkpoints/step-00000008/manifest.json")
+    checkpoint.clean("out", keep=1, always=True)
+    assert checkpoint.newest("out").step == 4
+
+
+# -- the disk refuses
+
+
+def limit_files(size):
+    """In another process: no file may grow beyond `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_file_size_limit_leaves_the_older_checkpoints_intact_and_ends_the_run(start, tmp_path):
+    assert start("--max_iters=4").end() == 0
+    before = snapshot(tmp_path / "out/checkpoints")
+    door = start("--init_from=resume", before=partial(limit_files, 40_000))  # the optimizer's state is larger
+    assert door.end() == 1
+    [line] = re.findall(r"^error:.*", door.printed, re.M)
+    assert "step 8 could not be saved" in line and "File too large" in line and "--init_from=resume goes on" in line
+    assert "Traceback" not in door.printed
+    after = snapshot(tmp_path / "out/checkpoints")
+    assert after == before
+    assert start("--init_from=resume").end() == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """An empty file system of 300 kB in tmp_path/disk."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_older_checkpoints_intact_and_ends_the_run(start, small_disk):
+    args = ["--out_dir=disk/out", "--eval_interval=1", "--keep_checkpoints=100"]
+    door = start(*args)
+    assert door.end() == 1
+    assert re.search(r"^error: .*No space left on device", door.printed, re.M)
+    assert "Traceback" not in door.printed
+    folders = checkpoint._folders(small_disk / "out")
+    assert len(folders) >= 2 and not any(checkpoint.damage(f) for f in folders)
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    assert start(*args, "--init_from=resume").end() == 0
+
+
+def test_a_read_only_folder_is_refused_in_one_line(start, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    door = start("--out_dir=disk/out")
+    assert door.end() == 1
+    assert re.findall(r"^error: --out_dir=disk/out: cannot be written to \(Read-only file system", door.printed, re.M)
+    assert "Traceback" not in door.printed
+
+
+def test_an_out_dir_under_a_file_is_refused_in_one_line(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["train", *SMALL, "--out_dir=file/out"]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --out_dir=file/out: cannot be written to (Not a directory")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no more"), RuntimeError("unforeseen")])
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_write_that_fails_in_the_background_is_never_swallowed(run, monkeypatch, error, step):
+    real = checkpoint.save_file
+
+    def save_file(tensors, path):
+        if f"step-{step:08d}" in str(path):
+            raise error
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    with pytest.raises(RunFailed, match=f"step {step} could not be saved") as caught:
+        run()
+    assert caught.value.exit_code == 1 and len(caught.value.problems) == 1
+    assert [p.name for p in Path("out/checkpoints").iterdir()] == [f"step-{s:08d}" for s in (4,) if s < step]
+    monkeypatch.setattr(checkpoint, "save_file", real)
+    run("--init_from=auto")
+    assert list(losses()) == list(range(1, 9))
+
+
+# -- only data is read
+
+
+def forge(folder, info):
+    """Replace checkpoint.json and make the manifest agree, as someone with a purpose would."""
+    (folder / "checkpoint.json").write_text(json.dumps(info))
+    agree(folder)
+
+
+def agree(folder):
+    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": checkpoint._sha256(folder / n)} for n in checkpoint.FILES}
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+HEADERS = {
+    "huge length": (2**62).to_bytes(8, "little") + b"{}",
+    "length past the end": (1000).to_bytes(8, "little") + b"{}",
+    "no JSON": (4).to_bytes(8, "little") + b"\xff\xfe{}",
+    "deep JSON": len(NESTED).to_bytes(8, "little") + NESTED.encode(),
+    "offsets outside": b"",
+    "overlapping": b"",
+    "empty": b"",
+}
+for name, offsets in (("offsets outside", [[0, 2**40]]), ("overlapping", [[0, 8], [4, 12]])):
+    header = json.dumps({f"t{i}": {"dtype": "F32", "shape": [2], "data_offsets": o} for i, o in enumerate(offsets)})
+    HEADERS[name] = len(header).to_bytes(8, "little") + header.encode() + bytes(12)
+
+
+def commands(out_dir):
+    """Every command that reads a checkpoint in `out_dir`."""
+    return [
+        ["train", *SMALL, f"--out_dir={out_dir}", "--init_from=resume"],
+        ["train", *SMALL, f"--out_dir={out_dir}", "--init_from=auto"],
+        ["train", *SMALL, "--out_dir=other", f"--init_from={out_dir}"],
+        ["sample", "--device=cpu", f"--out_dir={out_dir}"],
+        ["sample", "--device=cpu", f"--init_from={out_dir}"],
+    ]
+
+
+def refused_everywhere(capsys, out_dir="out"):
+    """All commands end with 2 and one error line, and nothing is written."""
+    before = snapshot(Path())
+    for command in commands(out_dir):
+        capsys.readouterr()
+        assert cli.main(command) == 2, command
+        shown = capsys.readouterr()
+        assert shown.err.count("error: ") == 1 and "Traceback" not in shown.err + shown.out
+    assert snapshot(Path()) == before
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+@pytest.mark.parametrize("name", ["model.safetensors"])
+def test_a_malicious_safetensors_header_is_refused_everywhere(run, capsys, kind, name):
+    run("--max_iters=4")
+    folder = checkpoint.newest("out").folder
+    (folder / name).write_bytes(HEADERS[kind])
+    agree(folder)
+    refused_everywhere(capsys)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_a_malicious_optimizer_header_is_refused_on_resume(run, capsys, kind):
+    run("--max_iters=4")
+    folder = checkpoint.newest("out").folder
+    (folder / "optimizer.safetensors").write_bytes(HEADERS[kind])
+    agree(folder)
+    assert cli.main(commands("out")[0]) == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+
+
+JSONS = {
+    "deep": NESTED,
+    "a list": "[]",
+    "a number": "1",
+    "nan": "NaN",
+    "not UTF-8": "\udcff",
+    "cut": '{"step": 4',
+    "a huge number": '{"step": ' + "9" * 10_000 + "}",
+    "nothing": "",
+    "files as a list": json.dumps({"format": 1, "files": checkpoint.FILES}),
+}
+
+
+@pytest.mark.parametrize("kind", JSONS)
+@pytest.mark.parametrize("name", ["checkpoint.json", "manifest.json"])
+def test_malicious_json_is_refused_everywhere(run, capsys, kind, name):
+    run("--max_iters=4")
+    folder = checkpoint.newest("out").folder
+    (folder / name).write_bytes(JSONS[kind].encode(errors="surrogateescape"))
+    if name == "checkpoint.json":
+        agree(folder)
+    refused_everywhere(capsys)
+
+
+WRONG = {
+    "step": ["4", None, [], {}, math.nan, -1, 1.5, 10**30],
+    "state": ["x", [], None, {}, {"losses": {"val": "low"}, "improved": True}, {"losses": 3, "improved": True}],
+    "model_config": ["x", [], None, {"n_layer": "2"}, {"n_embd": -16}, {"n_layer": True}, {"bias": 0}],
+    "tokenizer": ["x", [], None],
+    "scaler": [1],
+    "settings": [None],
+    "surplus": [1],
+}
+
+
+def test_wrong_types_in_checkpoint_json_are_damage(run):
+    run("--max_iters=4")
+    folder = checkpoint.newest("out").folder
+    sound = json.loads((folder / "checkpoint.json").read_text())
+    for name, values in WRONG.items():
+        for value in values:
+            if isinstance(value, dict) and name == "model_config":
+                value = sound[name] | value
+            forge(folder, sound | {name: value})
+            assert "checkpoint.json cannot be read" in (checkpoint.damage(folder) or ""), (name, value)
+    forge(folder, sound)
+    assert checkpoint.damage(folder) is None
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("tokenizer", {"type": "evil"}),
+        ("tokenizer", {"type": "char", "chars": 5}),
+        ("model_config", {"n_head": 0}),
+        ("model_config", {"n_embd": 4}),
+        ("model_config", {"activation": "evil"}),
+        ("state", {"improved": 1}),
+    ],
+)
+def test_wrong_values_in_checkpoint_json_are_refused_everywhere(run, capsys, name, value):
+    run("--max_iters=4")
+    folder = checkpoint.newest("out").folder
+    sound = json.loads((folder / "checkpoint.json").read_text())
+    forge(folder, sound | {name: sound[name] | value})
+    refused_everywhere(capsys)
+
+
+def test_a_forged_model_that_does_not_fit_its_weights_is_refused(run, capsys):
+    run("--max_iters=4")
+    folder = checkpoint.newest("out").folder
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: t[:1].clone() for n, t in weights.items()}, folder / "model.safetensors")
+    agree(folder)
+    refused_everywhere(capsys)
+
+
+def test_an_unknown_format_is_refused_with_its_reason(trained):
+    for folder in checkpoint._folders("out"):
+        manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 2}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert "format 1, which this version reads" in checkpoint.damage(folder)
+    with pytest.raises(UserError, match="none of the 2 checkpoints is sound"):
+        checkpoint.newest("out", lambda line: None)
+
+
+# -- saving does not hold up the loop
+
+
+def test_the_loop_goes_on_while_a_checkpoint_is_being_written(run, monkeypatch):
+    two_more, held, real = threading.Event(), [], checkpoint.save_file
+
+    def save_file(tensors, path):
+        if path.match("*00000004*/model*"):
+            held.append(two_more.wait(timeout=20))
+        real(tensors, path)
+
+    def train_step(model, run, *rest, real=train.train_step):
+        if run.state.step == 6:
+            two_more.set()
+        return real(model, run, *rest)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(train, "train_step", train_step)
+    run()
+    assert held == [True]
+
+def test_what_is_written_is_the_state_at_the_save_and_not_what_came_after(tmp_path, monkeypatch):
+    changed, real = threading.Event(), checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *args: (changed.wait(20), real(*args)))
+    writer = checkpoint.Writer(tmp_path, 2, True)
+    weight = torch.ones(3)
+    info = dict(step=1, state={"losses": None, "improved": False}, **REST)
+    writer.save({"w": weight}, {"m": weight}, info)
+    weight.zero_()
+    changed.set()
+    writer.wait()
+    assert torch.equal(checkpoint.newest(tmp_path).model_tensors()["w"], torch.ones(3))
+
+
+def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
+    at_work, most, real = [], [], checkpoint.save_file
+
+    def save_file(tensors, path):
+        at_work.append(path)
+        most.append(len(at_work))
+        time.sleep(0.02)
+        real(tensors, path)
+        at_work.remove(path)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    writer = checkpoint.Writer(tmp_path, 9, True)
+    for step in (1, 2, 3):
+        info = dict(step=step, state={"losses": None, "improved": False}, **REST)
+        writer.save({"w": torch.full((3,), step)}, {"m": torch.zeros(1)}, info)
+    writer.wait()
+    assert max(most) == 1
+    for folder in checkpoint._folders(tmp_path):
+        found = checkpoint.read(folder)
+        assert torch.equal(found.model_tensors()["w"], torch.full((3,), found.step))

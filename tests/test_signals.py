@@ -1,0 +1,193 @@
+"""Stopping on request: saved every time, within seconds, and the run goes on as if nothing had been."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from conftest import ending
+
+from nanogpt import checkpoint, distributed, evaluate, signals, train
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+ARGS = ["--dropout=0.1", "--out_dir=parts"]
+
+
+def announce(seconds=0.3, only=0):
+    """Say that the run has come to where the signal is to reach it, and dwell there."""
+    if os.environ.get("RANK", "0") == str(only):
+        print("NOW", flush=True)
+        time.sleep(seconds)
+
+
+def dwell_in_training():
+    real = train.train_step
+
+    def train_step(model, run, *rest):
+        if run.state.step == 5:
+            announce()
+        return real(model, run, *rest)
+
+    train.train_step = train_step
+
+
+def dwell_in_evaluation():
+    real = evaluate.losses
+
+    def losses(model, batches, cfg, dist, stop):
+        announce()
+        return real(model, batches, cfg, dist, stop)
+
+    evaluate.losses = losses
+
+
+def dwell_in_saving():
+    real = checkpoint._write_json
+
+    def write_json(path, value):
+        if path.name == "manifest.json":
+            announce()
+        real(path, value)
+
+    checkpoint._write_json = write_json
+
+
+def dwell_in_compiling():
+    def compiled(model, *rest, **more):
+        announce(600)
+        return model
+
+    distributed.compiled = compiled
+
+
+def dwell_in_the_exact_loss():
+    real = evaluate.padded_windows
+
+    def padded_windows(*args):
+        announce(0.2)
+        return real(*args)
+
+    evaluate.padded_windows = padded_windows
+
+
+PHASES = {
+    "training": dwell_in_training,
+    "evaluation": dwell_in_evaluation,
+    "saving": dwell_in_saving,
+    "compiling": dwell_in_compiling,
+    "exact evaluation": dwell_in_the_exact_loss,
+}
+
+
+UNFINISHED = {"evaluation": r"^step \d", "exact evaluation": "exact val loss"}  # what is broken off says nothing
+
+
+ENDING = []
+
+
+@pytest.fixture
+def whole(run):
+    """What a run that nobody stopped leaves; made once."""
+    if not ENDING:
+        run("--dropout=0.1", "--out_dir=whole")
+        ENDING.append(ending("whole"))
+    return ENDING[0]
+
+
+def stop_in(start, phase, signum):
+    """Send a signal when the run is in this phase; returns its Door and the seconds until it had ended."""
+    door = start(*ARGS, before=PHASES[phase])
+    door.wait_for("^NOW")
+    sent = time.monotonic()
+    door.send(signum)
+    assert door.end() == 128 + signum, door.printed
+    return door, time.monotonic() - sent
+
+
+@pytest.mark.parametrize("signum", ALL, ids=lambda s: s.name)
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_signal_is_answered_by_saving_and_a_line_on_how_to_go_on(start, run, whole, tmp_path, phase, signum):
+    door, seconds = stop_in(start, phase, signum)
+    assert seconds < 10
+    assert f"\n{signum.name}: saving, then stopping" in door.printed and "Traceback" not in door.printed
+    if phase in UNFINISHED:
+        assert not re.search(UNFINISHED[phase], door.printed, re.M)
+    [(step, folder)] = re.findall(r"^stopped at step (\d+), saved in (\S+); .*--init_from=resume goes on$", door.printed, re.M)
+    assert not checkpoint.damage(tmp_path / folder) and checkpoint.newest(tmp_path / "parts").step == int(step)
+    run(*ARGS, "--init_from=resume")
+    assert ending("parts") == whole
+
+
+def test_a_process_of_two_that_gets_the_signal_takes_the_other_along(start_two):
+    args = ["--dropout=0.1", "--max_iters=100000"]
+    doors = start_two(*args)
+    doors[0].wait_for(r"^iter 3:")
+    doors[1].send(signal.SIGUSR1)
+    assert [d.end() for d in doors] == [128 + signal.SIGTERM, 128 + signal.SIGUSR1]
+    found = checkpoint.newest(doors[0].log.parent / "out")
+    assert f"stopped at step {found.step}, saved in" in doors[0].printed
+    assert "Traceback" not in doors[0].printed + doors[1].printed
+
+
+def test_a_second_interrupt_stops_at_once(start):
+    door = start(before=dwell_in_training_for_long)
+    door.wait_for("^NOW")
+    door.send(signal.SIGINT)
+    door.wait_for("SIGINT: saving, then stopping; once more stops at once")
+    assert door.process.is_alive()
+    sent = time.monotonic()
+    door.send(signal.SIGINT)
+    assert door.end() == 130 and time.monotonic() - sent < 5
+
+
+def dwell_in_training_for_long():
+    train.train_step = lambda *args: announce(600)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+def test_the_other_signals_may_come_again_and_change_nothing(start, signum):
+    door = start(before=dwell_in_training)
+    door.wait_for("^NOW")
+    for _ in range(5):
+        door.send(signum)
+        time.sleep(0.02)
+    assert door.end() == 128 + signum
+    assert "saved in out/checkpoints/step-00000006" in door.printed
+
+
+def test_a_run_that_only_evaluates_stops_and_writes_nothing(start, tmp_path):
+    door = start("--eval_only=True", before=dwell_in_evaluation)
+    door.wait_for("^NOW")
+    door.send(signal.SIGTERM)
+    assert door.end() == 128 + signal.SIGTERM
+    assert not (tmp_path / "out").exists() and "saved" not in door.printed.replace("saving", "")
+
+
+def test_stopping_saves_each_step_once(start, tmp_path):
+    door = start("--max_iters=8", before=dwell_in_the_exact_loss)  # step 8 is saved already when the signal comes
+    door.wait_for("^NOW")
+    door.send(signal.SIGTERM)
+    assert door.end() == 128 + signal.SIGTERM
+    assert "saved in out/checkpoints/step-00000008;" in door.printed
+    assert sorted(p.name for p in (tmp_path / "out/checkpoints").iterdir()) == ["step-00000004", "step-00000008"]
+
+
+def test_the_handlers_are_put_back(dist):
+    before = [signal.getsignal(s) for s in signals.SIGNALS]
+    with signals.stopping(dist):
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(s) for s in signals.SIGNALS] == before
+
+
+def test_what_may_be_broken_off_is_broken_off_at_once_also_when_asked_before(dist):
+    with signals.stopping(dist) as stop:
+        with pytest.raises(signals.Interrupted), stop.at_once():
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested()
+        with pytest.raises(signals.Interrupted), stop.at_once():
+            pytest.fail("it was begun")
+        signal.raise_signal(signal.SIGUSR1)  # outside of it, nothing is raised
+    assert stop.signum == signal.SIGTERM
