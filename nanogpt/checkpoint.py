@@ -12,20 +12,26 @@ Only tensors and JSON are read; nothing in a checkpoint can run code.
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt.config import UserError
+from nanogpt import legacy
+from nanogpt.config import RunFailed, UserError
 from nanogpt.model import GPT, GPTConfig
 
 FORMAT = 1
+FILES = ("checkpoint.json", "model.safetensors", "optimizer.safetensors")
+NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,9}))?")
 RUN_FILES = ("checkpoints", "config.json", "metrics.jsonl", "loss.png")  # what a run leaves in its out_dir
 
 
@@ -35,87 +41,240 @@ class Checkpoint:
 
     folder: Path
     step: int
-    val_loss: float
-    best_val_loss: float
+    state: dict  # where the run stood: train.TrainState
     model_config: dict
     tokenizer: dict
     settings: dict
     scaler: dict
+    in_memory: tuple | None = None  # model's and optimizer's tensors, where the folder is nanoGPT's and has no such files
+
+    @property
+    def val_loss(self):
+        """The estimate at this very step, or infinity where none was made."""
+        losses = self.state["losses"]
+        return losses["val"] if losses else math.inf
 
     def model_tensors(self):
         """{parameter name: tensor}."""
-        return _tensors(self.folder / "model.safetensors")
+        return self.in_memory[0] if self.in_memory else _tensors(self.folder / "model.safetensors")
 
     def optimizer_tensors(self):
-        """{'exp_avg.NAME': tensor, ...}, as `optim.state_tensors` gave them."""
-        return _tensors(self.folder / "optimizer.safetensors")
+        """{'exp_avg.NAME': tensor, ...}, as `optim.state_tensors` gave them, and what else the run remembers."""
+        return self.in_memory[1] if self.in_memory else _tensors(self.folder / "optimizer.safetensors")
 
 
-def save(out_dir, model, optimizer_tensors, *, step, val_loss, best_val_loss, tokenizer, settings, scaler):
-    """Write the checkpoint of `step` into `out_dir`, then remove those that are neither the newest nor the best.
+class Writer:
+    """Writes checkpoints in the background from a copy in memory, one at a time.
 
-    Returns its folder. Raises OSError where the disk refuses; older checkpoints are intact then.
+    A write that fails is raised by the next call of any method.
     """
+
+    def __init__(self, out_dir, keep, always, folder=None):
+        self.out_dir, self.keep, self.always = Path(out_dir), keep, always
+        self.folder = folder  # of the newest checkpoint
+        self.step = None  # of the checkpoint that was last written, or is being written
+        self.copies, self.thread, self.failure = {}, None, None
+
+    def save(self, model_tensors, other_tensors, info):
+        """Copy the tensors, then write them with `info` (a dict for JSON) while the caller goes on."""
+        self.wait()
+        self.step = info["step"]
+        groups = [self._copy("model", model_tensors), self._copy("optimizer", other_tensors)]
+        self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
+        self.thread.start()
+
+    def _copy(self, group, tensors):
+        """CPU copies, in memory that is kept from one save to the next: fresh pages cost more than the copying."""
+        kept = self.copies.setdefault(group, {})
+        for name, tensor in tensors.items():
+            if name not in kept:
+                kept[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+            kept[name].copy_(tensor.detach())
+        return kept
+
+    def _write(self, model_tensors, other_tensors, info):
+        try:
+            self.folder = write(self.out_dir, model_tensors, other_tensors, info)
+            clean(self.out_dir, self.keep, self.always)
+        except (OSError, SafetensorError) as e:
+            reason = getattr(e, "strerror", None) or e
+            self.failure = RunFailed(
+                f"{self.out_dir}/checkpoints: step {info['step']} could not be saved ({reason}); the run stops, and the "
+                "checkpoints before it are as they were; with room on the disk, --init_from=resume goes on"
+            )
+
+    def check(self):
+        """Raise the failure of a write that has ended in one."""
+        if self.failure:
+            failure, self.failure = self.failure, None
+            raise failure
+
+    def wait(self):
+        """Return when nothing is being written any more."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+
+def write(out_dir, model_tensors, other_tensors, info):
+    """Write one checkpoint, durably, and return its folder. Raises OSError or SafetensorError, leaving none."""
     parent = Path(out_dir) / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
-    for stale in parent.glob(".step-*.tmp"):
+    for stale in parent.glob(".*.tmp"):
         shutil.rmtree(stale)
-    folder = parent / f"step-{step:08d}"
-    temporary = parent / f".{folder.name}.tmp"
+    temporary = parent / f".step-{info['step']:08d}.tmp"
     temporary.mkdir()
     try:
-        save_file({n: p.detach().contiguous() for n, p in model.named_parameters()}, temporary / "model.safetensors")
-        save_file({n: t.contiguous() for n, t in optimizer_tensors.items()}, temporary / "optimizer.safetensors")
-        info = dict(step=step, val_loss=val_loss, best_val_loss=best_val_loss, model_config=asdict(model.config))
-        info |= dict(tokenizer=tokenizer, settings=settings, scaler=scaler)
+        save_file(model_tensors, temporary / "model.safetensors")
+        save_file(other_tensors, temporary / "optimizer.safetensors")
         _write_json(temporary / "checkpoint.json", info)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
         _write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
-        for path in [*temporary.iterdir(), temporary]:
+        for path in [*sorted(temporary.iterdir()), temporary]:
             _flush(path)
-        if folder.exists():  # this step once more, after a resume
-            shutil.rmtree(folder)
+        folder = _free_name(parent, info["step"])
         os.rename(temporary, folder)
         _flush(parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    keep = {folder, best(out_dir).folder}
-    for other in _folders(out_dir):
-        if other not in keep:
-            shutil.rmtree(other)
     return folder
 
 
-def newest(out_dir):
-    """The Checkpoint with the highest step in `out_dir`, or None where there is none."""
-    folders = _folders(out_dir)
-    return read(folders[-1]) if folders else None
+def clean(out_dir, keep, always):
+    """Remove all checkpoints but the newest, the `keep` newest, and the best.
+
+    Where not `always`, those that were no improvement do not count among the `keep` newest.
+    """
+    found = []
+    for folder in _folders(out_dir):
+        try:
+            found.append(read(folder))
+        except UserError:
+            continue  # damaged: neither counted nor touched
+    counted = [c for c in found if always or c.state["improved"]]
+    kept = {c.folder for c in [found[-1], *counted[-keep:], min(found, key=lambda c: (c.val_loss, c.step))]}
+    for checkpoint in found:
+        if checkpoint.folder not in kept:
+            shutil.rmtree(checkpoint.folder)
 
 
-def best(out_dir):
-    """The Checkpoint with the lowest validation loss in `out_dir`, or None where there is none."""
-    found = [read(f) for f in _folders(out_dir)]
-    return min(found, key=lambda c: (c.val_loss, c.step), default=None)
+def newest(out_dir, say=print):
+    """The newest sound Checkpoint in `out_dir`, or None where there is none at all.
+
+    A damaged one is named by `say`, and the one before it taken. Raises UserError where all are damaged.
+    """
+    return _first_sound(out_dir, list(reversed(_folders(out_dir))), say)
+
+
+def best(out_dir, say=print):
+    """The sound Checkpoint with the lowest validation loss; otherwise like `newest`."""
+    losses = {}
+    for folder in _folders(out_dir):
+        try:
+            losses[folder] = read(folder).val_loss
+        except UserError:
+            losses[folder] = math.inf
+    return _first_sound(out_dir, sorted(reversed(losses), key=losses.get), say)
+
+
+def _first_sound(out_dir, folders, say):
+    for folder in folders:
+        problem = damage(folder)
+        if not problem:
+            return read(folder)
+        say(f"{folder}: damaged ({problem}); it is left alone, and the next best is taken")
+    if folders:
+        raise UserError(f"{out_dir}/checkpoints: none of the {len(folders)} checkpoints is sound; nothing was touched")
+    nanogpt_file = Path(out_dir) / "ckpt.pt"
+    return from_nanogpt(nanogpt_file, say) if nanogpt_file.is_file() else None
+
+
+def from_nanogpt(path, say):
+    """The Checkpoint in the original nanoGPT's `ckpt.pt`. UserError where it is damaged, or more than data."""
+    found = legacy.read_checkpoint(path)
+    try:
+        settings, step = found["config"], found["iter_num"]
+        tokenizer = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
+        config = GPTConfig(**found["model_args"])
+        moments = legacy_moments(GPT(config), found["optimizer"]["state"])
+        losses = {"val": float(found["best_val_loss"])}
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})") from None
+    say(f"{path}: a checkpoint of the original nanoGPT, at step {step}")
+    state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
+    return Checkpoint(path, step, state, asdict(config), tokenizer, settings, {}, (found["model"], moments))
+
+
+def legacy_moments(model, state):
+    """nanoGPT's AdamW state, numbered in its order (matrices first, then vectors), under our names."""
+    params = list(model.named_parameters())
+    ordered = [n for n, p in params if p.dim() >= 2] + [n for n, p in params if p.dim() < 2]
+    return {
+        f"{key}.{name}": torch.as_tensor(state[i][key], dtype=torch.float32)
+        for i, name in enumerate(ordered)
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def legacy_tokenizer(dataset, vocab_size, path):
+    """The tokenizer of a nanoGPT model, which lies with its data and not with the model."""
+    meta = Path("data") / Path(dataset).name / "meta.pkl"
+    if meta.is_file():
+        return {"type": "char", "chars": legacy.read_meta(meta)}
+    meta = meta.with_suffix(".json")
+    if meta.is_file():
+        return json.loads(meta.read_text(encoding="utf-8"))["tokenizer"]
+    if vocab_size < 50257:
+        raise UserError(f"{path}: its characters are in {meta.with_suffix('.pkl')}, which is missing")
+    return {"type": "gpt2"}
+
+
+def damage(folder):
+    """What is wrong with the checkpoint in `folder`, found by reading every byte; None where it is sound."""
+    try:
+        files = _manifest(folder)["files"]
+        present = {p.name for p in Path(folder).iterdir()}
+        if missing := sorted(files.keys() - present):
+            return f"{missing[0]} is missing"
+        for name, entry in files.items():
+            path = Path(folder) / name
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+            if _sha256(path) != entry["sha256"]:
+                return f"{name} has changed since it was written"
+        read(folder)
+    except (OSError, UserError, KeyError, TypeError) as e:
+        return str(e)
+    return None
 
 
 def read(folder):
-    """The Checkpoint in `folder`. Raises UserError where a file is missing, cut short or not what it should be."""
+    """The Checkpoint in `folder`, its tensors not yet. Raises UserError where it cannot be read."""
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{folder}: is of format {manifest['format']}; this version reads format {FORMAT}")
-        for name, entry in manifest["files"].items():
-            size = (folder / Path(name).name).stat().st_size
-            if size != entry["bytes"]:
-                raise UserError(f"{folder / name}: has {size} bytes instead of {entry['bytes']}")
+        _manifest(folder)
         info = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        return Checkpoint(folder, **info)
+        checkpoint = Checkpoint(folder, **info)
+        checkpoint.val_loss, checkpoint.state["improved"], checkpoint.step + 0  # noqa: B018  the least it must have
+        return checkpoint
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{folder}: is no sound checkpoint ({type(e).__name__}: {e})") from None
+        raise UserError(f"checkpoint.json cannot be read ({type(e).__name__}: {e})") from None
+
+
+def _manifest(folder):
+    """The checked contents of `manifest.json`. Raises UserError where it is not what `write` wrote."""
+    try:
+        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        known = manifest["format"] == FORMAT
+        if known and set(manifest["files"]) == set(FILES) and all(set(e) == {"bytes", "sha256"} for e in manifest["files"].values()):
+            return manifest
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"manifest.json cannot be read ({type(e).__name__}: {e})") from None
+    raise UserError(f"manifest.json is not of format {FORMAT}, which this version reads")
 
 
 def load_model(checkpoint, dropout=0.0):
@@ -132,7 +291,7 @@ def load_model(checkpoint, dropout=0.0):
 def set_aside(out_dir):
     """Move an earlier run in `out_dir` into a dated folder inside it. Returns that folder, or None if there was none."""
     out_dir = Path(out_dir)
-    present = [out_dir / n for n in RUN_FILES if (out_dir / n).exists()]
+    present = [out_dir / n for n in RUN_FILES if os.path.lexists(out_dir / n)]
     if not present:
         return None
     aside = out_dir / time.strftime("earlier-%Y%m%d-%H%M%S")
@@ -154,15 +313,21 @@ def write_settings(out_dir, settings, sources):
 
 
 def _folders(out_dir):
-    """Complete checkpoints in `out_dir`, oldest first."""
-    parent = Path(out_dir) / "checkpoints"
-    return sorted(p for p in parent.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+    """The checkpoints in `out_dir`, oldest first. A folder by such a name was complete when it got it."""
+    found = [(NAME.fullmatch(p.name), p) for p in (Path(out_dir) / "checkpoints").glob("step-*")]
+    return [p for _, p in sorted(((int(m[1]), int(m[2] or 1)), p) for m, p in found if m)]
+
+
+def _free_name(parent, step):
+    """step-00000250, or step-00000250-2 where that exists: a folder cannot be replaced in one instant."""
+    taken = [int(m[2] or 1) for p in parent.glob("step-*") if (m := NAME.fullmatch(p.name)) and int(m[1]) == step]
+    return parent / (f"step-{step:08d}" + (f"-{max(taken) + 1}" if taken else ""))
 
 
 def _tensors(path):
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from None
 
 

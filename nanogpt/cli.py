@@ -30,8 +30,8 @@ def main(argv=None) -> int:
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # every process meets the same problem; one tells it
             for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
-        return 2
+                print(problem if error.exit_code > 128 else f"error: {problem}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

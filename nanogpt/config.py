@@ -18,9 +18,17 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 class UserError(ValueError):
     """What a user can mend: one line a problem, exit code 2, no traceback."""
 
+    exit_code = 2
+
     def __init__(self, *problems):
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+class RunFailed(UserError):
+    """A run that cannot go on through no fault of its settings: a full disk, a sick model."""
+
+    exit_code = 1
 
 
 def setting(default, help, kind=None, *, low=None, above=None, high=None, choices=None, auto=False, group=None):
@@ -42,7 +50,10 @@ class TrainConfig:
     log_interval: int = setting(1, "print a line every so many iterations", low=1)
     eval_iters: int = setting(200, "batches of each split in an evaluation; always the same ones", low=1)
     eval_only: bool = setting(False, "evaluate once, print the exact validation loss, and end")
-    always_save_checkpoint: bool = setting(True, "save at every evaluation, not only when val loss improves")
+    always_save_checkpoint: bool = setting(
+        True, "False: a checkpoint whose val loss is no improvement gives way to the next one"
+    )
+    keep_checkpoints: int = setting(2, "the so many newest checkpoints are kept, and the best", low=1)
     init_from: str = setting("scratch", "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder")
     wandb_log: bool = setting(False, "log to Weights & Biases", group="Weights & Biases")
     wandb_project: str = setting("owt", "its project")
@@ -62,6 +73,7 @@ class TrainConfig:
     beta1: float = setting(0.9, "AdamW's decay of the mean", low=0.0, high=1.0)
     beta2: float = setting(0.95, "AdamW's decay of the mean square", low=0.0, high=1.0)
     grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0.0 turns it off", low=0.0)
+    skip_spikes: bool = setting(False, "leave out an update whose loss is far above the recent ones")
     decay_lr: bool = setting(True, "warm up and decay; otherwise the rate is constant", group="Learning rate schedule")
     warmup_iters: int = setting(2000, "iterations of linear warm-up", low=0)
     lr_decay_iters: int = setting(600000, "iteration at which the cosine reaches min_lr; about max_iters", low=0)

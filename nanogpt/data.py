@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nanogpt import legacy
 from nanogpt.config import UserError, nearest
 
 DTYPES = ("uint16", "uint32")
@@ -109,6 +110,9 @@ class Dataset:
 def read_meta(folder):
     """The checked contents of a dataset's `meta.json`; UserError says what is missing and what makes it."""
     path = folder / "meta.json"
+    if not path.is_file() and (folder / "meta.pkl").is_file():  # prepared by the original nanoGPT
+        chars = legacy.read_meta(folder / "meta.pkl")
+        return {"tokenizer": {"type": "char", "chars": chars}, "vocab_size": len(chars), "dtype": "uint16"}
     if not path.is_file():
         what = "is not there" if not folder.is_dir() else "has no meta.json"
         raise UserError(f"--dataset={folder.name}: {folder}/ {what}{how_to_prepare(folder)}")

@@ -30,6 +30,7 @@ class Dist:
     local_rank: int = 0
     world_size: int = 1
     out: TextIO = sys.stdout  # where `say` prints
+    host_group: object = None  # connects the hosts; their devices go on meanwhile
 
     @property
     def is_main(self):
@@ -82,10 +83,18 @@ class Dist:
         td.all_reduce(tensor)
         return tensor.tolist()
 
+    def any(self, flag):
+        """Whether `flag` is true on any process."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor(int(flag))
+        td.all_reduce(tensor, op=td.ReduceOp.MAX, group=self.host_group)
+        return bool(tensor)
+
     def barrier(self):
         """Wait until every process has come here."""
         if self.world_size > 1:
-            td.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            td.barrier(group=self.host_group)
 
 
 @contextmanager
@@ -110,6 +119,7 @@ def setup(cfg, out=None):
         say(f"backend: {backend}, the one for {device.type} devices (--backend)")
     td.init_process_group(backend, device_id=device if backend == "nccl" else None)
     try:
+        dist.host_group = td.new_group(backend="gloo") if backend != "gloo" else td.group.WORLD
         yield dist
     finally:
         td.destroy_process_group()

@@ -20,16 +20,22 @@ def evaluating(model):
         model.train(was_training)
 
 
-def losses(model, batches, cfg, dist):
+def losses(model, batches, cfg, dist, stop=lambda: False):
     """Mean loss over the first `eval_iters` batches of each stream: {'train': nats, 'val': nats}.
 
     Always the same batches, so that evaluations compare. Each process takes every world_size-th batch.
+    `stop` is asked before each batch; where it answers True, None is returned.
     """
     result = {}
     with evaluating(model):
         for split, stream in batches.items():
             total = torch.zeros((), device=dist.device)
-            for i in range(dist.rank, cfg.eval_iters, dist.world_size):
+            for first in range(0, cfg.eval_iters, dist.world_size):
+                if stop():
+                    return None
+                i = first + dist.rank
+                if i >= cfg.eval_iters:
+                    break
                 x, y = stream.get(i * cfg.batch_size, cfg.batch_size)
                 with dist.autocast():
                     total += model(x, y)[1]
@@ -37,19 +43,25 @@ def losses(model, batches, cfg, dist):
     return result
 
 
-def exact(model, dataset, cfg, dist, token_bytes):
+def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False):
     """The loss over all of a split, each token predicted once, from windows laid end to end.
 
     `token_bytes`: the UTF-8 length of each token id, or None. Returns a dict: `loss` (nats a token), `tokens`,
     `perplexity`, and with token_bytes `bits_per_byte`. No randomness: the same to the last digit every time.
+    `stop` is asked before each batch; where it answers True, None is returned.
     """
     T, B, n = cfg.block_size, cfg.batch_size, len(dataset.tokens)
     nats = count = n_bytes = 0
     starts = np.arange(0, n - 1, T)
-    mine = range(dist.rank * B, len(starts), dist.world_size * B)
+    rounds = range(0, len(starts), dist.world_size * B)  # in each, every process takes a batch
     with evaluating(model):
-        for i in tqdm(mine, desc="exact val loss", leave=False, disable=None if dist.is_main else True, mininterval=0.5):
-            ids = padded_windows(dataset, starts[i : i + B], B, T)
+        for first in tqdm(rounds, desc="exact val loss", leave=False, disable=None if dist.is_main else True, mininterval=0.5):
+            if stop():
+                return None
+            mine = starts[first + dist.rank * B :][:B]
+            if not len(mine):
+                break
+            ids = padded_windows(dataset, mine, B, T)
             targets = ids[:, 1:]
             x, y = dist.to_device(ids[:, :-1].clamp(min=0)), dist.to_device(targets.contiguous())
             with dist.autocast():

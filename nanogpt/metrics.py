@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanogpt.config import UserError, settings
+from nanogpt.config import RunFailed, UserError, settings
 
 # Dense peak in TFLOP/s without sparsity, bfloat16 (float16 where the chip has no bfloat16), from the vendors' datasheets.
 # The first name that is part of the device's counts.
@@ -66,23 +66,24 @@ def synchronize(device):
 class Log:
     """Reports a run: on the main process alone, and to files only where something is trained.
 
-    A step's loss is read when the next step has been given to the device, so that a GPU never waits for the host.
+    Steps are read in arrears, when the next step has been given to the device, so that a GPU never waits for the
+    host. All processes read the same numbers and give them to `watch`, which ends a sick run on all of them.
     """
 
-    def __init__(self, cfg, dist, *, start_step, tokens_per_iter, flops_per_iter, peak):
-        self.cfg, self.dist = cfg, dist
+    def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak):
+        self.cfg, self.dist, self.watch = cfg, dist, watch
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
-        self.waiting = None  # a step whose loss has not been read yet
-        self.last_step, self.seconds, self.mark = start_step, 0.0, time.perf_counter()
+        self.unread = []  # steps whose numbers are still on the device
+        self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
         self.file = self.wandb = self.bar = None
         if not dist.is_main or cfg.eval_only:
             return
         path = Path(cfg.out_dir) / "metrics.jsonl"
-        drop_after(path, start_step)
+        drop_after(path, state.step, state.evaluated)
         self.file = open(path, "a", buffering=1, encoding="utf-8")
         self.wandb = start_wandb(cfg) if cfg.wandb_log else None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=cfg.max_iters, initial=start_step, unit="it", leave=False, dynamic_ncols=True)
+            self.bar = tqdm(total=cfg.max_iters, initial=state.step, unit="it", leave=False, dynamic_ncols=True)
 
     def say(self, line):
         """Print a line on the main process, above the progress bar."""
@@ -91,24 +92,35 @@ class Log:
         else:
             self.dist.say(line)
 
-    def step(self, step, loss, grad_norm, lr):
-        """Report update number `step`; `loss` and `grad_norm` are tensors, perhaps still being computed."""
-        if not self.dist.is_main:
-            return
-        self._read_waiting()
-        if step % self.cfg.log_interval == 0:
-            self.waiting = step, loss, grad_norm, lr
+    def step(self, step, lr, loss, grad_norm, spike):
+        """Report update number `step`; loss, grad_norm and spike are tensors, perhaps still being computed.
+
+        Raises RunFailed where an earlier step turns out to have been sick.
+        """
+        if self.unread and self.unread[-1][0] % min(self.cfg.log_interval, 100) == 0:
+            self._read()
+        self.unread.append((step, lr, torch.stack([loss, grad_norm, spike])))
         if self.bar:
             self.bar.update()
-        if self.dist.device.type == "cpu":
-            self._read_waiting()  # there is nothing to overlap with
+        if self.dist.device.type == "cpu" and step % self.cfg.log_interval == 0:
+            self._read()  # there is nothing to overlap with
 
-    def _read_waiting(self):
-        if self.waiting is None:
+    def _read(self):
+        """Fetch the numbers of all unread steps, at the price of waiting for the last of them."""
+        unread, self.unread = self.unread, []
+        if not unread:
             return
-        step, loss, grad_norm, lr = self.waiting
-        self.waiting = None
-        loss, grad_norm = loss.item(), grad_norm.item()  # waits for that step alone
+        numbers = torch.stack([tensors for _, _, tensors in unread]).tolist()
+        for (step, lr, _), (loss, grad_norm, spike) in zip(unread, numbers, strict=True):
+            self.watch.look(step, loss, grad_norm, spike)
+            if spike:
+                skipped = ", and was skipped" if self.cfg.skip_spikes else ""
+                self.say(f"iter {step}: spike number {self.watch.spikes}: loss {loss:.4f} is far above the recent ones{skipped}")
+                self._record(step=step, spike=loss)
+            if step % self.cfg.log_interval == 0:
+                self._line(step, lr, loss, grad_norm)
+
+    def _line(self, step, lr, loss, grad_norm):
         now = time.perf_counter()
         seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
         self.last_step, self.seconds, self.mark = step, 0.0, now
@@ -125,7 +137,7 @@ class Log:
     @contextmanager
     def paused(self):
         """Time spent within (evaluating, saving) counts for no step."""
-        self._read_waiting()
+        self._read()
         self.seconds += time.perf_counter() - self.mark
         yield
         self.mark = time.perf_counter()
@@ -147,30 +159,38 @@ class Log:
     def _record(self, **values):
         if self.file:
             values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self.file.write(json.dumps(values) + "\n")
+            try:
+                self.file.write(json.dumps(values) + "\n")
+            except OSError as e:
+                raise RunFailed(f"{self.file.name}: cannot be written to ({e.strerror}); the run stops; its checkpoints are safe") from None
 
     def _send(self, step, values):
         if self.wandb:
             self.wandb.log({"iter": step} | values, step=step)
 
     def close(self):
-        """Report what is left, close what is open, and draw the picture of the losses."""
-        self._read_waiting()
+        """Close what is open, and draw the picture of the losses."""
         if self.bar:
             self.bar.close()
             self.bar = None
         if self.wandb:
             self.wandb.finish()
         if self.file:
-            self.file.close()
-            self.say(draw_losses(self.cfg.out_dir))
+            try:
+                self.file.close()
+                self.say(draw_losses(self.cfg.out_dir))
+            except OSError as e:
+                self.say(f"no picture of the losses: {e}")
 
 
-def drop_after(path, step):
-    """Remove from metrics.jsonl what a run reported after `step`, from where it now goes on."""
+def drop_after(path, step, evaluated):
+    """Remove from metrics.jsonl what a run reported after `step`, from where it now goes on.
+
+    evaluated: the last step whose evaluation is not going to be repeated.
+    """
     if not path.exists():
         return
-    kept = [record for record in read_metrics(path) if record["step"] <= step and (record["step"] < step or "loss" in record)]
+    kept = [r for r in read_metrics(path) if r["step"] <= (evaluated if "val_loss" in r else step) and "exact_loss" not in r]
     temporary = path.with_name(".metrics.jsonl.tmp")
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(temporary, path)

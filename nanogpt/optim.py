@@ -13,6 +13,8 @@ class AdamW:
     `exp_avg` and `exp_avg_sq`.
     """
 
+    _step_supports_amp_scaling = True  # tells GradScaler to set found_inf instead of waiting for it
+
     def __init__(self, groups, lr, betas, eps=1e-8):
         self.param_groups = [{**group, "lr": lr} for group in groups if group["params"]]
         self.betas, self.eps = betas, eps
@@ -23,13 +25,18 @@ class AdamW:
         return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self):
-        """Update every parameter that has a gradient."""
+    def step(self, skip=None):
+        """Update every parameter that has a gradient; where the tensor `skip` holds 1, change nothing.
+
+        So the device decides, and nobody waits for it. `torch.amp.GradScaler` adds its own found_inf.
+        """
+        found = [s for s in (skip, getattr(self, "found_inf", None)) if s is not None]
+        skip = torch.stack(found).amax() if found else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] for p in params]
             steps = [s["step"] for s in states]
-            torch._foreach_add_(steps, 1)
+            torch._foreach_add_(steps, 1 if skip is None else 1 - skip)
             torch._fused_adamw_(
                 params,
                 [p.grad for p in params],
@@ -44,6 +51,7 @@ class AdamW:
                 eps=self.eps,
                 amsgrad=False,
                 maximize=False,
+                found_inf=skip,
             )
 
     def zero_grad(self):

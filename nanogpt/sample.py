@@ -18,12 +18,12 @@ def main(argv):
         sample(cfg, dist)
 
 
-def load(cfg):
+def load(cfg, dist):
     """The model and tokenizer that `init_from` names. UserError where there is none."""
     if cfg.init_from in GPT2_NAMES or (cfg.init_from != "resume" and export.is_hugging_face(cfg.init_from)):
         return export.from_pretrained(cfg.init_from), open_tokenizer({"type": "gpt2"})
     folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    found = checkpoint.best(folder)
+    found = checkpoint.best(folder, dist.say)
     if found is None:
         there = sorted(str(p.parent) for p in Path().glob("*/checkpoints"))
         hint = f"; there are some in {', '.join(there)}" if there else "; train.py makes one"
@@ -70,7 +70,7 @@ def sample(cfg, dist):
     """Write `num_samples` texts to standard output."""
     distributed.choose_seed(cfg, dist)
     text = read_start(cfg.start)
-    model, tok = load(cfg)
+    model, tok = load(cfg, dist)
     model.to(dist.device).eval()
     idx = encode(text, tok, model, dist)
     if cfg.compile == "auto":

@@ -16,6 +16,8 @@ from conftest import ROOT
 from test_train import SMALL, losses
 
 from nanogpt import metrics
+from nanogpt.config import TrainConfig
+from nanogpt.train import TrainState
 
 
 def test_wandb_receives_losses_rate_and_mfu(tiny, run_door, tmp_path):
@@ -88,17 +90,16 @@ def write(path, *records):
 def test_going_on_from_a_step_forgets_what_came_after_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     train, evaluation = [{"step": s, "loss": 1.0} for s in (1, 2, 3)], {"step": 2, "val_loss": 1.0}
-    write(path, *train[:2], evaluation, train[2], '{"step": 4, "lo')
-    metrics.drop_after(path, 2)
-    assert metrics.read_metrics(path) == train[:2]  # the evaluation at 2 is about to be made again
-    assert path.read_text().count("\n") == 2
+    for evaluated, kept in ((2, [*train[:2], evaluation]), (0, train[:2])):  # at 0, that at 2 is about to be made again
+        write(path, *train[:2], evaluation, train[2], '{"step": 4, "lo')
+        metrics.drop_after(path, 2, evaluated)
+        assert metrics.read_metrics(path) == kept
+        assert path.read_text().count("\n") == len(kept)
 
 
 def test_a_loss_that_is_not_finite_leaves_valid_json(tmp_path, dist):
-    from nanogpt.config import TrainConfig
-
     cfg = TrainConfig(out_dir=str(tmp_path))
-    log = metrics.Log(cfg, dist, start_step=0, tokens_per_iter=1, flops_per_iter=1.0, peak=1.0)
+    log = metrics.Log(cfg, dist, None, TrainState(), tokens_per_iter=1, flops_per_iter=1.0, peak=1.0)
     log.evaluation(0, {"train": float("nan"), "val": float("inf")}, 0.1)
     log.close()
     assert json.loads(Path(tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "train_loss": None, "val_loss": None, "lr": 0.1}

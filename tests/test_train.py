@@ -98,7 +98,7 @@ def test_a_resumed_run_is_the_same_run(run, dropout):
     whole, parts = checkpoint.newest("whole"), checkpoint.newest("parts")
     for file in ("model.safetensors", "optimizer.safetensors"):
         assert (whole.folder / file).read_bytes() == (parts.folder / file).read_bytes()
-    assert whole.best_val_loss == parts.best_val_loss
+    assert whole.state == parts.state
 
 
 def test_dropout_differs_between_steps_and_runs_repeat(run):

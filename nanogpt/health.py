@@ -1,0 +1,65 @@
+"""Is the run well? Decided on the device, step by step, so that a sick update is never applied and nobody waits.
+
+Shapes: scalars are tensors of no dimension; `recent` holds the losses of the last RECENT sound steps.
+"""
+
+import math
+
+import torch
+
+from nanogpt.config import RunFailed
+
+RECENT = 64  # steps that a loss is compared with
+FAR = 6.0  # standard deviations above their mean that make it a spike
+PATIENCE = 100  # skipped steps in a row that float16's loss scaling may take to find its scale
+
+
+class Health:
+    """Judges each step by its loss and gradient norm. `state` is all it remembers, by name."""
+
+    def __init__(self, cfg, device):
+        self.skip_spikes = cfg.skip_spikes
+        self.state = {"health.recent": torch.zeros(RECENT, device=device), "health.seen": torch.zeros((), device=device)}
+
+    def judge(self, loss, grad_norm):
+        """(skip, spike) of a step, each a tensor holding 0 or 1.
+
+        skip: loss or norm is not finite, or it is a spike and those are to be skipped; the update must not be
+        applied. spike: the loss lies far above the recent ones.
+        """
+        recent, seen = self.state["health.recent"], self.state["health.seen"]
+        sound = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        spike = sound & (seen >= RECENT) & (loss > recent.mean() + FAR * recent.std())
+        place = (torch.arange(RECENT, device=loss.device) == seen % RECENT) & sound
+        recent.copy_(torch.where(place, loss, recent))
+        seen += sound
+        return (~sound | (spike & self.skip_spikes)).float(), spike.float()
+
+
+class Watch:
+    """Reads on the host what `Health` found, counts spikes, and ends a sick run."""
+
+    def __init__(self, cfg, dist, state, writer):
+        self.cfg, self.state, self.writer = cfg, state, writer
+        self.scaled = dist.dtype == torch.float16
+        self.skipped_in_a_row = 0
+
+    @property
+    def spikes(self):
+        """How many there were in this run so far."""
+        return self.state.spikes
+
+    def look(self, step, loss, grad_norm, spike):
+        """Take note of a step's numbers. Raises RunFailed where the run cannot go on."""
+        self.state.spikes += int(spike)
+        finite = all(abs(x) < math.inf for x in (loss, grad_norm))  # nan compares false
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if finite or (self.scaled and self.skipped_in_a_row < PATIENCE):
+            return
+        last = self.writer.folder
+        last = f"the last sound checkpoint is {last}" if last else "there is no checkpoint yet"
+        hint = "--dtype=bfloat16 or float32" if self.scaled else f"--grad_clip={self.cfg.grad_clip / 2 or 1.0:g}"
+        raise RunFailed(
+            f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}: the run stops, and this update was not "
+            f"applied; {last}; two things to try: --learning_rate={self.cfg.learning_rate / 2:g} and {hint}"
+        )

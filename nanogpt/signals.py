@@ -1,0 +1,67 @@
+"""Stopping on request: SIGTERM, SIGINT and SIGUSR1 end the run at the next safe place, on all processes at once."""
+
+import os
+import signal
+from contextlib import contextmanager
+
+from nanogpt.config import UserError
+
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Interrupted(BaseException):
+    """Ends what may be broken off at once, such as compiling. Not an Exception, so that no fallback catches it."""
+
+
+class Stopped(UserError):
+    """The run ended on request, saved. The exit code is a shell's for the signal."""
+
+    def __init__(self, line, signum):
+        super().__init__(line)
+        self.exit_code = 128 + (signum or signal.SIGTERM)
+
+
+class Stop:
+    """Whether the run was asked to stop."""
+
+    def __init__(self, dist):
+        self.dist, self.signum, self.breakable = dist, None, False
+
+    def requested(self):
+        """Whether any process was asked to stop; every process must ask, and all get the same answer."""
+        return self.dist.any(self.signum is not None)
+
+    @contextmanager
+    def at_once(self):
+        """Within, a request raises Interrupted instead of waiting for a safe place."""
+        self.breakable = True
+        try:
+            if self.signum is not None:
+                raise Interrupted
+            yield
+        finally:
+            self.breakable = False
+
+    def _handle(self, signum, frame):
+        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+            os._exit(130)  # asked twice: at once
+        if self.signum is None:
+            self.signum = signum
+            if self.dist.is_main:
+                again = "; once more stops at once" if signum == signal.SIGINT else ""
+                line = f"\n{signal.Signals(signum).name}: saving, then stopping{again}\n"
+                os.write(2, line.encode())  # print must not be called while another print may be under way
+        if self.breakable:
+            raise Interrupted
+
+
+@contextmanager
+def stopping(dist):
+    """A Stop that listens to the signals within; afterwards they do what they did before."""
+    stop = Stop(dist)
+    before = {s: signal.signal(s, stop._handle) for s in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
