@@ -168,6 +168,17 @@ def newest(out_dir, say=print):
     return _first_sound(out_dir, list(reversed(_folders(out_dir))), say)
 
 
+def peek(out_dir):
+    """The newest Checkpoint in `out_dir` that can be read, unverified, or None."""
+    for folder in reversed(_folders(out_dir)):
+        try:
+            return read(folder)
+        except UserError:
+            continue
+    nanogpt_file = Path(out_dir) / "ckpt.pt"
+    return from_nanogpt(nanogpt_file) if nanogpt_file.is_file() else None
+
+
 def best(out_dir, say=print):
     """The sound Checkpoint with the lowest validation loss; otherwise like `newest`."""
     losses = {}
@@ -188,10 +199,10 @@ def _first_sound(out_dir, folders, say):
     if folders:
         raise UserError(f"{out_dir}/checkpoints: none of the {len(folders)} checkpoints is sound; nothing was touched")
     nanogpt_file = Path(out_dir) / "ckpt.pt"
-    return from_nanogpt(nanogpt_file, say) if nanogpt_file.is_file() else None
+    return from_nanogpt(nanogpt_file) if nanogpt_file.is_file() else None
 
 
-def from_nanogpt(path, say):
+def from_nanogpt(path):
     """The Checkpoint in the original nanoGPT's `ckpt.pt`. UserError where it is damaged, or more than data."""
     found = legacy.read_checkpoint(path)
     try:
@@ -204,7 +215,6 @@ def from_nanogpt(path, say):
         if isinstance(e, UserError):
             raise
         raise UserError(f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})") from None
-    say(f"{path}: a checkpoint of the original nanoGPT, at step {step}")
     state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
     return Checkpoint(path, step, state, asdict(config), tokenizer, settings, {}, (found["model"], moments))
 

@@ -55,7 +55,7 @@ def download(name):
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError:
-        raise UserError(f'{name}: downloading it takes huggingface_hub; pip install "nanogpt[hf]" brings it') from None
+        raise UserError(f'{name}: downloading it takes huggingface_hub; pip install -e ".[hf]" brings it') from None
     try:
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
     except Exception as e:  # of many kinds: network, hub, disk

@@ -212,7 +212,7 @@ def read_metrics(path):
 def require_wandb(cfg):
     """Raise UserError where W&B is asked for and not installed."""
     if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise UserError('--wandb_log=True: wandb is not installed; pip install "nanogpt[wandb]" brings it')
+        raise UserError('--wandb_log=True: wandb is not installed; pip install -e ".[wandb]" brings it')
 
 
 def start_wandb(cfg):
@@ -228,7 +228,7 @@ def draw_losses(out_dir):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return 'no picture of the losses: pip install "nanogpt[plot]" brings matplotlib'
+        return 'no picture of the losses: pip install -e ".[plot]" brings matplotlib'
     records = read_metrics(Path(out_dir) / "metrics.jsonl")
     steps = [r for r in records if r.get("loss") is not None]
     evals = [r for r in records if r.get("val_loss") is not None]

@@ -68,9 +68,17 @@ class Run:
 
 def main(argv):
     """`train.py`, given its arguments."""
-    cfg = config.load(TrainConfig, argv, "train.py")
+    cfg = config.load(TrainConfig, argv, "train.py", inherit=settings_to_resume)
     with distributed.setup(cfg) as dist:
         train(cfg, dist)
+
+
+def settings_to_resume(cfg):
+    """The settings of the run that is to go on, and its folder; none where there is none."""
+    found = checkpoint.peek(cfg.out_dir) if cfg.init_from in ("resume", "auto") else None
+    if found is None:
+        return {}, None
+    return {k: v for k, v in found.settings.items() if k not in ("init_from", "out_dir", "eval_only")}, str(found.folder)
 
 
 def find_start(cfg, dist):
@@ -126,12 +134,12 @@ def make_model(cfg, found, dataset, dist):
 
 
 def keep_shape(cfg, found):
-    """Take the checkpoint's shape; refuse where a file or flag asks for another."""
-    wrong = [name for name in SHAPE if name in cfg.sources and getattr(cfg, name) != found.model_config[name]]
+    """Refuse to resume with another shape than the checkpoint's."""
+    wrong = [name for name in SHAPE if getattr(cfg, name) != found.model_config[name]]
     if wrong:
-        raise UserError(*(f"{cfg.sources[n]}: {found.folder}, to be resumed, has {n} = {found.model_config[n]}" for n in wrong))
-    for name in SHAPE:
-        setattr(cfg, name, found.model_config[name])
+        raise UserError(
+            *(f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {found.model_config[n]}" for n in wrong)
+        )
 
 
 def padded(vocab_size, dist):
@@ -170,6 +178,10 @@ def start(cfg, dist):
     if resuming:
         restore(run, found)
         dist.say(f"resuming {found.folder} at step {run.state.step}")
+        if run.state.step >= cfg.max_iters and not cfg.eval_only:
+            dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
+    if dist.sum([run.state.step])[0] != run.state.step * dist.world_size:
+        raise UserError(f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; it must be a folder that all nodes share")
     if not cfg.eval_only:
         dist.barrier()  # all have read what they need
         open_out_dir(cfg, dist, resuming)
