@@ -136,7 +136,8 @@ def how_to_prepare(folder):
     return nearest(folder.name, recipes + present) or (f"; prepared here: {', '.join(present)}" if present else "")
 
 
-_MIX = tuple(np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+MIX = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)
+SHIFTS = np.array([30, 27, 31], dtype=np.uint64)
 
 
 def hash64(seed, stream, counters):
@@ -144,17 +145,17 @@ def hash64(seed, stream, counters):
 
     A pure function, the same on every machine and with every version of every library.
     """
-    with np.errstate(over="ignore"):
-        z = np.asarray(counters, dtype=np.uint64) * _MIX[0]
-        for key in (seed, stream):
-            z = _splitmix(z ^ _splitmix(np.uint64(key) + _MIX[0]))
-    return z
+    z = np.atleast_1d(np.asarray(counters, dtype=np.uint64)) * MIX[0]  # arrays wrap around, as they should here
+    for key in (seed, stream):
+        z = splitmix(z ^ splitmix(np.array([key], dtype=np.uint64) + MIX[0]))
+    return z.reshape(np.shape(counters))
 
 
-def _splitmix(z):
-    z = (z ^ (z >> np.uint64(30))) * _MIX[1]
-    z = (z ^ (z >> np.uint64(27))) * _MIX[2]
-    return z ^ (z >> np.uint64(31))
+def splitmix(z):
+    """SplitMix64's mixing of an array of uint64."""
+    z = (z ^ (z >> SHIFTS[0])) * MIX[1]
+    z = (z ^ (z >> SHIFTS[1])) * MIX[2]
+    return z ^ (z >> SHIFTS[2])
 
 
 STREAMS = {"train": 0, "eval train": 1, "eval val": 2, "dropout": 3}  # draws that have nothing to do with each other

@@ -246,7 +246,7 @@ def train_step(model, run, batches, cfg, dist):
         total += loss.detach()
     scaler.unscale_(optimizer)
     loss, grad_norm = dist.mean(total), optim.clip_gradients(run.model, cfg.grad_clip)
-    skip, spike = run.health.judge(loss, grad_norm)
+    skip, spike = run.health.judge(step, loss, grad_norm)
     scaler.step(optimizer, skip)
     scaler.update()
     optimizer.zero_grad()
