@@ -18,14 +18,13 @@ import re
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt import legacy
 from nanogpt.config import RunFailed, UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -46,7 +45,7 @@ class Checkpoint:
     tokenizer: dict
     settings: dict
     scaler: dict
-    in_memory: tuple | None = None  # model's and optimizer's tensors, where the folder is nanoGPT's and has no such files
+    in_memory: tuple | None = None  # model's and optimizer's tensors, where they come from another format
 
     @property
     def val_loss(self):
@@ -175,8 +174,7 @@ def peek(out_dir):
             return read(folder)
         except UserError:
             continue
-    nanogpt_file = Path(out_dir) / "ckpt.pt"
-    return from_nanogpt(nanogpt_file) if nanogpt_file.is_file() else None
+    return None
 
 
 def best(out_dir, say=print):
@@ -198,49 +196,7 @@ def _first_sound(out_dir, folders, say):
         say(f"{folder}: damaged ({problem}); it is left alone, and the next best is taken")
     if folders:
         raise UserError(f"{out_dir}/checkpoints: none of the {len(folders)} checkpoints is sound; nothing was touched")
-    nanogpt_file = Path(out_dir) / "ckpt.pt"
-    return from_nanogpt(nanogpt_file) if nanogpt_file.is_file() else None
-
-
-def from_nanogpt(path):
-    """The Checkpoint in the original nanoGPT's `ckpt.pt`. UserError where it is damaged, or more than data."""
-    found = legacy.read_checkpoint(path)
-    try:
-        settings, step = found["config"], found["iter_num"]
-        tokenizer = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
-        config = GPTConfig(**found["model_args"])
-        moments = legacy_moments(GPT(config), found["optimizer"]["state"])
-        losses = {"val": float(found["best_val_loss"])}
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})") from None
-    state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
-    return Checkpoint(path, step, state, asdict(config), tokenizer, settings, {}, (found["model"], moments))
-
-
-def legacy_moments(model, state):
-    """nanoGPT's AdamW state, numbered in its order (matrices first, then vectors), under our names."""
-    params = list(model.named_parameters())
-    ordered = [n for n, p in params if p.dim() >= 2] + [n for n, p in params if p.dim() < 2]
-    return {
-        f"{key}.{name}": torch.as_tensor(state[i][key], dtype=torch.float32)
-        for i, name in enumerate(ordered)
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    }
-
-
-def legacy_tokenizer(dataset, vocab_size, path):
-    """The tokenizer of a nanoGPT model, which lies with its data and not with the model."""
-    meta = Path("data") / Path(dataset).name / "meta.pkl"
-    if meta.is_file():
-        return {"type": "char", "chars": legacy.read_meta(meta)}
-    meta = meta.with_suffix(".json")
-    if meta.is_file():
-        return json.loads(meta.read_text(encoding="utf-8"))["tokenizer"]
-    if vocab_size < 50257:
-        raise UserError(f"{path}: its characters are in {meta.with_suffix('.pkl')}, which is missing")
-    return {"type": "gpt2"}
+    return None
 
 
 def damage(folder):

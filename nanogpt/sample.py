@@ -23,7 +23,7 @@ def load(cfg, dist):
     if cfg.init_from in GPT2_NAMES or (cfg.init_from != "resume" and export.is_hugging_face(cfg.init_from)):
         return export.from_pretrained(cfg.init_from), open_tokenizer({"type": "gpt2"})
     folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    found = checkpoint.best(folder, dist.say)
+    found = checkpoint.best(folder, dist.say) or export.from_nanogpt(folder)
     if found is None:
         there = sorted(str(p.parent) for p in Path().glob("*/checkpoints"))
         hint = f"; there are some in {', '.join(there)}" if there else "; train.py makes one"

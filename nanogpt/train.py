@@ -75,7 +75,9 @@ def main(argv):
 
 def settings_to_resume(cfg):
     """The settings of the run that is to go on, and its folder; none where there is none."""
-    found = checkpoint.peek(cfg.out_dir) if cfg.init_from in ("resume", "auto") else None
+    if cfg.init_from not in ("resume", "auto"):
+        return {}, None
+    found = checkpoint.peek(cfg.out_dir) or export.from_nanogpt(cfg.out_dir)
     if found is None:
         return {}, None
     return {k: v for k, v in found.settings.items() if k not in ("init_from", "out_dir", "eval_only")}, str(found.folder)
@@ -86,7 +88,7 @@ def find_start(cfg, dist):
     if cfg.init_from == "scratch":
         return None
     if cfg.init_from in ("resume", "auto"):
-        found = checkpoint.newest(cfg.out_dir, dist.say)
+        found = checkpoint.newest(cfg.out_dir, dist.say) or export.from_nanogpt(cfg.out_dir)
         if found is None and cfg.init_from == "resume":
             raise UserError(
                 f"--init_from=resume: {cfg.out_dir}/ holds no checkpoint; "
@@ -95,7 +97,7 @@ def find_start(cfg, dist):
         return found
     if cfg.init_from in GPT2_NAMES or export.is_hugging_face(cfg.init_from):
         return cfg.init_from
-    found = checkpoint.best(cfg.init_from, dist.say)
+    found = checkpoint.best(cfg.init_from, dist.say) or export.from_nanogpt(cfg.init_from)
     if found is None:
         known = ("scratch", "resume", "auto", *GPT2_NAMES)
         raise UserError(
