@@ -35,7 +35,7 @@ APART = " --out_dir=out-apart"  # so that it may run while another section conti
 ACTIVATE = "python -m venv --without-pip .venv && {} && python -V; rm -r .venv"
 DONE = r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}\n(.*\n)*exact val loss \d"
 PAIR = r"2 processes x(.*\n)*" + DONE
-RESUMED = r"resuming .*step(.*\n)*" + DONE
+RESUMED = r"resuming .*step(.*\n)*exact val loss \d"
 WROTE = r"(?s)---------------\n.*---------------\n"
 
 
@@ -82,7 +82,7 @@ RULES = [
 
 NEEDS = {  # sections that continue what another has left
     "Sample": ["Shakespeare"],
-    "Resume and evaluate": ["Shakespeare", "Sample"],  # it changes what Sample reads
+    "Stop, resume, evaluate": ["Shakespeare", "Sample"],  # it changes what Sample reads
     "Several processes": ["Shakespeare", "GPT-2 (124M)"],  # in the same folder
     "Settings": ["Shakespeare"],
     "When something is wrong": ["Shakespeare", "GPT-2 (124M)"],
