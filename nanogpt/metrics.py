@@ -124,6 +124,7 @@ class Log:
         now = time.perf_counter()
         seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
         self.last_step, self.seconds, self.mark = step, 0.0, now
+        self.peak = max(self.peak, self.flops_per_iter / seconds)  # measured too low, while others used the machine
         rate, mfu = self.tokens_per_iter / seconds, self.flops_per_iter / seconds / self.peak
         self.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, "
