@@ -18,14 +18,13 @@ import re
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt import legacy
 from nanogpt.config import RunFailed, UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -46,7 +45,7 @@ class Checkpoint:
     tokenizer: dict
     settings: dict
     scaler: dict
-    in_memory: tuple | None = None  # model's and optimizer's tensors, where the folder is nanoGPT's and has no such files
+    in_memory: tuple | None = None  # model's and optimizer's tensors, where they come from another format
 
     @property
     def val_loss(self):
@@ -69,10 +68,10 @@ class Writer:
     A write that fails is raised by the next call of any method.
     """
 
-    def __init__(self, out_dir, keep, always, folder=None):
+    def __init__(self, out_dir, keep, always, folder=None, step=None):
         self.out_dir, self.keep, self.always = Path(out_dir), keep, always
         self.folder = folder  # of the newest checkpoint
-        self.step = None  # of the checkpoint that was last written, or is being written
+        self.step = step if folder else None  # its step, or that of the one being written
         self.copies, self.thread, self.failure = {}, None, None
 
     def save(self, model_tensors, other_tensors, info):
@@ -184,6 +183,16 @@ def newest(out_dir, say=print):
     return _first_sound(out_dir, list(reversed(_folders(out_dir))), say)
 
 
+def peek(out_dir):
+    """The newest Checkpoint in `out_dir` that can be read, unverified, or None."""
+    for folder in reversed(_folders(out_dir)):
+        try:
+            return read(folder)
+        except UserError:
+            continue
+    return None
+
+
 def best(out_dir, say=print):
     """The sound Checkpoint with the lowest validation loss; otherwise like `newest`."""
     losses = {}
@@ -203,50 +212,7 @@ def _first_sound(out_dir, folders, say):
         say(f"{folder}: damaged ({problem}); it is left alone, and the next best is taken")
     if folders:
         raise UserError(f"{out_dir}/checkpoints: none of the {len(folders)} checkpoints is sound; nothing was touched")
-    nanogpt_file = Path(out_dir) / "ckpt.pt"
-    return from_nanogpt(nanogpt_file, say) if nanogpt_file.is_file() else None
-
-
-def from_nanogpt(path, say):
-    """The Checkpoint in the original nanoGPT's `ckpt.pt`. UserError where it is damaged, or more than data."""
-    found = legacy.read_checkpoint(path)
-    try:
-        settings, step = found["config"], int(found["iter_num"])
-        tokenizer = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
-        config = GPTConfig(**found["model_args"])
-        moments = legacy_moments(GPT(config), found["optimizer"]["state"])
-        losses = {"val": float(found["best_val_loss"])}
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})") from None
-    say(f"{path}: a checkpoint of the original nanoGPT, at step {step}")
-    state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
-    return Checkpoint(path, step, state, asdict(config), tokenizer, settings, {}, (found["model"], moments))
-
-
-def legacy_moments(model, state):
-    """nanoGPT's AdamW state, numbered in its order (matrices first, then vectors), under our names."""
-    params = list(model.named_parameters())
-    ordered = [n for n, p in params if p.dim() >= 2] + [n for n, p in params if p.dim() < 2]
-    return {
-        f"{key}.{name}": torch.as_tensor(state[i][key], dtype=torch.float32)
-        for i, name in enumerate(ordered)
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    }
-
-
-def legacy_tokenizer(dataset, vocab_size, path):
-    """The tokenizer of a nanoGPT model, which lies with its data and not with the model."""
-    meta = Path("data") / Path(dataset).name / "meta.pkl"
-    if meta.is_file():
-        return {"type": "char", "chars": legacy.read_meta(meta)}
-    meta = meta.with_suffix(".json")
-    if meta.is_file():
-        return json.loads(meta.read_text(encoding="utf-8"))["tokenizer"]
-    if vocab_size < 50257:
-        raise UserError(f"{path}: its characters are in {meta.with_suffix('.pkl')}, which is missing")
-    return {"type": "gpt2"}
+    return None
 
 
 def damage(folder):

@@ -28,7 +28,7 @@ def main(argv=None) -> int:
         sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's exit
         return code
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process meets the same problem; one tells it
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process meets the same problem; one of each node tells it
             for problem in error.problems:
                 print(problem if error.exit_code > 128 else f"error: {problem}", file=sys.stderr)
         return error.exit_code

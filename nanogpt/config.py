@@ -118,12 +118,13 @@ class SampleConfig:
         return ()
 
 
-def load(cls, argv, prog):
+def load(cls, argv, prog, inherit=None):
     """Read config files and `--key=value` arguments into a checked `cls`.
 
-    Files come first, in order; flags override them wherever they stand. The result's `sources` maps each
-    setting that is not at its default to where its value came from. `--help` prints and exits with 0.
-    Raises UserError with every problem found, not the first alone.
+    Files come first, in order; flags override them wherever they stand. `inherit`, given the config so far,
+    returns settings for what neither names, and where they are from: a run that goes on keeps its own. The
+    result's `sources` maps each setting that is not at its default to where its value came from. `--help`
+    prints and exits with 0. Raises UserError with every problem found, not the first alone.
     """
     values, sources, problems, failed, names = {}, {}, [], set(), {}
     known = {f.name: f for f in fields(cls)}
@@ -150,6 +151,12 @@ def load(cls, argv, prog):
             example = "True" if known[name].metadata["kind"] is bool else "VALUE"
             problems.append(f"{flag}: a setting is written --{name}={example}, with an equals sign and no spaces")
     cfg = cls(**values)
+    if inherit and not problems:
+        inherited, source = inherit(cfg)
+        for name, value in inherited.items():
+            if name in known and (name not in sources or (name, values[name]) == ("seed", "auto")):
+                assign(source, f"{source}: {name} = {value!r}", name, value)
+        cfg = cls(**values)
     cfg.sources = sources
     for names, why in cfg.problems():
         if not failed & set(names):

@@ -136,7 +136,8 @@ def how_to_prepare(folder):
     return nearest(folder.name, recipes + present) or (f"; prepared here: {', '.join(present)}" if present else "")
 
 
-_MIX = tuple(np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+MIX = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dtype=np.uint64)
+SHIFTS = np.array([30, 27, 31], dtype=np.uint64)
 
 
 def hash64(seed, stream, counters):
@@ -144,17 +145,17 @@ def hash64(seed, stream, counters):
 
     A pure function, the same on every machine and with every version of every library.
     """
-    with np.errstate(over="ignore"):
-        z = np.asarray(counters, dtype=np.uint64) * _MIX[0]
-        for key in (seed, stream):
-            z = _splitmix(z ^ _splitmix(np.uint64(key) + _MIX[0]))
-    return z
+    z = np.atleast_1d(np.asarray(counters, dtype=np.uint64)) * MIX[0]  # arrays wrap around, as they should here
+    for key in (seed, stream):
+        z = splitmix(z ^ splitmix(np.array([key], dtype=np.uint64) + MIX[0]))
+    return z.reshape(np.shape(counters))
 
 
-def _splitmix(z):
-    z = (z ^ (z >> np.uint64(30))) * _MIX[1]
-    z = (z ^ (z >> np.uint64(27))) * _MIX[2]
-    return z ^ (z >> np.uint64(31))
+def splitmix(z):
+    """SplitMix64's mixing of an array of uint64."""
+    z = (z ^ (z >> SHIFTS[0])) * MIX[1]
+    z = (z ^ (z >> SHIFTS[1])) * MIX[2]
+    return z ^ (z >> SHIFTS[2])
 
 
 STREAMS = {"train": 0, "eval train": 1, "eval val": 2, "dropout": 3}  # draws that have nothing to do with each other
@@ -166,19 +167,50 @@ def step_seed(seed, step, rank):
 
 
 class Batches:
-    """Random windows of a dataset, drawn with replacement.
+    """The windows of a dataset, in a random order: each epoch has every one once, and begins at another offset.
 
-    `stream` names the sequence of draws. Window number w of it begins at the same token whatever the batch
-    size, the step it falls into, or the process that reads it.
+    `stream` names the sequence. Window number w of it begins at the same token whatever the batch size, the step
+    it falls into, or the process that reads it.
     """
 
     def __init__(self, dataset, stream, seed, block_size, dist):
         self.dataset, self.stream, self.seed, self.block_size, self.dist = dataset, STREAMS[stream], seed, block_size, dist
+        n = len(dataset.tokens)
+        self.epoch_windows = max(1, (n - block_size) // block_size)  # in an epoch, whatever its offset
+        self.offsets = min(block_size, n - self.epoch_windows * block_size)  # that an epoch can begin at
 
     def get(self, first, size):
         """Windows number `first` to `first + size - 1`, on the device: inputs and targets (B=size, T)."""
-        counters = np.arange(first, first + size, dtype=np.uint64)
-        starts = np.uint64(len(self.dataset.tokens) - self.block_size)
-        offsets = (hash64(self.seed, self.stream, counters) % starts).astype(np.int64)
-        x, y = self.dataset.windows(offsets, self.block_size)
+        x, y = self.dataset.windows(self.starts(np.arange(first, first + size)), self.block_size)
         return self.dist.to_device(x), self.dist.to_device(y)
+
+    def starts(self, numbers):
+        """The token at which each window begins, for an array of window numbers."""
+        epochs, numbers = np.divmod(numbers, self.epoch_windows)
+        starts = np.empty_like(numbers)
+        for epoch in np.unique(epochs):
+            key = hash64(self.seed, self.stream, epoch)
+            mine = epochs == epoch
+            offset = int(key) % self.offsets
+            starts[mine] = permutation(numbers[mine], self.epoch_windows, key) * self.block_size + offset
+        return starts
+
+
+def permutation(i, n, key):
+    """Where each of the indices i < n goes in a random permutation of n, without memory for the others.
+
+    A Feistel network of four rounds (Luby & Rackoff 1988) permutes the next power of four; what lands beyond n
+    goes through it again until it lands below (Black & Rogaway 2002, cycle walking).
+    """
+    half = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = hash64(0, 0, np.arange(4, dtype=np.uint64) ^ key)
+    i = i.astype(np.uint64)
+    todo = np.ones(i.shape, dtype=bool)
+    while todo.any():
+        left, right = i[todo] >> half, i[todo] & mask
+        for k in keys:
+            left, right = right, left ^ (splitmix(right ^ k) & mask)
+        i[todo] = (left << half) | right
+        todo = i >= np.uint64(n)
+    return i.astype(np.int64)

@@ -83,13 +83,13 @@ class Dist:
         td.all_reduce(tensor)
         return tensor.tolist()
 
-    def any(self, flag):
-        """Whether `flag` is true on any process."""
+    def max(self, number):
+        """The largest of an integer over all processes."""
         if self.world_size == 1:
-            return flag
-        tensor = torch.tensor(int(flag))
+            return number
+        tensor = torch.tensor(number)
         td.all_reduce(tensor, op=td.ReduceOp.MAX, group=self.host_group)
-        return bool(tensor)
+        return int(tensor)
 
     def barrier(self):
         """Wait until every process has come here."""

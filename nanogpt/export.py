@@ -1,12 +1,15 @@
-"""GPT-2 weights in Hugging Face's format, in."""
+"""Other projects' formats: GPT-2 as Hugging Face keeps it, checkpoints of the original nanoGPT."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from nanogpt import legacy
+from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import GPT2_NAMES, UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -55,7 +58,7 @@ def download(name):
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError:
-        raise UserError(f'{name}: downloading it takes huggingface_hub; pip install "nanogpt[hf]" brings it') from None
+        raise UserError(f'{name}: downloading it takes huggingface_hub; pip install -e ".[hf]" brings it') from None
     try:
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
     except Exception as e:  # of many kinds: network, hub, disk
@@ -107,3 +110,50 @@ def read_weights(folder):
         except Exception as e:  # pickle.UnpicklingError, without importing pickle to name it
             raise UserError(f"{path}: refused, because it holds more than tensors ({type(e).__name__})") from None
     return tensors
+
+
+def from_nanogpt(out_dir):
+    """The Checkpoint in the original nanoGPT's `ckpt.pt`, None where there is no such file in `out_dir`.
+
+    Raises UserError where it is damaged, or more than data.
+    """
+    path = Path(out_dir) / "ckpt.pt"
+    if not path.is_file():
+        return None
+    found = legacy.read_checkpoint(path)
+    try:
+        settings, step = found["config"], int(found["iter_num"])
+        tokenizer = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
+        config = GPTConfig(**found["model_args"])
+        moments = legacy_moments(GPT(config), found["optimizer"]["state"])
+        losses = {"val": float(found["best_val_loss"])}
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+        if isinstance(e, UserError):
+            raise
+        raise UserError(f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})") from None
+    state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
+    return Checkpoint(path, step, state, asdict(config), tokenizer, settings, {}, (found["model"], moments))
+
+
+def legacy_moments(model, state):
+    """nanoGPT's AdamW state, numbered in its order (matrices first, then vectors), under our names."""
+    params = list(model.named_parameters())
+    ordered = [n for n, p in params if p.dim() >= 2] + [n for n, p in params if p.dim() < 2]
+    return {
+        f"{key}.{name}": torch.as_tensor(state[i][key], dtype=torch.float32)
+        for i, name in enumerate(ordered)
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def legacy_tokenizer(dataset, vocab_size, path):
+    """The tokenizer of a nanoGPT model, which lies with its data and not with the model."""
+    meta = Path("data") / Path(dataset).name / "meta.pkl"
+    if meta.is_file():
+        return {"type": "char", "chars": legacy.read_meta(meta)}
+    meta = meta.with_suffix(".json")
+    if meta.is_file():
+        return json.loads(meta.read_text(encoding="utf-8"))["tokenizer"]
+    if vocab_size < 50257:
+        raise UserError(f"{path}: its characters are in {meta.with_suffix('.pkl')}, which is missing")
+    return {"type": "gpt2"}

@@ -10,6 +10,7 @@ import torch
 from nanogpt.config import RunFailed
 
 RECENT = 64  # steps that a loss is compared with
+REFRESH = 8  # steps between two looks at all of them
 FAR = 6.0  # standard deviations above their mean that make it a spike
 PATIENCE = 100  # skipped steps in a row that float16's loss scaling may take to find its scale
 
@@ -19,21 +20,25 @@ class Health:
 
     def __init__(self, cfg, device):
         self.skip_spikes = cfg.skip_spikes
-        self.state = {"health.recent": torch.zeros(RECENT, device=device), "health.seen": torch.zeros((), device=device)}
+        recent = torch.full((RECENT,), math.inf, device=device)  # infinite until filled, and then nothing is a spike
+        self.state = {"health.recent": recent, "health.limit": recent.mean()}
 
-    def judge(self, loss, grad_norm):
+    def judge(self, step, loss, grad_norm):
         """(skip, spike) of a step, each a tensor holding 0 or 1.
 
         skip: loss or norm is not finite, or it is a spike and those are to be skipped; the update must not be
         applied. spike: the loss lies far above the recent ones.
         """
-        recent, seen = self.state["health.recent"], self.state["health.seen"]
-        sound = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        spike = sound & (seen >= RECENT) & (loss > recent.mean() + FAR * recent.std())
-        place = (torch.arange(RECENT, device=loss.device) == seen % RECENT) & sound
-        recent.copy_(torch.where(place, loss, recent))
-        seen += sound
-        return (~sound | (spike & self.skip_spikes)).float(), spike.float()
+        recent, limit = self.state["health.recent"], self.state["health.limit"]
+        sound = torch.isfinite(loss + grad_norm)
+        spike = sound & (loss > limit)
+        slot = recent[step % RECENT]
+        slot.copy_(torch.where(sound, loss, slot))
+        if step % REFRESH == 0:
+            std, mean = torch.std_mean(recent)
+            limit.copy_((mean + FAR * std).nan_to_num(nan=math.inf))
+        skip = ~sound | spike if self.skip_spikes else ~sound
+        return skip.float(), spike.float()
 
 
 class Watch:

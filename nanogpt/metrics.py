@@ -79,8 +79,11 @@ class Log:
         if not dist.is_main or cfg.eval_only:
             return
         path = Path(cfg.out_dir) / "metrics.jsonl"
-        drop_after(path, state.step, state.evaluated)
-        self.file = open(path, "a", buffering=1, encoding="utf-8")
+        try:
+            drop_after(path, state.step, state.evaluated)
+            self.file = open(path, "a", buffering=1, encoding="utf-8")
+        except OSError as e:
+            raise RunFailed(f"{path}: cannot be written to ({e.strerror})") from None
         self.wandb = start_wandb(cfg) if cfg.wandb_log else None
         if sys.stderr.isatty():
             self.bar = tqdm(total=cfg.max_iters, initial=state.step, unit="it", leave=False, dynamic_ncols=True)
@@ -124,6 +127,7 @@ class Log:
         now = time.perf_counter()
         seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
         self.last_step, self.seconds, self.mark = step, 0.0, now
+        self.peak = max(self.peak, self.flops_per_iter / seconds)  # measured too low, while others used the machine
         rate, mfu = self.tokens_per_iter / seconds, self.flops_per_iter / seconds / self.peak
         self.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, "
@@ -192,17 +196,20 @@ def drop_after(path, step, evaluated):
         return
     kept = [r for r in read_metrics(path) if r["step"] <= (evaluated if "val_loss" in r else step) and "exact_loss" not in r]
     temporary = path.with_name(".metrics.jsonl.tmp")
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write("".join(json.dumps(record) + "\n" for record in kept))
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
 def read_metrics(path):
     """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             records.append(record)
@@ -212,7 +219,7 @@ def read_metrics(path):
 def require_wandb(cfg):
     """Raise UserError where W&B is asked for and not installed."""
     if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise UserError('--wandb_log=True: wandb is not installed; pip install "nanogpt[wandb]" brings it')
+        raise UserError('--wandb_log=True: wandb is not installed; pip install -e ".[wandb]" brings it')
 
 
 def start_wandb(cfg):
@@ -228,7 +235,7 @@ def draw_losses(out_dir):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return 'no picture of the losses: pip install "nanogpt[plot]" brings matplotlib'
+        return 'no picture of the losses: pip install -e ".[plot]" brings matplotlib'
     records = read_metrics(Path(out_dir) / "metrics.jsonl")
     steps = [r for r in records if r.get("loss") is not None]
     evals = [r for r in records if r.get("val_loss") is not None]

@@ -23,11 +23,12 @@ def load(cfg, dist):
     if cfg.init_from in GPT2_NAMES or (cfg.init_from != "resume" and export.is_hugging_face(cfg.init_from)):
         return export.from_pretrained(cfg.init_from), open_tokenizer({"type": "gpt2"})
     folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    found = checkpoint.best(folder, dist.say)
+    found = checkpoint.best(folder, dist.say) or export.from_nanogpt(folder)
     if found is None:
         there = sorted(str(p.parent) for p in Path().glob("*/checkpoints"))
         hint = f"; there are some in {', '.join(there)}" if there else "; train.py makes one"
         raise UserError(f"--{'out_dir' if cfg.init_from == 'resume' else 'init_from'}={folder}: holds no checkpoint{hint}")
+    dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
     return checkpoint.load_model(found), open_tokenizer(found.tokenizer)
 
 

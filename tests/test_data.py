@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanogpt import data
 from nanogpt.config import UserError
-from nanogpt.data import Batches, Dataset, hash64, read_meta, step_seed, write_dataset
+from nanogpt.data import Batches, Dataset, hash64, permutation, read_meta, step_seed, write_dataset
 
 # Datasets on disk
 
@@ -306,12 +306,43 @@ def test_a_windows_number_alone_decides_where_it_begins(dist, sizes):
     assert torch.equal(torch.cat(whole), fresh.get(30, 12)[0])
 
 
-def test_offsets_equal_the_hash_of_the_window_number(dist):
-    for seed, (stream, number) in zip(
-        (0, 1337, 2**63 - 1), [("train", 0), ("eval train", 1), ("eval val", 2)], strict=True
-    ):
-        expected = [plain_hash64(seed, number, w) % (1000 - 4) for w in range(50)]
-        assert offsets(dist, 1000, 50, stream=stream, seed=seed).tolist() == expected
+@pytest.mark.parametrize("n, T", [(1000, 4), (1003, 8), (5, 4), (9, 4), (20, 4), (4097, 64)])
+def test_an_epoch_has_every_window_once_and_begins_anywhere(dist, n, T):
+    length = max(1, (n - T) // T)
+    begins = set()
+    for epoch in range(30):
+        starts = Batches(Ascending(n), "train", 1, T, dist).get(epoch * length, length)[0][:, 0].numpy()
+        begins.add(starts.min())
+        assert sorted(starts) == list(range(starts.min(), starts.min() + length * T, T))
+        assert starts.max() + T < n
+    assert len(begins) > 1 or n == 5
+
+
+def test_the_order_is_another_in_each_epoch(dist):
+    batches, length = Batches(Ascending(1000), "train", 1, 4, dist), 249
+    first, second = (np.argsort(batches.starts(np.arange(length) + e * length)) for e in (0, 1))
+    assert (first == second).mean() < 0.05
+
+
+def plain_permutation(i, n, key):
+    """The reference for `data.permutation`: one index, in plain Python."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    while True:
+        left, right = i >> half, i & (2**half - 1)
+        for round in range(4):
+            left, right = right, left ^ (SplitMix64.mix(right ^ plain_hash64(0, 0, round ^ key)) & (2**half - 1))
+        i = left << half | right
+        if i < n:
+            return i
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000, 15_684])
+def test_a_permutation_is_one_and_equals_plain_python(n):
+    for seed in (0, 1337):
+        key = plain_hash64(seed, 0, 0)
+        found = permutation(np.arange(n), n, np.uint64(key))
+        assert sorted(found) == list(range(n))
+        assert [plain_permutation(i, n, key) for i in range(0, n, max(1, n // 50))] == found[:: max(1, n // 50)].tolist()
 
 
 def test_seeds_and_streams_draw_differently(dist):
@@ -332,11 +363,10 @@ def test_a_dataset_of_one_window_gives_it(dist):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1337])
-def test_starts_are_uniform_and_independent(dist, seed):
-    n, bins = 20_000, 50
-    drawn = offsets(dist, 5004, n, seed=seed) * bins // 5000
-    for cells, count in ((drawn, bins), (drawn[1:] // 5 * 10 + drawn[:-1] // 5, bins * bins // 25)):
-        expected = len(cells) / count
-        chi_square = ((np.bincount(cells, minlength=count) - expected) ** 2 / expected).sum()
-        deviations = (chi_square - (count - 1)) / np.sqrt(2 * (count - 1))
-        assert abs(deviations) < 4
+def test_the_order_of_windows_is_independent(dist, seed):
+    """Where a window lies says nothing about where the next one does: a chi-square test of the pairs."""
+    order = permutation(np.arange(20_000), 20_000, hash64(seed, 0, 0)) * 10 // 20_000
+    pairs = np.bincount(order[1:] * 10 + order[:-1], minlength=100)
+    expected = (len(order) - 1) / 100
+    chi_square = ((pairs - expected) ** 2 / expected).sum()
+    assert abs(chi_square - 99) / np.sqrt(2 * 99) < 4

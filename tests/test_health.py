@@ -1,5 +1,6 @@
 """A sick step is never applied: infinity and nan in loss, gradient and input; spikes; float16's scaling."""
 
+import itertools
 import math
 import os
 import re
@@ -9,8 +10,10 @@ import pytest
 import torch
 from conftest import losses, metrics
 
+import nanogpt.start
 from nanogpt import checkpoint, health, optim, train
 from nanogpt.config import RunFailed
+from nanogpt.model import GPT
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -18,13 +21,13 @@ BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def in_loss(monkeypatch, value, sick):
-    real = train.GPT.forward
+    real = GPT.forward
 
     def forward(self, idx, targets=None):
         logits, loss = real(self, idx, targets)
         return logits, loss * value if self.training and sick() else loss
 
-    monkeypatch.setattr(train.GPT, "forward", forward)
+    monkeypatch.setattr(GPT, "forward", forward)
 
 
 def in_gradient(monkeypatch, value, sick):
@@ -39,7 +42,7 @@ def in_gradient(monkeypatch, value, sick):
 
 
 def in_input(monkeypatch, value, sick):
-    real = train.make_model
+    real = nanogpt.start.make_model
 
     def make_model(*args):
         model = real(*args)
@@ -47,7 +50,7 @@ def in_input(monkeypatch, value, sick):
         wte.register_forward_hook(lambda m, _, x: x * value if model.training and sick() else None)
         return model
 
-    monkeypatch.setattr(train, "make_model", make_model)
+    monkeypatch.setattr(nanogpt.start, "make_model", make_model)
 
 
 PLACES = {"loss": in_loss, "gradient": in_gradient, "input": in_input}
@@ -207,13 +210,13 @@ def test_both_processes_of_two_stop_and_one_says_why(start_two):
 
 def test_the_judge_alone():
     cfg = type("Cfg", (), dict(skip_spikes=False))
-    judge = health.Health(cfg, torch.device("cpu"))
+    judge, step = health.Health(cfg, torch.device("cpu")), itertools.count()
 
     def verdict(loss, norm=1.0):
-        return tuple(float(t) for t in judge.judge(torch.tensor(loss), torch.tensor(norm)))
+        return tuple(float(t) for t in judge.judge(next(step), torch.tensor(loss), torch.tensor(norm)))
 
     assert verdict(1e9) == (0, 0)  # nothing to compare with yet
-    judge = health.Health(cfg, torch.device("cpu"))
+    judge, step = health.Health(cfg, torch.device("cpu")), itertools.count()
     for i in range(health.RECENT):
         assert verdict(2.0 + 0.1 * (i % 2)) == (0, 0)
     assert verdict(2.1) == (0, 0) and verdict(-50.0) == (0, 0)

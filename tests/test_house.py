@@ -18,7 +18,9 @@ LAYERS = [
     {"legacy"},
     {"model", "schedule", "data", "tokenizer", "distributed", "shakespeare"},
     {"signals", "health"},
-    {"optim", "generate", "evaluate", "metrics", "checkpoint", "export"},
+    {"optim", "generate", "evaluate", "metrics", "checkpoint"},
+    {"export"},
+    {"start"},
 ]
 # Allowed all the same inside a function: GPT.generate and GPT.from_pretrained.
 UPWARDS = {("model", "generate"), ("model", "export")}

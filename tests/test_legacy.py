@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import SMALL, losses
 
-from nanogpt import checkpoint, cli, config, data, legacy, train
+from nanogpt import checkpoint, cli, config, data, export, legacy, train
 from nanogpt.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -81,11 +81,11 @@ def test_it_samples(old, capsys):
     assert cli.main(["sample", "--device=cpu", "--num_samples=1", "--max_new_tokens=20", "--start=The "]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("The ") and len(shown.out) == len("The ") + 20 + len("\n---------------\n")
-    assert "out/ckpt.pt: a checkpoint of the original nanoGPT, at step 7" in shown.err
+    assert "model: out/ckpt.pt, step 7" in shown.err
 
 
 def test_its_weights_are_the_very_same(old):
-    model = checkpoint.load_model(checkpoint.newest("out", lambda line: None))
+    model = checkpoint.load_model(export.from_nanogpt("out"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), old[0].parameters(), strict=True))
 
 
@@ -145,7 +145,7 @@ def test_a_model_with_biases_resumes_too(old, capsys):
     found = nanogpt_checkpoint(model, optimizer, 1)
     found["model_args"]["bias"] = True
     torch.save(found, "out/ckpt.pt")
-    moments = checkpoint.newest("out", lambda line: None).optimizer_tensors()
+    moments = export.from_nanogpt("out").optimizer_tensors()
     for name, p in model.named_parameters():
         assert torch.equal(moments[f"exp_avg.{name}"], optimizer.state[p]["exp_avg"])
     train.main([*SMALL, *RESUME, "--max_iters=2"])

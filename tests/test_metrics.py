@@ -17,7 +17,7 @@ from test_train import SMALL, losses
 
 from nanogpt import metrics
 from nanogpt.config import TrainConfig
-from nanogpt.train import TrainState
+from nanogpt.start import TrainState
 
 
 def test_wandb_receives_losses_rate_and_mfu(tiny, run_door, tmp_path):

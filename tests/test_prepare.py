@@ -187,7 +187,7 @@ def test_mistyped_flags(prepare, tmp_path, script):
 def test_without_tiktoken(prepare, tmp_path, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     result = prepare(BPE, f"--input={text}", f"--out={tmp_path / 'out'}")
-    assert fails(result, 'pip install "nanogpt[gpt2]"')
+    assert fails(result, 'pip install -e ".[gpt2]"')
     assert not (tmp_path / "out").exists()
 
 
@@ -251,5 +251,5 @@ def test_bad_sources(prepare, tmp_path, monkeypatch, name, content, complaint):
 def test_without_datasets(prepare, tmp_path, documents, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     result = prepare(OWT, f"--source={documents}", f"--out={tmp_path / 'out'}")
-    assert fails(result, 'pip install "nanogpt[data]"')
+    assert fails(result, 'pip install -e ".[data]"')
     assert not (tmp_path / "out").exists()

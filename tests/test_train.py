@@ -242,3 +242,20 @@ def test_a_compiled_run_learns_the_same(tmp_path, tiny, run_door):
     assert compiled.returncode == 0 and "compile: took" in compiled.stdout
     assert run_door("train.py", *SMALL, "--out_dir=b").returncode == 0
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-4)
+
+
+def test_resuming_needs_no_more_than_the_folder(run, monkeypatch, capsys):
+    run("--out_dir=a", "--max_iters=4", "--seed=auto", "--dropout=0.1")
+    train.main(["--init_from=resume", "--out_dir=a", "--max_iters=6"])
+    assert "at step 4" in capsys.readouterr().out
+    first, second = (checkpoint.read(f).settings for f in checkpoint._folders("a"))
+    assert second == first | {"max_iters": 6, "init_from": "resume"}
+    saved = json.loads(Path("a/config.json").read_text())
+    assert saved["sources"]["n_layer"] == "a/checkpoints/step-00000004"
+    assert saved["sources"]["max_iters"] == "--max_iters=6"
+
+
+def test_a_run_that_is_over_says_so(run):
+    run("--max_iters=4")
+    assert "nothing is left to train: --max_iters is 4" in run("--max_iters=4", "--init_from=auto")
+    assert list(losses()) == [1, 2, 3, 4]

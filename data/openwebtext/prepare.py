@@ -1,6 +1,6 @@
 #!/bin/sh
 """:"
-# OpenWebText in GPT-2's tokens: train.bin, val.bin and meta.json in this folder; 9 billion tokens, 17 GB.
+# OpenWebText in GPT-2's tokens: train.bin, val.bin and meta.json in this folder; 9 billion tokens, 18 GB.
 #
 #     sh data/openwebtext/prepare.py [--source=NAME_OR_PATH] [--num_proc=N] [--out=DIR]
 #
@@ -64,7 +64,7 @@ def load(source, num_proc):
     try:
         import datasets
     except ImportError:
-        raise ImportError('this needs Hugging Face datasets: pip install "nanogpt[data]" brings it') from None
+        raise ImportError('this needs Hugging Face datasets: pip install -e ".[data]" brings it') from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, once
     path = Path(source)
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}

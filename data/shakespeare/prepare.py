@@ -52,8 +52,7 @@ def main():
     folder = os.path.relpath(args.out)
     print(f"{len(train_ids):,} tokens in train.bin, {len(val_ids):,} in val.bin, in {folder}")
     if args.out == HERE:
-        flags = "--dataset=shakespeare --out_dir=out-shakespeare"
-        print(f"next: python train.py config/train_shakespeare_char.py {flags}")
+        print("next: python train.py config/finetune_shakespeare.py --init_from=gpt2")
     return 0
 
 

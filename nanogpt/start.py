@@ -1,0 +1,183 @@
+"""Where a run begins: from scratch, from a checkpoint, or from another project's weights.
+
+`start` at the end puts together what the functions above it find and check. The loop is in train.py.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanogpt import checkpoint, config, data, distributed, export, health, metrics, optim
+from nanogpt.config import GPT2_NAMES, RunFailed, UserError
+from nanogpt.model import GPT, GPTConfig
+
+SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # the settings that shape a model's weights
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: what resuming needs beside tensors."""
+
+    step: int = 0  # updates done
+    evaluated: int = -1  # the step at which the last evaluation was made
+    losses: dict | None = None  # what it found
+    improved: bool = False  # whether its val loss was the best so far
+    best_val_loss: float | None = None
+    spikes: int = 0  # losses far above the recent ones, so far
+
+    def note(self, losses):
+        """Take note of an evaluation at this step."""
+        self.evaluated, self.losses = self.step, losses
+        self.improved = losses["val"] < (math.inf if self.best_val_loss is None else self.best_val_loss)
+        if self.improved:
+            self.best_val_loss = losses["val"]
+
+
+@dataclass
+class Run:
+    """All that a run changes and a checkpoint holds."""
+
+    model: GPT
+    optimizer: optim.AdamW
+    scaler: torch.amp.GradScaler
+    health: health.Health
+    state: TrainState
+    datasets: dict  # {"train": data.Dataset, "val": data.Dataset}
+
+    def tensors(self):
+        """Everything but the weights, by name; the very tensors that are in use."""
+        return optim.state_tensors(self.model, self.optimizer) | self.health.state
+
+
+def settings_to_resume(cfg):
+    """The settings of the run that is to go on, and its folder; none where there is none."""
+    if cfg.init_from not in ("resume", "auto"):
+        return {}, None
+    found = checkpoint.peek(cfg.out_dir) or export.from_nanogpt(cfg.out_dir)
+    if found is None:
+        return {}, None
+    kept = {k: v for k, v in found.settings.items() if k not in ("init_from", "out_dir", "eval_only")}
+    return kept | {name: found.model_config[name] for name in SHAPE}, str(found.folder)
+
+
+def find_start(cfg, dist):
+    """What `init_from` means: None (from scratch), a Checkpoint, or the name or folder of a GPT-2 for `export`."""
+    if cfg.init_from == "scratch":
+        return None
+    if cfg.init_from in ("resume", "auto"):
+        found = checkpoint.newest(cfg.out_dir, dist.say) or export.from_nanogpt(cfg.out_dir)
+        if found is None and cfg.init_from == "resume":
+            raise UserError(
+                f"--init_from=resume: {cfg.out_dir}/ holds no checkpoint; "
+                "--init_from=scratch starts a run there, --out_dir=... names another folder"
+            )
+        return found
+    if cfg.init_from in GPT2_NAMES or export.is_hugging_face(cfg.init_from):
+        return cfg.init_from
+    found = checkpoint.best(cfg.init_from, dist.say) or export.from_nanogpt(cfg.init_from)
+    if found is None:
+        known = ("scratch", "resume", "auto", *GPT2_NAMES)
+        raise UserError(
+            f"--init_from={cfg.init_from}: expected {', '.join(known)}, a folder in Hugging Face's format, "
+            f"or the out_dir of another run{config.nearest(cfg.init_from, known)}"
+        )
+    return found
+
+
+def make_model(cfg, found, dataset, dist):
+    """The model that `find_start` found, or a new one, on the device. UserError where it does not fit the settings."""
+    torch.manual_seed(cfg.seed)
+    resuming = cfg.init_from in ("resume", "auto")
+    if found is None:
+        shape = {name: getattr(cfg, name) for name in SHAPE}
+        model = GPT(GPTConfig(**shape, dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist)))
+    elif isinstance(found, checkpoint.Checkpoint):
+        if resuming:
+            keep_shape(cfg, found)
+        if found.tokenizer != dataset.tokenizer_json:
+            raise UserError(f"--dataset={cfg.dataset}: its tokenizer is not the one of the model in {found.folder}")
+        model = checkpoint.load_model(found, cfg.dropout)
+    else:
+        model = export.from_pretrained(found, cfg.dropout)
+        if dataset.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"--dataset={cfg.dataset}: its vocabulary of {dataset.vocab_size} does not fit "
+                f"the {model.config.vocab_size} of {found}"
+            )
+    if cfg.block_size > model.config.block_size:
+        raise UserError(f"--block_size={cfg.block_size}: longer than the {model.config.block_size} tokens of context of {cfg.init_from}")
+    if cfg.block_size < model.config.block_size:
+        dist.say(f"context: cropped from {model.config.block_size} to {cfg.block_size} tokens (--block_size)")
+        model.crop_block_size(cfg.block_size)
+    return model.to(dist.device)
+
+
+def keep_shape(cfg, found):
+    """Refuse to resume with another shape than the checkpoint's."""
+    wrong = [name for name in SHAPE if getattr(cfg, name) != found.model_config[name]]
+    if wrong:
+        raise UserError(
+            *(f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {found.model_config[n]}" for n in wrong)
+        )
+
+
+def padded(vocab_size, dist):
+    """A large vocabulary, rounded up to a multiple of 64."""
+    size = -(-vocab_size // 64) * 64 if vocab_size > 1024 else vocab_size
+    if size != vocab_size:
+        dist.say(f"vocabulary: {vocab_size} tokens, padded to {size}, because matrix units like multiples of 64")
+    return size
+
+
+def restore(run, found):
+    """Put the run where the checkpoint left it. UserError where that does not fit."""
+    try:
+        tensors = found.optimizer_tensors()
+        for name in run.health.state.keys() & tensors.keys():
+            run.health.state[name].copy_(tensors.pop(name))
+        optim.load_state_tensors(run.model, run.optimizer, tensors)
+        if found.scaler and run.scaler.is_enabled():
+            run.scaler.load_state_dict(found.scaler)
+        run.state = TrainState(**found.state)
+    except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise UserError(f"{found.folder}: its state does not fit the model ({e})") from None
+
+
+def start(cfg, dist):
+    """The run that the settings describe, ready to go on, and its checkpoint's folder where it goes on from one."""
+    distributed.choose_seed(cfg, dist)
+    distributed.share_batch(cfg, dist.world_size)  # refuses a number of processes that does not divide the batch
+    metrics.require_wandb(cfg)
+    found = find_start(cfg, dist)
+    resuming = found is not None and cfg.init_from in ("resume", "auto")
+    datasets = {split: data.Dataset(cfg.dataset, split, cfg.block_size) for split in ("train", "val")}
+    model = make_model(cfg, found, datasets["train"], dist)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
+    run = Run(model, optim.make_optimizer(model, cfg), scaler, health.Health(cfg, dist.device), TrainState(), datasets)
+    if resuming:
+        restore(run, found)
+        dist.say(f"resuming {found.folder} at step {run.state.step}")
+        if run.state.step >= cfg.max_iters and not cfg.eval_only:
+            dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
+    if dist.sum([run.state.step])[0] != run.state.step * dist.world_size:
+        raise UserError(f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; it must be a folder that all nodes share")
+    if not cfg.eval_only:
+        dist.barrier()  # all have read what they need
+        open_out_dir(cfg, dist, resuming)
+    return run, found.folder if resuming else None
+
+
+def open_out_dir(cfg, dist, resuming):
+    """Make `out_dir`, set an earlier run in it aside, and save the settings there."""
+    if not dist.is_main:
+        return
+    try:
+        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+        aside = None if resuming else checkpoint.set_aside(cfg.out_dir)
+        if aside:
+            dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")
+        checkpoint.write_settings(cfg.out_dir, config.settings(cfg), cfg.sources)
+    except OSError as e:
+        raise RunFailed(f"--out_dir={cfg.out_dir}: cannot be written to ({e.strerror})") from None

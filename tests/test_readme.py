@@ -1,0 +1,286 @@
+"""The README: every command in it runs, every path and setting that it names exists.
+
+A command is run as it stands, made short by the first of RULES that matches it. A section is a test.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nanogpt import config
+from nanogpt.config import SampleConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BIN = Path(sys.executable).parent
+
+SHORT = " --max_iters=2 --eval_iters=1 --log_interval=1 --warmup_iters=0 --device=cpu --compile=False"
+TINY = SHORT + " --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2"
+FINETUNE = SHORT + " --init_from=tiny-gpt2 --block_size=16 --batch_size=4 --gradient_accumulation_steps=2"
+WRITE = " --num_samples=2 --max_new_tokens=8 --device=cpu"
+NODE = " --nproc_per_node=1 --master_addr=127.0.0.1 --master_port=$FREE_PORT train.py"
+
+APART = " --out_dir=out-apart"  # so that it may run while another section continues the run in its own folder
+ACTIVATE = "python -m venv --without-pip .venv && {} && python -V; rm -r .venv"
+DONE = r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}\n(.*\n)*exact val loss \d"
+PAIR = r"2 processes x(.*\n)*" + DONE
+RESUMED = r"resuming .*step(.*\n)*exact val loss \d"
+WROTE = r"(?s)---------------\n.*---------------\n"
+
+
+@dataclasses.dataclass
+class Rule:
+    """How a command that matches `pattern` is made short: `change` gets it and returns what a shell runs."""
+
+    pattern: str
+    change: object
+    expect: str = ""  # found in what it prints
+    code: int = 0
+
+
+def add(flags):
+    return lambda command: command + flags
+
+
+def instead(pattern, replacement, flags=""):
+    return lambda command: re.sub(pattern, replacement, command) + flags
+
+
+# The first that matches counts. A flag that is added overrides the one that stands in the command.
+RULES = [
+    Rule(r"^make \w+$", instead("^make", "make -n"), r"pip install"),
+    Rule(r"^\. \.venv/bin/activate$", ACTIVATE.format, r"Python 3"),
+    Rule(r"^pip install -c constraints.txt -e '\.\[[\w,]+\]'$", "echo {}".format, r"-e \.\["),  # see test_extras
+    # mistakes and help; their outcome is the README's own
+    Rule(r"--n_layers=", add(" 2>&1"), re.escape("".join(re.findall(r"```text\n(.*?)```", README, re.S))), code=2),
+    Rule(r"^sh train\.py .*--help$", add(""), r"--dropout=0\.1 .*\n? .*default 0\.0"),
+    # data
+    Rule(r"^sh data/openwebtext/prepare\.py$", add(" --source=documents.jsonl --num_proc=1"), r"tokens in train\.bin"),
+    Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin"),
+    # training; the finetuned models are tiny ones in GPT-2's vocabulary, and torchrun starts two processes
+    Rule(r"--node_rank=0 .*train\.py", instead(r" train\.py", NODE, TINY), PAIR),
+    Rule(r"--node_rank=1 .*train\.py", instead(r" train\.py", NODE, TINY)),
+    Rule(r"^torchrun --standalone .*train\.py", instead(r"per_node=\d+", "per_node=2", TINY + APART), PAIR),
+    Rule(r"^sh train\.py config/(finetune_|eval_gpt2)", add(FINETUNE), DONE),
+    Rule(r"^sh train\.py .*--init_from=(resume|auto)\b", add(TINY + " --max_iters=4"), RESUMED),
+    Rule(r"^sh train\.py config/", add(TINY), DONE),
+    # writing
+    Rule(r"^sh sample\.py .*--init_from=gpt2", add(" --init_from=tiny-gpt2" + WRITE), WROTE),
+    Rule(r"^sh sample\.py ", add(WRITE), WROTE),
+]  # fmt: skip
+
+NEEDS = {  # sections that continue what another has left
+    "Sample": ["Shakespeare"],
+    "Stop, resume, evaluate": ["Shakespeare", "Sample"],  # it changes what Sample reads
+    "Several processes": ["Shakespeare", "GPT-2 (124M)"],  # in the same folder
+    "Settings": ["Shakespeare"],
+    "When something is wrong": ["Shakespeare", "GPT-2 (124M)"],
+}
+
+
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def commands(text):
+    """The commands of the sh blocks in `text`; a line that ends in a backslash goes on."""
+    lines = "\n".join(blocks("sh", text)).replace("\\\n", " ").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def sections(text=README):
+    """{heading: commands} of the sections that have some; what stands before the first heading is 'Start'."""
+    parts = re.split(r"^## (.*)$", "Start\n" + text, flags=re.M)
+    headings, texts = ["Start", *parts[1::2]], parts[::2]
+    return {heading: found for heading, text in zip(headings, texts, strict=True) if (found := commands(text))}
+
+
+def rule_for(command):
+    for rule in RULES:
+        if re.search(rule.pattern, command):
+            return rule
+    pytest.fail(f"no rule says how to test this command of README.md:\n{command}\nadd a rule to RULES in this file")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A copy of the repository with tiny stand-ins for what the commands would download: its folder, and an env."""
+    place = tmp_path_factory.mktemp("readme") / "a copy"
+    left_out = (".*", "out*", "wandb", "*.egg-info", "__pycache__", "*.bin", "meta.json", "input.txt")
+    shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*left_out))
+    text = "".join(f"ROMEO:\nO Romeo, line {i} of {chr(97 + i % 26)}{chr(65 + i % 26)}.\n" for i in range(80))
+    for name in ("data/shakespeare_char/input.txt", "mytext.txt"):
+        (place / name).write_text(text)
+    (place / "prompt.txt").write_text("ROMEO:\n")
+    with open(place / "documents.jsonl", "w") as f:
+        for i in range(20):
+            print(json.dumps({"text": f"Document {i} has lamps." + " lamp" * 40}), file=f)
+    write_tiny_gpt2(place / "tiny-gpt2")
+    for block in blocks("python"):
+        (place / block.split()[1]).write_text(block)  # it begins with '# config/NAME.py'
+    inherited = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "PYTHONPATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "VIRTUAL_ENV")
+    env = {k: v for k, v in os.environ.items() if k not in inherited}
+    env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
+    env |= {"HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        env["FREE_PORT"] = str(listener.getsockname()[1])
+    return SimpleNamespace(place=place, env=env)
+
+
+@pytest.fixture(scope="module")
+def finish(request, workplace):
+    """finish(heading) returns once the section's commands have run, and raises what one of them raised.
+
+    Two sections at a time run ahead of the tests, since most of a command is the start of Python.
+    """
+    futures = {}
+    with ThreadPoolExecutor(2) as pool:
+
+        def submit(heading):
+            for name in [*NEEDS.get(heading, ()), heading]:  # a needed one first, or two could wait for it forever
+                if name not in futures:
+                    needed = [futures[n] for n in NEEDS.get(name, ())]
+                    futures[name] = pool.submit(run_section, name, needed, workplace)
+            return futures[heading]
+
+        if "PYTEST_XDIST_WORKER" not in os.environ:  # there another process may have been given the other sections
+            for item in request.session.items:
+                if getattr(item, "function", None) is test_the_commands_of:
+                    submit(item.callspec.params["heading"])
+        yield lambda heading: submit(heading).result()
+        pool.shutdown(cancel_futures=True)
+
+
+def write_tiny_gpt2(folder):
+    """A model in Hugging Face's format with GPT-2's vocabulary and random weights."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)).save_pretrained(folder)
+
+
+def run(command, workplace):
+    """Run a command of the README, made short by its rule, and look at what it prints."""
+    rule = rule_for(command)
+    shell = ["sh", "-c", rule.change(command)]
+    where = dict(cwd=workplace.place, env=workplace.env, stdin=subprocess.DEVNULL)
+    result = subprocess.run(shell, **where, capture_output=True, text=True, timeout=300)
+    told = f"{shell[-1]}\nexit code {result.returncode}, expected {rule.code}\n{result.stdout}\n{result.stderr}"
+    assert result.returncode == rule.code, told
+    assert re.search(rule.expect, result.stdout, re.M), f"{told}\nexpected to read {rule.expect}"
+
+
+def run_section(heading, needed, workplace):
+    """Run a section's commands in order, once those that it needs have ended; the lines for several nodes together."""
+    for section in needed:
+        section.result()
+    for _, together in itertools.groupby(sections()[heading], lambda c: re.sub(r"--node_rank=\d+", "", c)):
+        with ThreadPoolExecutor() as nodes:
+            list(nodes.map(lambda command: run(command, workplace), together))
+
+
+@pytest.mark.parametrize("heading", sections())
+def test_the_commands_of(heading, finish):
+    for command in sections()[heading]:
+        rule_for(command)
+    finish(heading)
+
+
+def test_a_command_without_a_rule_fails():
+    with pytest.raises(pytest.fail.Exception, match="add a rule"):
+        rule_for("sh dance.py")
+
+
+def test_each_rule_is_used():
+    """And each name in NEEDS is that of a section."""
+    used = [rule_for(command).pattern for found in sections().values() for command in found]
+    assert {rule.pattern for rule in RULES} == set(used)
+    assert NEEDS.keys() | {name for needed in NEEDS.values() for name in needed} <= sections().keys()
+
+
+def test_commands_in_the_text_are_run_too():
+    """A whole command between backquotes stands in a block as well."""
+    inline = re.findall(r"`((?:sh|torchrun|make) [^`]*\w)`", prose())
+    run = {command for found in sections().values() for command in found} | {"make help"}
+    assert set(inline) and not set(inline) - run
+
+
+def prose():
+    return re.sub(r"^```.*?^```$", "", README, flags=re.M | re.S)
+
+
+def test_links_and_paths():
+    slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", prose(), re.M)}
+    for link in re.findall(r"\]\(([^)]*)\)", prose()):
+        path, _, anchor = link.partition("#")
+        assert link.startswith("https:") or (ROOT / path).exists(), link
+        assert not anchor or path or anchor in slugs, link
+    here = {path.name for path in ROOT.iterdir()}
+    named = re.findall(r"`([\w.-]+(?:/[\w.*-]*)*)`", prose())
+    paths = [name for name in named if "/" in name or name.endswith((".py", ".txt", ".md"))]
+    paths = [p for p in paths if p.split("/")[0] in here or p.endswith(".txt")]
+    assert len(paths) > 15
+    for path in paths:
+        assert any(ROOT.glob(path.rstrip("/"))), path
+
+
+def rows(header):
+    """The first cells of the table with this header."""
+    table = re.search(rf"^\| {header} \|$\n(?:\|.*\n)+", README, re.M)[0]
+    return re.findall(r"^\| `(.*?)`", table, re.M)
+
+
+def test_the_map_of_the_house_is_complete():
+    modules = {f"nanogpt/{path.name}" for path in (ROOT / "nanogpt").glob("*.py")} - {"nanogpt/__init__.py"}
+    missing = modules ^ set(rows(r"File \| What it does"))
+    assert not missing, f"the table of files in README.md lacks these, or has them though they are gone: {missing}"
+
+
+def test_the_files_that_a_run_leaves(workplace, finish):
+    finish("Shakespeare")
+    out = workplace.place / "out-shakespeare-char"
+    described = rows(r"File \| What it holds")
+    assert len(described) == 5
+    for pattern in described:
+        assert any(out.glob(pattern.rstrip("/"))), pattern
+    for path in out.iterdir():
+        assert any(path.match(p.split("/")[0]) for p in described), path.name
+
+
+def test_settings_exist():
+    known = {f.name for cls in (TrainConfig, SampleConfig) for f in dataclasses.fields(cls)}
+    others = {"input", "out"} | {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
+    named = set(re.findall(r"--(\w+)=", README)) - {"n_layers", "key"}  # the mistake, and --key=value
+    assert len(named) > 10
+    assert named <= known | others, f"README.md names what is no setting: {named - known - others}"
+    for block in blocks("python"):
+        assert set(re.findall(r"^(\w+) = ", block, re.M)) <= known
+
+
+def test_the_config_in_the_readme(workplace):
+    (block,) = blocks("python")
+    cfg = config.load(TrainConfig, [str(workplace.place / block.split()[1])], "train.py")
+    assert cfg.sources.keys() == set(re.findall(r"^(\w+) = ", block, re.M))
+
+
+def test_extras():
+    """`pip install '.[a,b]'` names extras that pyproject.toml has."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)
+    extras = set(re.findall(r"^(\w+) = \[", table[1], re.M))
+    named = {extra for group in re.findall(r"\.\[([\w,]+)\]'", README) for extra in group.split(",")}
+    assert named and named <= extras
