@@ -37,7 +37,7 @@ demo: .venv/.installed-demo ## train a small Shakespeare model on this machine a
 	echo "Every setting:   sh train.py --help"
 
 test: .venv/.installed-test ## run the tests (PYTEST_ARGS='-x -k name' reaches pytest)
-	@$(RUN) -m pytest -q $(PYTEST_ARGS) </dev/null
+	@$(RUN) -m pytest -q -n auto --maxprocesses=4 $(PYTEST_ARGS) </dev/null
 
 test-all: .venv/.installed-test ## run the long tests too
 	@$(RUN) -m pytest -q -m "not network" $(PYTEST_ARGS) </dev/null

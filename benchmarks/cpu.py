@@ -88,10 +88,16 @@ def main():
     args = parser.parse_args()
     prepare_device(torch.device("cpu"))
     gflop = GPT(GPTConfig(**SHAPE)).flops_per_token() * TOKENS / 1e9
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    print(f"commit {commit}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {cpu()}")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    print(
+        f"commit {commit}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {cpu()}"
+    )
     print(f"`python train.py {' '.join(COMMAND)}` with max_iters {args.max_iters}; {gflop:.2f} GFLOP an iteration\n")
-    print("| run | matrix products, GFLOP/s | ms an iteration | of that rate | exact val loss | first step, s | process, s |")
+    print(
+        "| run | matrix products, GFLOP/s | ms an iteration | of that rate | exact val loss | first step, s | process, s |"
+    )
     print("|---|---|---|---|---|---|---|")
     rows = []
     for number in range(args.repeats):

@@ -266,7 +266,11 @@ def _manifest(folder):
     try:
         manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
         known = manifest["format"] == FORMAT
-        if known and set(manifest["files"]) == set(FILES) and all(set(e) == {"bytes", "sha256"} for e in manifest["files"].values()):
+        if (
+            known
+            and set(manifest["files"]) == set(FILES)
+            and all(set(e) == {"bytes", "sha256"} for e in manifest["files"].values())
+        ):
             return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"manifest.json cannot be read ({type(e).__name__}: {e})") from None

@@ -54,7 +54,9 @@ class TrainConfig:
         True, "False: a checkpoint whose val loss is no improvement gives way to the next one"
     )
     keep_checkpoints: int = setting(2, "the so many newest checkpoints are kept, and the best", low=1)
-    init_from: str = setting("scratch", "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder")
+    init_from: str = setting(
+        "scratch", "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder"
+    )
     wandb_log: bool = setting(False, "log to Weights & Biases", group="Weights & Biases")
     wandb_project: str = setting("owt", "its project")
     wandb_run_name: str = setting("gpt2", "its run name")
@@ -66,7 +68,9 @@ class TrainConfig:
     n_head: int = setting(12, "attention heads in a block", low=1)
     n_embd: int = setting(768, "channels; a multiple of n_head", low=1)
     dropout: float = setting(0.0, "0 for pretraining; 0.1 and more for finetuning and small data", low=0.0, high=1.0)
-    bias: bool = setting(False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit better and faster")
+    bias: bool = setting(
+        False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit better and faster"
+    )
     learning_rate: float = setting(6e-4, "the highest learning rate", above=0.0, group="Optimizer")
     max_iters: int = setting(600000, "optimizer updates in the whole run", low=0)
     weight_decay: float = setting(1e-1, "AdamW's, on matrices only", low=0.0)
@@ -78,18 +82,25 @@ class TrainConfig:
     warmup_iters: int = setting(2000, "iterations of linear warm-up", low=0)
     lr_decay_iters: int = setting(600000, "iteration at which the cosine reaches min_lr; about max_iters", low=0)
     min_lr: float = setting(6e-5, "the lowest learning rate; about learning_rate / 10", low=0.0)
-    backend: str = setting("auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System")
+    backend: str = setting(
+        "auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
     dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
-    seed: int | str = setting(1337, "of the initialisation, the batches and dropout", int, low=0, high=2**63 - 1, auto=True)
+    seed: int | str = setting(
+        1337, "of the initialisation, the batches and dropout", int, low=0, high=2**63 - 1, auto=True
+    )
 
     def problems(self):
         """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
         if self.n_embd % self.n_head:
             yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {self.n_head}"
         if self.decay_lr and self.min_lr > self.learning_rate:
-            yield ("min_lr", "learning_rate", "decay_lr"), f"must not exceed learning_rate, which is {self.learning_rate}"
+            yield (
+                ("min_lr", "learning_rate", "decay_lr"),
+                f"must not exceed learning_rate, which is {self.learning_rate}",
+            )
         for name in ("dropout", "beta1", "beta2"):
             if getattr(self, name) == 1.0:
                 yield (name,), "must be below 1"
@@ -199,12 +210,16 @@ def convert(value, meta):
     if fits and kind is not str and kind is not bool:
         low, above, high = meta["low"], meta["above"], meta["high"]
         fits = -1e300 < value < 1e300 and not (
-            (low is not None and value < low) or (above is not None and value <= above) or (high is not None and value > high)
+            (low is not None and value < low)
+            or (above is not None and value <= above)
+            or (high is not None and value > high)
         )
     if fits and meta["choices"]:
         fits = value in meta["choices"]
     if not fits:
-        raise ValueError(describe(meta) + (nearest(value, meta["choices"]) if meta["choices"] and isinstance(value, str) else ""))
+        raise ValueError(
+            describe(meta) + (nearest(value, meta["choices"]) if meta["choices"] and isinstance(value, str) else "")
+        )
     return value
 
 
@@ -269,7 +284,11 @@ def read_config_file(path, names, problems):
         problems.append(f"{path}: is no text that Python can read ({type(e).__name__})")
         return
     for statement in statements:
-        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str):
+        if (
+            isinstance(statement, ast.Expr)
+            and isinstance(statement.value, ast.Constant)
+            and isinstance(statement.value.value, str)
+        ):
             continue  # a docstring
         targets = statement.targets if isinstance(statement, ast.Assign) else []
         if len(targets) != 1 or not isinstance(targets[0], ast.Name):
@@ -339,7 +358,9 @@ def help_text(cfg, prog):
             lines += ["", meta["group"]]
         origin = f"{came}; default {f.default!r}" if came else "default"
         left = f"  --{f.name}={getattr(cfg, f.name)!r}"
-        right = textwrap.wrap(f"{meta['help']} [{describe(meta)}; {origin}]", 70, break_on_hyphens=False, break_long_words=False)
+        right = textwrap.wrap(
+            f"{meta['help']} [{describe(meta)}; {origin}]", 70, break_on_hyphens=False, break_long_words=False
+        )
         lines += [f"{left:<38}  {right[0]}"] + [" " * 40 + r for r in right[1:]]
     return "\n".join(lines)
 

@@ -89,7 +89,9 @@ class Dataset:
         if size % width:
             raise UserError(f"{self.path}: {size} bytes are no whole number of {meta['dtype']} ids; prepare it again")
         if n <= block_size:
-            raise UserError(f"{self.path}: {n} tokens are too few for a block_size of {block_size}; at most {max(n - 1, 0)} would do")
+            raise UserError(
+                f"{self.path}: {n} tokens are too few for a block_size of {block_size}; at most {max(n - 1, 0)} would do"
+            )
         self.tokens = np.memmap(self.path, dtype=meta["dtype"], mode="r")
         for start in range(0, min(n, SCAN_LIMIT), 2**22):
             self.check(self.tokens[start : start + 2**22])
@@ -97,7 +99,9 @@ class Dataset:
     def check(self, ids):
         """Raise UserError where an id lies outside the vocabulary; an embedding would read past its end."""
         if ids.max() >= self.vocab_size:
-            raise UserError(f"{self.path}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}; prepare it again")
+            raise UserError(
+                f"{self.path}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}; prepare it again"
+            )
 
     def windows(self, offsets, block_size):
         """Inputs and targets (B, T), int64: the T tokens from each offset on, and those one later."""
@@ -119,7 +123,12 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         vocab_size, dtype = meta["vocab_size"], meta["dtype"]
-        sound = type(vocab_size) is int and 0 < vocab_size < 2**31 and dtype in DTYPES and isinstance(meta["tokenizer"], dict)
+        sound = (
+            type(vocab_size) is int
+            and 0 < vocab_size < 2**31
+            and dtype in DTYPES
+            and isinstance(meta["tokenizer"], dict)
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -174,7 +183,13 @@ class Batches:
     """
 
     def __init__(self, dataset, stream, seed, block_size, dist):
-        self.dataset, self.stream, self.seed, self.block_size, self.dist = dataset, STREAMS[stream], seed, block_size, dist
+        self.dataset, self.stream, self.seed, self.block_size, self.dist = (
+            dataset,
+            STREAMS[stream],
+            seed,
+            block_size,
+            dist,
+        )
         n = len(dataset.tokens)
         self.epoch_windows = max(1, (n - block_size) // block_size)  # in an epoch, whatever its offset
         self.offsets = min(block_size, n - self.epoch_windows * block_size)  # that an epoch can begin at

@@ -104,7 +104,9 @@ def setup(cfg, out=None):
     `out`: where its announcements are printed, by default standard output.
     """
     out = out or sys.stdout
-    rank, local_rank, world_size = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    rank, local_rank, world_size = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     several = "LOCAL_RANK" in os.environ
     say = partial(print, file=out, flush=True) if rank == 0 else lambda line: None
     device = choose_device(cfg, say, local_rank, several)
@@ -144,7 +146,9 @@ def choose_device(cfg, say, local_rank=0, several=False):
     if device.type not in available:
         raise UserError(f"--device={name}: expected cpu, cuda, cuda:N or mps")
     if not available[device.type]:
-        raise UserError(f"--device={name}: this PyTorch ({torch.__version__}) sees no {device.type} device; --device=cpu works everywhere")
+        raise UserError(
+            f"--device={name}: this PyTorch ({torch.__version__}) sees no {device.type} device; --device=cpu works everywhere"
+        )
     index = local_rank if several else device.index or 0
     if index >= available[device.type]:
         asked = f"{local_rank + 1} processes need as many GPUs" if several else f"there is no device {index}"
@@ -252,7 +256,9 @@ def compiled(model, cfg, dist, shape, training):
     model.train(training)
     model.zero_grad(set_to_none=True)
     if failures:
-        reason = next((line.strip() for line in str(failures[0]).splitlines() if line.strip()), type(failures[0]).__name__)
+        reason = next(
+            (line.strip() for line in str(failures[0]).splitlines() if line.strip()), type(failures[0]).__name__
+        )
         dist.say(f"compile: failed, going on without it ({reason})")
         return model
     dist.say(f"compile: took {time.perf_counter() - began:.0f} s")

@@ -55,7 +55,9 @@ def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False):
     starts = np.arange(0, n - 1, T)
     rounds = range(0, len(starts), dist.world_size * B)  # in each, every process takes a batch
     with evaluating(model):
-        for first in tqdm(rounds, desc="exact val loss", leave=False, disable=None if dist.is_main else True, mininterval=0.5):
+        for first in tqdm(
+            rounds, desc="exact val loss", leave=False, disable=None if dist.is_main else True, mininterval=0.5
+        ):
             if stop():
                 return None
             mine = starts[first + dist.rank * B :][:B]

@@ -50,7 +50,11 @@ def from_pretrained(name_or_folder, dropout=0.0):
 
 def is_hugging_face(folder):
     """Whether `folder` looks like a model that Hugging Face's transformers saved."""
-    return (Path(folder) / "config.json").is_file() and any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("pytorch_model*.bin"))
+    return (
+        (Path(folder) / "config.json").is_file()
+        and any(Path(folder).glob("*.safetensors"))
+        or any(Path(folder).glob("pytorch_model*.bin"))
+    )
 
 
 def download(name):
@@ -63,7 +67,9 @@ def download(name):
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
     except Exception as e:  # of many kinds: network, hub, disk
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"{name}: cannot be downloaded ({reason}); a local folder in Hugging Face's format works too") from None
+        raise UserError(
+            f"{name}: cannot be downloaded ({reason}); a local folder in Hugging Face's format works too"
+        ) from None
 
 
 def read_config(folder, dropout):
@@ -101,7 +107,9 @@ def read_weights(folder):
         try:
             safe = path.suffix == ".safetensors"
             found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(found, dict) or not all(isinstance(k, str) and torch.is_tensor(t) for k, t in found.items()):
+            if not isinstance(found, dict) or not all(
+                isinstance(k, str) and torch.is_tensor(t) for k, t in found.items()
+            ):
                 raise ValueError("it is no dictionary of tensors")
             tensors |= found
         except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, TypeError) as e:
@@ -130,7 +138,9 @@ def from_nanogpt(out_dir):
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
         if isinstance(e, UserError):
             raise
-        raise UserError(f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})") from None
+        raise UserError(
+            f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})"
+        ) from None
     state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
     return Checkpoint(path, step, state, asdict(config), tokenizer, settings, {}, (found["model"], moments))
 

@@ -34,7 +34,9 @@ def read_checkpoint(path):
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # pickle's, torch's and zipfile's errors have no common ancestor
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(f"{path}: refused: it is cut short, or holds more than tensors and numbers ({reason[:200]})") from None
+        raise UserError(
+            f"{path}: refused: it is cut short, or holds more than tensors and numbers ({reason[:200]})"
+        ) from None
     try:
         model = {name.removeprefix("_orig_mod."): t for name, t in found["model"].items()}
         model.pop("lm_head.weight", None)  # tied to the token embedding

@@ -30,7 +30,9 @@ def device_peak(dist):
         name = torch.cuda.get_device_name(dist.device)
         for known, tflops in PEAK_TFLOPS.items():
             if known in name:
-                dist.say(f"peak: {tflops} TFLOP/s, the datasheet's for {name} at {str(dist.dtype)[6:]}; MFU is relative to it")
+                dist.say(
+                    f"peak: {tflops} TFLOP/s, the datasheet's for {name} at {str(dist.dtype)[6:]}; MFU is relative to it"
+                )
                 return tflops * 1e12 * dist.world_size
     rate = measured_peak(dist) * dist.world_size
     if dist.device.type == "cpu":
@@ -118,7 +120,9 @@ class Log:
             self.watch.look(step, loss, grad_norm, spike)
             if spike:
                 skipped = ", and was skipped" if self.cfg.skip_spikes else ""
-                self.say(f"iter {step}: spike number {self.watch.spikes}: loss {loss:.4f} is far above the recent ones{skipped}")
+                self.say(
+                    f"iter {step}: spike number {self.watch.spikes}: loss {loss:.4f} is far above the recent ones{skipped}"
+                )
                 self._record(step=step, spike=loss)
             if step % self.cfg.log_interval == 0:
                 self._line(step, lr, loss, grad_norm)
@@ -133,7 +137,9 @@ class Log:
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, "
             f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}"
         )
-        self._record(step=step, loss=loss, lr=lr, grad_norm=grad_norm, ms=seconds * 1000, tokens_per_second=rate, mfu=mfu)
+        self._record(
+            step=step, loss=loss, lr=lr, grad_norm=grad_norm, ms=seconds * 1000, tokens_per_second=rate, mfu=mfu
+        )
         self._send(step, {"train/iter_loss": loss, "lr": lr, "mfu": mfu * 100, "grad_norm": grad_norm})
         if self.bar:
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -166,7 +172,9 @@ class Log:
             try:
                 self.file.write(json.dumps(values) + "\n")
             except OSError as e:
-                raise RunFailed(f"{self.file.name}: cannot be written to ({e.strerror}); the run stops; its checkpoints are safe") from None
+                raise RunFailed(
+                    f"{self.file.name}: cannot be written to ({e.strerror}); the run stops; its checkpoints are safe"
+                ) from None
 
     def _send(self, step, values):
         if self.wandb:
@@ -194,7 +202,9 @@ def drop_after(path, step, evaluated):
     """
     if not path.exists():
         return
-    kept = [r for r in read_metrics(path) if r["step"] <= (evaluated if "val_loss" in r else step) and "exact_loss" not in r]
+    kept = [
+        r for r in read_metrics(path) if r["step"] <= (evaluated if "val_loss" in r else step) and "exact_loss" not in r
+    ]
     temporary = path.with_name(".metrics.jsonl.tmp")
     with open(temporary, "w", encoding="utf-8") as f:
         f.write("".join(json.dumps(record) + "\n" for record in kept))
@@ -242,7 +252,13 @@ def draw_losses(out_dir):
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#b8c4d6", linewidth=0.8, label="train, each batch")
+    axes.plot(
+        [r["step"] for r in steps],
+        [r["loss"] for r in steps],
+        color="#b8c4d6",
+        linewidth=0.8,
+        label="train, each batch",
+    )
     marks = dict(marker="o", markersize=3.5, linewidth=1.8)
     axes.plot([r["step"] for r in evals], [r["train_loss"] for r in evals], color="#2f6db5", label="train", **marks)
     axes.plot([r["step"] for r in evals], [r["val_loss"] for r in evals], color="#d9662b", label="validation", **marks)

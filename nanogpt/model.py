@@ -173,7 +173,9 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f"a context of {self.config.block_size} cannot be cropped to {block_size}: it is shorter")
         self.config.block_size = block_size
-        self.transformer.wpe = nn.Embedding.from_pretrained(self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False)
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
+        )
 
     def num_params(self, non_embedding=True):
         """Number of parameters; by default without the position embedding, as they are usually quoted."""

@@ -27,7 +27,9 @@ def load(cfg, dist):
     if found is None:
         there = sorted(str(p.parent) for p in Path().glob("*/checkpoints"))
         hint = f"; there are some in {', '.join(there)}" if there else "; train.py makes one"
-        raise UserError(f"--{'out_dir' if cfg.init_from == 'resume' else 'init_from'}={folder}: holds no checkpoint{hint}")
+        raise UserError(
+            f"--{'out_dir' if cfg.init_from == 'resume' else 'init_from'}={folder}: holds no checkpoint{hint}"
+        )
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
     return checkpoint.load_model(found), open_tokenizer(found.tokenizer)
 
@@ -83,7 +85,9 @@ def sample(cfg, dist):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         write(text)
         with dist.autocast():
-            for token in generate(model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator, tok.vocab_size):
+            for token in generate(
+                model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator, tok.vocab_size
+            ):
                 write(decoder.decode(tok.token_bytes(token.item())))
         write(decoder.decode(b"", final=True) + "\n---------------\n")
 

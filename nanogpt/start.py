@@ -107,7 +107,9 @@ def make_model(cfg, found, dataset, dist):
                 f"the {model.config.vocab_size} of {found}"
             )
     if cfg.block_size > model.config.block_size:
-        raise UserError(f"--block_size={cfg.block_size}: longer than the {model.config.block_size} tokens of context of {cfg.init_from}")
+        raise UserError(
+            f"--block_size={cfg.block_size}: longer than the {model.config.block_size} tokens of context of {cfg.init_from}"
+        )
     if cfg.block_size < model.config.block_size:
         dist.say(f"context: cropped from {model.config.block_size} to {cfg.block_size} tokens (--block_size)")
         model.crop_block_size(cfg.block_size)
@@ -119,7 +121,10 @@ def keep_shape(cfg, found):
     wrong = [name for name in SHAPE if getattr(cfg, name) != found.model_config[name]]
     if wrong:
         raise UserError(
-            *(f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {found.model_config[n]}" for n in wrong)
+            *(
+                f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {found.model_config[n]}"
+                for n in wrong
+            )
         )
 
 
@@ -162,7 +167,9 @@ def start(cfg, dist):
         if run.state.step >= cfg.max_iters and not cfg.eval_only:
             dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
     if dist.sum([run.state.step])[0] != run.state.step * dist.world_size:
-        raise UserError(f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; it must be a folder that all nodes share")
+        raise UserError(
+            f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; it must be a folder that all nodes share"
+        )
     if not cfg.eval_only:
         dist.barrier()  # all have read what they need
         open_out_dir(cfg, dist, resuming)

@@ -10,7 +10,19 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from nanogpt import checkpoint, config, data, distributed, evaluate, health, metrics, optim, schedule, signals, tokenizer
+from nanogpt import (
+    checkpoint,
+    config,
+    data,
+    distributed,
+    evaluate,
+    health,
+    metrics,
+    optim,
+    schedule,
+    signals,
+    tokenizer,
+)
 from nanogpt.config import TrainConfig
 from nanogpt.start import settings_to_resume, start
 
@@ -31,7 +43,9 @@ def train(cfg, dist):
         compiled_model = compile_model(run.model, cfg, dist, stop)  # the same weights
         ddp_model = dist.wrap(compiled_model)
         batches = data.Batches(run.datasets["train"], "train", cfg.seed, cfg.block_size, dist)
-        eval_batches = {s: data.Batches(d, f"eval {s}", cfg.seed, cfg.block_size, dist) for s, d in run.datasets.items()}
+        eval_batches = {
+            s: data.Batches(d, f"eval {s}", cfg.seed, cfg.block_size, dist) for s, d in run.datasets.items()
+        }
         log = start_log(cfg, dist, run, health.Watch(cfg, dist, state, writer))
         try:
             while not stop.requested():
@@ -133,7 +147,9 @@ def save(run, writer, cfg):
     evaluated = state.evaluated == state.step
     state = replace(state, losses=state.losses if evaluated else None, improved=state.improved and evaluated)
     info = dict(step=state.step, state=asdict(state), model_config=asdict(run.model.config))
-    info |= dict(tokenizer=run.datasets["train"].tokenizer_json, settings=config.settings(cfg), scaler=run.scaler.state_dict())
+    info |= dict(
+        tokenizer=run.datasets["train"].tokenizer_json, settings=config.settings(cfg), scaler=run.scaler.state_dict()
+    )
     writer.save(dict(run.model.named_parameters()), run.tensors(), info)
 
 

@@ -124,7 +124,10 @@ def ending(out_dir="out"):
     """All that a run leaves and must not depend on whether it was stopped: bytes, state, and what it reported."""
     found = checkpoint.newest(out_dir)
     tensors = [(found.folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")]
-    reports = [(r["step"], *(r[k] for k in ("loss", "train_loss", "val_loss", "exact_loss") if k in r)) for r in metrics(out_dir)]
+    reports = [
+        (r["step"], *(r[k] for k in ("loss", "train_loss", "val_loss", "exact_loss") if k in r))
+        for r in metrics(out_dir)
+    ]
     return tensors, found.state, found.scaler, reports
 
 

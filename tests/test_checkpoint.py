@@ -302,7 +302,19 @@ def test_a_folder_that_was_never_renamed_is_no_checkpoint(run, trained):
 @pytest.mark.skipif(not shutil.which("strace"), reason="strace is not installed")
 def test_seen_from_outside_every_file_is_flushed_before_the_rename(tiny, tmp_path):
     calls = "openat,write,pwrite64,ftruncate,fsync,rename,renameat,renameat2"
-    command = ["strace", "-f", "--seccomp-bpf", "-y", "-o", "trace", "-e", f"trace={calls}", sys.executable, str(ROOT / "train.py"), *SMALL]
+    command = [
+        "strace",
+        "-f",
+        "--seccomp-bpf",
+        "-y",
+        "-o",
+        "trace",
+        "-e",
+        f"trace={calls}",
+        sys.executable,
+        str(ROOT / "train.py"),
+        *SMALL,
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     if "ptrace" in done.stderr:
         pytest.skip("tracing is not permitted here")
@@ -411,7 +423,13 @@ def test_a_crash_costs_at_most_an_interval_whatever_is_kept(run, always):
     vals = {r["step"]: r["val_loss"] for r in metrics() if "val_loss" in r}
     assert vals[12] > min(vals.values())  # it got worse, and was saved all the same
     assert checkpoint.newest("out").step == 12
-    run(f"--always_save_checkpoint={always}", "--max_iters=13", "--init_from=resume", "--learning_rate=1e-3", "--decay_lr=False")
+    run(
+        f"--always_save_checkpoint={always}",
+        "--max_iters=13",
+        "--init_from=resume",
+        "--learning_rate=1e-3",
+        "--decay_lr=False",
+    )
 
 
 def test_a_damaged_one_does_not_count_among_the_kept(trained):
@@ -446,7 +464,9 @@ def small_disk(tmp_path):
     """An empty file system of 300 kB in tmp_path/disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder], capture_output=True, text=True
+    )
     if mounted.returncode:
         pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
     yield folder
@@ -482,7 +502,9 @@ def test_an_out_dir_under_a_file_is_refused_in_one_line(tiny, tmp_path, monkeypa
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError("no more"), RuntimeError("unforeseen")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), MemoryError("no more"), RuntimeError("unforeseen")]
+)
 @pytest.mark.parametrize("step", [4, 8])
 def test_a_write_that_fails_in_the_background_is_never_swallowed(run, monkeypatch, error, step):
     real = checkpoint.save_file
@@ -512,7 +534,9 @@ def forge(folder, info):
 
 
 def agree(folder):
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": checkpoint._sha256(folder / n)} for n in checkpoint.FILES}
+    files = {
+        n: {"bytes": (folder / n).stat().st_size, "sha256": checkpoint._sha256(folder / n)} for n in checkpoint.FILES
+    }
     (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
 
 
@@ -679,6 +703,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_being_written(run, monkeypatch):
     monkeypatch.setattr(train, "train_step", train_step)
     run()
     assert held == [True]
+
 
 def test_what_is_written_is_the_state_at_the_save_and_not_what_came_after(tmp_path, monkeypatch):
     changed, real = threading.Event(), checkpoint.save_file

@@ -54,9 +54,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"nanogpt {nanogpt.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "word, hint", [("trian", "did you mean train?"), ("xyz", "expected one of train, sample")]
-)
+@pytest.mark.parametrize("word, hint", [("trian", "did you mean train?"), ("xyz", "expected one of train, sample")])
 def test_unknown_command(word, hint, capsys):
     assert cli.main([word, "--lr=1"]) == 2
     out, err = capsys.readouterr()
@@ -98,9 +96,7 @@ def test_user_errors_are_lines(rank, lines, tmp_path, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)
-    source = (
-        "from nanogpt.config import UserError\ndef main(argv): raise UserError('one thing', 'another thing')"
-    )
+    source = "from nanogpt.config import UserError\ndef main(argv): raise UserError('one thing', 'another thing')"
     result = run_program(tmp_path, source)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines() == ["error: one thing", "error: another thing"][:lines]

@@ -342,7 +342,9 @@ def test_a_permutation_is_one_and_equals_plain_python(n):
         key = plain_hash64(seed, 0, 0)
         found = permutation(np.arange(n), n, np.uint64(key))
         assert sorted(found) == list(range(n))
-        assert [plain_permutation(i, n, key) for i in range(0, n, max(1, n // 50))] == found[:: max(1, n // 50)].tolist()
+        assert [plain_permutation(i, n, key) for i in range(0, n, max(1, n // 50))] == found[
+            :: max(1, n // 50)
+        ].tolist()
 
 
 def test_seeds_and_streams_draw_differently(dist):

@@ -94,7 +94,9 @@ def test_the_first_resumed_update_is_the_one_that_torch_would_have_made(old, cap
     cfg = config.load(config.TrainConfig, [*SMALL, *RESUME], "train.py")
     from nanogpt.distributed import Dist
 
-    batches = data.Batches(data.Dataset("tiny", "train", 16), "train", cfg.seed, 16, Dist(torch.device("cpu"), torch.float32))
+    batches = data.Batches(
+        data.Dataset("tiny", "train", 16), "train", cfg.seed, 16, Dist(torch.device("cpu"), torch.float32)
+    )
     optimizer.zero_grad()
     for i in range(2):
         x, y = batches.get(7 * 8 + 4 * i, 4)
@@ -185,7 +187,9 @@ def evil_files():
         "old torch format": saved({"model": Evil()}, _use_new_zipfile_serialization=False),
         **{f"plain pickle {p}": pickled({"model": Evil()}, p) for p in (0, 2, 5)},
         "opcodes": lambda path: Path(path).write_bytes(b"cos\nsystem\n(S'touch executed'\ntR."),
-        "stack global": lambda path: Path(path).write_bytes(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0etouch executed\x85R."),
+        "stack global": lambda path: Path(path).write_bytes(
+            b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x0etouch executed\x85R."
+        ),
     }
 
 
@@ -252,7 +256,7 @@ def test_an_evil_hugging_face_file_is_refused(old, capsys, kind, tmp_path):
         "exec(open('other.py').read())",
         "batch_size = [open('executed', 'w') for _ in (1,)][0]",
         "batch_size = (lambda: open('executed', 'w'))()",
-        "out_dir = f'{open(\"executed\", \"w\")}'",
+        'out_dir = f\'{open("executed", "w")}\'',
         "batch_size = " + "(" * 5000 + "1" + ")" * 5000,
         "batch_size = 9**9**9**9",
     ],

@@ -102,7 +102,12 @@ def test_a_loss_that_is_not_finite_leaves_valid_json(tmp_path, dist):
     log = metrics.Log(cfg, dist, None, TrainState(), tokens_per_iter=1, flops_per_iter=1.0, peak=1.0)
     log.evaluation(0, {"train": float("nan"), "val": float("inf")}, 0.1)
     log.close()
-    assert json.loads(Path(tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "train_loss": None, "val_loss": None, "lr": 0.1}
+    assert json.loads(Path(tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 0,
+        "train_loss": None,
+        "val_loss": None,
+        "lr": 0.1,
+    }
     assert (tmp_path / "loss.png").exists()  # an empty picture, not a crash
 
 

@@ -91,11 +91,17 @@ def test_what_cannot_be_done_is_said_in_one_line(trained, args, expected):
 
 
 def test_text_appears_while_it_is_generated(trained):
-    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--num_samples=1", "--max_new_tokens=100000", "--start=The"]
+    command = [
+        sys.executable,
+        str(ROOT / "sample.py"),
+        "--device=cpu",
+        "--num_samples=1",
+        "--max_new_tokens=100000",
+        "--start=The",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout.read(20).startswith(b"The")  # 100,000 tokens would take minutes
         process.kill()
-
 
 
 def test_it_takes_the_best_checkpoint(trained, capsys):

@@ -115,7 +115,9 @@ def test_a_signal_is_answered_by_saving_and_a_line_on_how_to_go_on(start, run, w
     assert f"\n{signum.name}: saving, then stopping" in door.printed and "Traceback" not in door.printed
     if phase in UNFINISHED:
         assert not re.search(UNFINISHED[phase], door.printed, re.M)
-    [(step, folder)] = re.findall(r"^stopped at step (\d+), saved in (\S+); .*--init_from=resume goes on$", door.printed, re.M)
+    [(step, folder)] = re.findall(
+        r"^stopped at step (\d+), saved in (\S+); .*--init_from=resume goes on$", door.printed, re.M
+    )
     assert not checkpoint.damage(tmp_path / folder) and checkpoint.newest(tmp_path / "parts").step == int(step)
     run(*ARGS, "--init_from=resume")
     assert ending("parts") == whole

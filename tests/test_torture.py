@@ -88,13 +88,18 @@ def test_processes_come_and_go_and_every_token_is_read_once(start, start_two, tm
     assert start(*args, "--out_dir=whole", before=partial(record_windows, "whole-read")).end() == 0
     for i in range(10):
         go = [*args, "--out_dir=parts", "--init_from=auto", f"--max_iters={4 * i + 4}"]
-        doors = (start_two if i % 2 else lambda *a, **k: [start(*a, **k)])(*go, before=partial(record_windows, "parts-read"))
+        doors = (start_two if i % 2 else lambda *a, **k: [start(*a, **k)])(
+            *go, before=partial(record_windows, "parts-read")
+        )
         assert all(d.end() == 0 for d in doors), doors[0].printed
     read = windows(tmp_path, "parts-read")
     whole, parts = (dict(r[:2] for r in ending(tmp_path / o)[3] if len(r) == 2) for o in ("whole", "parts"))
     off = max(abs(whole[s] - parts[s]) for s in whole)
     once = [number for number, _ in read] == list(range(40 * 8)) and read == windows(tmp_path, "whole-read")
-    figure("1, 2, 1, 2, ... processes", f"{len(read)} windows, {'each read once' if once else 'NOT each once'}; losses within {off:.1e}")
+    figure(
+        "1, 2, 1, 2, ... processes",
+        f"{len(read)} windows, {'each read once' if once else 'NOT each once'}; losses within {off:.1e}",
+    )
     assert once and off < 1e-4
 
 
@@ -102,7 +107,13 @@ def test_killed_at_random_moments(start, tmp_path, figure):
     draw, kills, rounds, changed = random.Random(7), [], 0, 0
     while len(kills) < KILLS:
         interval = draw.choice([1, 2, 5])
-        args = [f"--eval_interval={interval}", "--max_iters=150", "--lr_decay_iters=150", "--dropout=0.1", f"--seed={rounds}"]
+        args = [
+            f"--eval_interval={interval}",
+            "--max_iters=150",
+            "--lr_decay_iters=150",
+            "--dropout=0.1",
+            f"--seed={rounds}",
+        ]
         whole = start(*args, f"--out_dir=whole-{rounds}", name="whole")
         got = killed_again_and_again(start, tmp_path, draw, KILLS - len(kills), *args, interval=interval)
         kills += [(lost, half, interval) for lost, half in got]
@@ -216,7 +227,9 @@ def both_dwell(phase, seconds):
 def test_signals_in_every_phase(start, start_two, tmp_path, figure, phase, processes):
     seconds, draw = [], random.Random(f"{phase}{processes}")
     args = ["--dropout=0.1", "--out_dir=parts"]
-    whole = start_two("--dropout=0.1", "--out_dir=whole") if processes == 2 else [start("--dropout=0.1", "--out_dir=whole")]
+    whole = (
+        start_two("--dropout=0.1", "--out_dir=whole") if processes == 2 else [start("--dropout=0.1", "--out_dir=whole")]
+    )
     assert all(d.end() == 0 for d in whole)
     for signum in ALL * 2:
         before = partial(both_dwell, phase, 0.3)
@@ -265,9 +278,18 @@ def test_signals_while_compiling(start, tmp_path, figure):
 
 @pytest.mark.parametrize("signum", ALL[:2], ids=lambda s: s.name)
 def test_a_signal_to_torchrun_itself(tiny, tmp_path, figure, signum):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+    ]
     with open(tmp_path / "log.txt", "w") as log:
-        job = subprocess.Popen([*command, *SMALL, "--max_iters=100000"], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        job = subprocess.Popen(
+            [*command, *SMALL, "--max_iters=100000"], cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         end = time.monotonic() + 120
         while "iter 20:" not in (tmp_path / "log.txt").read_text():
@@ -308,5 +330,8 @@ def test_the_pause_for_a_save_of_124m_parameters(tmp_path, figure):
         torch.set_num_threads(1)
     size = sum(p.stat().st_size for p in checkpoint.newest(tmp_path).folder.iterdir())
     name = f"pause for a save, 124M parameters, {size / 1e9:.1f} GB"
-    figure(name, f"{pauses[0]:.2f} s the first time, then {min(pauses[1:]):.2f} s; a blocking save takes {min(blocking):.2f} s")
+    figure(
+        name,
+        f"{pauses[0]:.2f} s the first time, then {min(pauses[1:]):.2f} s; a blocking save takes {min(blocking):.2f} s",
+    )
     assert min(pauses[1:]) < min(blocking) / 2

@@ -21,7 +21,9 @@ def test_a_run_prints_the_lines_that_people_and_scripts_read(run):
     out = run()
     assert re.search(r"^step 4: train loss \d\.\d{4}, val loss \d\.\d{4}$", out, re.M)
     assert re.search(r"^iter 3: loss \d\.\d{4}, time \d+\.\d\dms, mfu \d+\.\d\d%", out, re.M)
-    assert re.search(r"^exact val loss \d\.\d{6} over all [\d,]+ validation tokens, perplexity .* bits per byte$", out, re.M)
+    assert re.search(
+        r"^exact val loss \d\.\d{6} over all [\d,]+ validation tokens, perplexity .* bits per byte$", out, re.M
+    )
 
 
 def test_a_run_learns(run):
@@ -209,7 +211,10 @@ def test_two_processes_train_the_same_model(run, tmp_path):
 def test_processes_that_do_not_divide_the_batch_are_refused_with_those_that_do(tmp_path, tiny):
     done = torchrun(3, cwd=tmp_path)
     assert done.returncode != 0
-    assert "3 processes do not divide the global batch of 2 x 4 = 8 sequences; these numbers would: 1, 2, 4, 8" in done.stderr
+    assert (
+        "3 processes do not divide the global batch of 2 x 4 = 8 sequences; these numbers would: 1, 2, 4, 8"
+        in done.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
