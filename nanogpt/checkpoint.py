@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from dataclasses import dataclass, fields
@@ -347,6 +348,10 @@ def _flush(path):
     """Force a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # macOS: its fsync leaves the drive's own cache alone
         os.fsync(handle)
     finally:
         os.close(handle)

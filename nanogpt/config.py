@@ -88,6 +88,9 @@ class TrainConfig:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
     dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
+    deterministic: bool = setting(
+        False, "the same bits every time on a GPU too, at some cost in speed; CPUs need it not"
+    )
     seed: int | str = setting(
         1337, "of the initialisation, the batches and dropout", int, low=0, high=2**63 - 1, auto=True
     )

@@ -17,7 +17,7 @@ from typing import TextIO
 import torch
 import torch.distributed as td
 
-from nanogpt.config import UserError
+from nanogpt.config import RunFailed, UserError
 
 
 @dataclass
@@ -91,6 +91,20 @@ class Dist:
         td.all_reduce(tensor, op=td.ReduceOp.MAX, group=self.host_group)
         return int(tensor)
 
+    @contextmanager
+    def together(self):
+        """If any process fails within, all leave: it with its own error, the others with RunFailed.
+
+        Nothing within may wait for another process.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as e:
+            failure = e
+        if self.max(int(failure is not None)):
+            raise failure or RunFailed("another process could not go on")
+
     def barrier(self):
         """Wait until every process has come here."""
         if self.world_size > 1:
@@ -111,7 +125,9 @@ def setup(cfg, out=None):
     say = partial(print, file=out, flush=True) if rank == 0 else lambda line: None
     device = choose_device(cfg, say, local_rank, several)
     dist = Dist(device, choose_dtype(cfg, device, say), rank, local_rank, world_size if several else 1, out)
-    prepare_device(device)
+    prepare_device(device, getattr(cfg, "deterministic", False))
+    if device.type == "cuda" and dist.dtype == torch.float32:
+        say("float32 products: in TF32, with 10 bits of mantissa, many times faster (--dtype)")
     if not several:
         yield dist
         return
@@ -119,6 +135,8 @@ def setup(cfg, out=None):
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
         say(f"backend: {backend}, the one for {device.type} devices (--backend)")
+    if backend == "nccl" and device.type != "cuda":
+        raise UserError(f"--backend=nccl: works on GPUs alone, and the device is {device.type}; --backend=gloo")
     td.init_process_group(backend, device_id=device if backend == "nccl" else None)
     try:
         dist.host_group = td.new_group(backend="gloo") if backend != "gloo" else td.group.WORLD
@@ -181,10 +199,13 @@ def choose_seed(cfg, dist):
         dist.say(f"seed: {cfg.seed}, from the operating system (--seed={cfg.seed} repeats this run)")
 
 
-def prepare_device(device):
-    """What makes every model faster on this device and changes no meaning."""
+def prepare_device(device, deterministic=False):
+    """What makes every model faster on this device; or, where `deterministic`, give the same bits every time."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32"  # float32 products at 10 mantissa bits, many times faster
+        torch.set_float32_matmul_precision("high")  # TF32; fp32_precision alone makes the compiler's look-ups raise
     if device.type == "cpu" and sys.platform == "linux":
         keep_memory()
 
@@ -198,8 +219,8 @@ def keep_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent outside glibc
     if mallopt:
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):  # an older glibc allows no more
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def share_batch(cfg, world_size):
@@ -230,51 +251,59 @@ def choose_compile(cfg, device, say):
     return on
 
 
-def compiled(model, cfg, dist, shape, training):
-    """`torch.compile` of the model where `compile` says so, tried out on a batch of this shape; the same weights.
+def compiled(model, cfg, dist, eval_shape, train_shape=None):
+    """`torch.compile` of the model where `compile` says so, tried out on batches of these shapes; the same weights.
 
-    `training`: the backward pass is needed too. Where compilation fails, one line says so, and the model
-    runs uncompiled.
+    `train_shape`: of a batch whose backward pass is needed too. Where compilation fails, one line says so, and
+    the model runs uncompiled.
     """
     if not choose_compile(cfg, dist.device, dist.say):
         return model
-    failures = catch_compile_errors()
+    errors = CompileErrors()
     dist.say("compile: takes a while before the first step")
     began = time.perf_counter()
     fast = torch.compile(model)
     try:
-        idx = torch.zeros(shape, dtype=torch.int64, device=dist.device)
-        if training:
+        if train_shape:
+            idx = torch.zeros(train_shape, dtype=torch.int64, device=dist.device)
             with dist.autocast():
                 loss = fast(idx, idx)[1]
             loss.backward()
         model.eval()
+        idx = torch.zeros(eval_shape, dtype=torch.int64, device=dist.device)
         with torch.no_grad(), dist.autocast():
-            fast(idx, idx if training else None)
+            fast(idx, idx if train_shape else None)
     except Exception as e:  # of any kind: a compiler, its driver, or PyTorch's own
-        failures.append(e)
-    model.train(training)
+        errors.note(e)
+    model.train(train_shape is not None)
     model.zero_grad(set_to_none=True)
-    if failures:
-        reason = next(
-            (line.strip() for line in str(failures[0]).splitlines() if line.strip()), type(failures[0]).__name__
-        )
-        dist.say(f"compile: failed, going on without it ({reason})")
+    if errors.reasons:
+        dist.say(f"compile: failed, going on without it ({errors.reasons[0]})")
         return model
     dist.say(f"compile: took {time.perf_counter() - began:.0f} s")
+    errors.say = dist.say
     return fast
 
 
-def catch_compile_errors():
-    """Let what cannot be compiled run uncompiled, and collect the reasons instead of logging pages of them."""
-    import torch._dynamo
+class CompileErrors(logging.Filter):
+    """Lets what cannot be compiled run uncompiled, and keeps the reasons instead of logging pages of them."""
 
-    torch._dynamo.config.suppress_errors = True
-    failures = []
+    def __init__(self):
+        super().__init__()
+        import torch._dynamo
 
-    def collect(record):
-        failures.append(record.exc_info[1] if record.exc_info else record.getMessage())
+        torch._dynamo.config.suppress_errors = True
+        self.reasons, self.say = [], None
+        logging.getLogger("torch._dynamo.convert_frame").addFilter(self)
+
+    def note(self, error):
+        """Keep an error's first line; later than at the start, say it."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        self.reasons.append(lines[0] if lines else type(error).__name__)
+        if self.say and len(self.reasons) == 1:
+            self.say(f"compile: a part runs uncompiled ({self.reasons[0]})")
+
+    def filter(self, record):
+        """What logging calls with each record; False keeps it from being printed."""
+        self.note(record.exc_info[1] if record.exc_info else record.getMessage())
         return False
-
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(collect)
-    return failures

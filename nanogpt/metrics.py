@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def device_peak(dist):
     if dist.device.type == "cuda" and dist.dtype != torch.float32:
         name = torch.cuda.get_device_name(dist.device)
         for known, tflops in PEAK_TFLOPS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b(?! (Ti|SUPER|Laptop))", name) and "MIG" not in name:
                 dist.say(
                     f"peak: {tflops} TFLOP/s, the datasheet's for {name} at {str(dist.dtype)[6:]}; MFU is relative to it"
                 )
@@ -47,6 +48,8 @@ def measured_peak(dist):
     """FLOP/s of a large matrix product on the device: the fastest within a tenth of a second."""
     n = 1024 if dist.device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=dist.device, dtype=dist.dtype) for _ in range(2))
+    a @ b  # the first one loads the library
+    synchronize(dist.device)
     fastest, end = math.inf, time.perf_counter() + 0.1
     while fastest == math.inf or time.perf_counter() < end:
         synchronize(dist.device)
@@ -102,21 +105,27 @@ class Log:
 
         Raises RunFailed where an earlier step turns out to have been sick.
         """
-        if self.unread and self.unread[-1][0] % min(self.cfg.log_interval, 100) == 0:
-            self._read()
-        self.unread.append((step, lr, torch.stack([loss, grad_norm, spike])))
+        if self.unread and (self.unread[-1][0] % self.cfg.log_interval == 0 or len(self.unread) == 100):
+            self.read()
+        numbers, done = torch.stack([loss, grad_norm, spike]), None
+        if numbers.is_cuda:  # copied to the host as soon as this step, and not the next one too, is done
+            numbers, done = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+            done.record()
+        self.unread.append((step, lr, numbers, done))
         if self.bar:
             self.bar.update()
         if self.dist.device.type == "cpu" and step % self.cfg.log_interval == 0:
-            self._read()  # there is nothing to overlap with
+            self.read()  # there is nothing to overlap with
 
-    def _read(self):
-        """Fetch the numbers of all unread steps, at the price of waiting for the last of them."""
+    def read(self):
+        """Report all unread steps, at the price of waiting for the last of them."""
         unread, self.unread = self.unread, []
         if not unread:
             return
-        numbers = torch.stack([tensors for _, _, tensors in unread]).tolist()
-        for (step, lr, _), (loss, grad_norm, spike) in zip(unread, numbers, strict=True):
+        if unread[-1][3]:
+            unread[-1][3].synchronize()
+        numbers = torch.stack([tensors for _, _, tensors, _ in unread]).tolist()
+        for (step, lr, _, _), (loss, grad_norm, spike) in zip(unread, numbers, strict=True):
             self.watch.look(step, loss, grad_norm, spike)
             if spike:
                 skipped = ", and was skipped" if self.cfg.skip_spikes else ""
@@ -147,7 +156,7 @@ class Log:
     @contextmanager
     def paused(self):
         """Time spent within (evaluating, saving) counts for no step."""
-        self._read()
+        self.read()
         self.seconds += time.perf_counter() - self.mark
         yield
         self.mark = time.perf_counter()
@@ -191,7 +200,7 @@ class Log:
             try:
                 self.file.close()
                 self.say(draw_losses(self.cfg.out_dir))
-            except OSError as e:
+            except Exception as e:  # a picture that cannot be drawn ends no run
                 self.say(f"no picture of the losses: {e}")
 
 

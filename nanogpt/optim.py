@@ -32,6 +32,8 @@ class AdamW:
         """
         found = [s for s in (skip, getattr(self, "found_inf", None)) if s is not None]
         skip = torch.stack(found).amax() if found else None
+        if skip is not None and skip.device.type == "mps" and skip.item():
+            return  # Metal's kernel may ignore found_inf (PyTorch #186360); this waits for the device
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] for p in params]

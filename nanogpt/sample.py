@@ -66,7 +66,7 @@ def encode(text, tok, model, dist):
     T = model.config.block_size
     if len(ids) > T:
         dist.say(f"--start has {len(ids)} tokens, the context {T}: the model sees the last {T} of them")
-    return torch.tensor([ids], device=dist.device)
+    return torch.tensor([ids[-T:]], device=dist.device)
 
 
 def sample(cfg, dist):
@@ -79,7 +79,7 @@ def sample(cfg, dist):
     if cfg.compile == "auto":
         cfg.compile = False
         dist.say("compile: False, because a few texts are written sooner than a model is compiled (--compile)")
-    model = distributed.compiled(model, cfg, dist, idx.shape, training=False)
+    model = distributed.compiled(model, cfg, dist, idx.shape)
     generator = torch.Generator(dist.device).manual_seed(cfg.seed)
     for _ in range(cfg.num_samples):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from nanogpt.config import UserError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+FAILED = 1000  # agreed on instead of a signal's number
 
 
 class Interrupted(BaseException):
@@ -27,11 +28,13 @@ class Stop:
     def __init__(self, dist):
         self.dist, self.breakable = dist, False
         self.signum = None  # what this process got
+        self.interrupted = False  # whether SIGINT was among what it got
         self.agreed = 0  # what they all know of
+        self.failed = lambda: False  # whether this process cannot go on, and all must stop
 
     def requested(self):
         """Whether any process was asked to stop; every process must ask, and all get the same answer."""
-        self.agreed = self.dist.max(self.signum or 0)
+        self.agreed = self.dist.max(FAILED if self.failed() else self.signum or 0)
         return self.agreed > 0
 
     @contextmanager
@@ -46,8 +49,9 @@ class Stop:
             self.breakable = False
 
     def _handle(self, signum, frame):
-        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+        if signum == signal.SIGINT and self.interrupted:
             os._exit(130)  # asked twice: at once
+        self.interrupted = self.interrupted or signum == signal.SIGINT
         if self.signum is None:
             self.signum = signum
             if self.dist.is_main:

@@ -37,7 +37,7 @@ class TrainState:
 
 @dataclass
 class Run:
-    """All that a run changes and a checkpoint holds."""
+    """A run: all that it changes and a checkpoint holds, and the data that it reads."""
 
     model: GPT
     optimizer: optim.AdamW
@@ -58,7 +58,10 @@ def settings_to_resume(cfg):
     found = checkpoint.peek(cfg.out_dir) or export.from_nanogpt(cfg.out_dir)
     if found is None:
         return {}, None
-    kept = {k: v for k, v in found.settings.items() if k not in ("init_from", "out_dir", "eval_only")}
+    new = ["init_from", "out_dir", "eval_only"]
+    if found.in_memory:  # from another project: the machine was another one too
+        new += ["backend", "device", "dtype", "compile"]
+    kept = {k: v for k, v in found.settings.items() if k not in new}
     return kept | {name: found.model_config[name] for name in SHAPE}, str(found.folder)
 
 
@@ -155,8 +158,22 @@ def start(cfg, dist):
     distributed.choose_seed(cfg, dist)
     distributed.share_batch(cfg, dist.world_size)  # refuses a number of processes that does not divide the batch
     metrics.require_wandb(cfg)
-    found = find_start(cfg, dist)
-    resuming = found is not None and cfg.init_from in ("resume", "auto")
+    with dist.together():
+        found = find_start(cfg, dist)
+        resuming = found is not None and cfg.init_from in ("resume", "auto")
+        run = make_run(cfg, found, resuming, dist)
+    if dist.sum([run.state.step])[0] != run.state.step * dist.world_size:
+        raise UserError(
+            f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; all nodes must share that folder"
+        )
+    if not cfg.eval_only:
+        with dist.together():
+            open_out_dir(cfg, dist, resuming)
+    return run, found.folder if resuming else None
+
+
+def make_run(cfg, found, resuming, dist):
+    """The Run that begins with what `find_start` found."""
     datasets = {split: data.Dataset(cfg.dataset, split, cfg.block_size) for split in ("train", "val")}
     model = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
@@ -166,14 +183,7 @@ def start(cfg, dist):
         dist.say(f"resuming {found.folder} at step {run.state.step}")
         if run.state.step >= cfg.max_iters and not cfg.eval_only:
             dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
-    if dist.sum([run.state.step])[0] != run.state.step * dist.world_size:
-        raise UserError(
-            f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; it must be a folder that all nodes share"
-        )
-    if not cfg.eval_only:
-        dist.barrier()  # all have read what they need
-        open_out_dir(cfg, dist, resuming)
-    return run, found.folder if resuming else None
+    return run
 
 
 def open_out_dir(cfg, dist, resuming):

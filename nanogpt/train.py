@@ -46,7 +46,9 @@ def train(cfg, dist):
         eval_batches = {
             s: data.Batches(d, f"eval {s}", cfg.seed, cfg.block_size, dist) for s, d in run.datasets.items()
         }
-        log = start_log(cfg, dist, run, health.Watch(cfg, dist, state, writer))
+        with dist.together():
+            log = start_log(cfg, dist, run, health.Watch(cfg, dist, state, writer))
+        stop.failed = lambda: writer.failure is not None
         try:
             while not stop.requested():
                 lr = optim.set_lr(run.optimizer, schedule.lr_at(state.step, cfg))
@@ -65,12 +67,13 @@ def train(cfg, dist):
                     break
                 loss, grad_norm, spike = train_step(ddp_model, run, batches, cfg, dist)
                 log.step(state.step, lr, loss, grad_norm, spike)
-                writer.check()
             if stop.requested():
                 save_and_stop(run, writer, log, cfg, dist, stop)
         finally:
-            log.close()
-            writer.wait()
+            try:
+                log.close()
+            finally:
+                writer.wait()
 
 
 def train_step(model, run, batches, cfg, dist):
@@ -133,10 +136,10 @@ def byte_lengths(tokenizer_json, dist):
 
 def compile_model(model, cfg, dist, stop):
     """The compiled model, or the model itself where a request to stop comes meanwhile; the loop then sees it first."""
-    shape = distributed.share_batch(cfg, dist.world_size)[1], cfg.block_size
+    micro_batch = distributed.share_batch(cfg, dist.world_size)[1], cfg.block_size
     try:
         with stop.at_once():
-            return distributed.compiled(model, cfg, dist, shape, training=True)
+            return distributed.compiled(model, cfg, dist, (cfg.batch_size, cfg.block_size), micro_batch)
     except signals.Interrupted:
         return model
 
@@ -164,12 +167,12 @@ def finish(run, model, log, cfg, dist, stop):
 
 def save_and_stop(run, writer, log, cfg, dist, stop):
     """Save the run unless that has been done, and end it with a line on how to go on."""
-    with log.paused():
-        pass  # a sick step is found before it is saved
-    if not cfg.eval_only and dist.is_main:
-        if writer.step != run.state.step:
-            save(run, writer, cfg)
-        writer.wait()
-    dist.barrier()
+    with dist.together():
+        log.read()  # a sick step is found before it is saved
+        writer.check()
+        if not cfg.eval_only and dist.is_main and stop.agreed != signals.FAILED:
+            if writer.step != run.state.step:
+                save(run, writer, cfg)
+            writer.wait()
     how = "" if cfg.eval_only else f", saved in {writer.folder}; the same command with --init_from=resume goes on"
     raise signals.Stopped(f"stopped at step {run.state.step}{how}", stop.agreed)

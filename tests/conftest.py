@@ -106,8 +106,8 @@ def undrawn(monkeypatch):
 
 
 def metrics(out_dir="out"):
-    with open(f"{out_dir}/metrics.jsonl") as f:
-        return [json.loads(line) for line in f]
+    path = Path(out_dir) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def losses(out_dir="out"):

@@ -146,7 +146,8 @@ def slow_disk(seconds):
 def lost(out_dir):
     """(updates that were reported and are in no checkpoint, whether one was being written), after a kill."""
     found = checkpoint.newest(out_dir)
-    lines = Path(out_dir, "metrics.jsonl").read_text().splitlines()
+    path = Path(out_dir, "metrics.jsonl")
+    lines = path.read_text().splitlines() if path.exists() else []
     reported = max((int(m[1]) for line in lines if (m := re.match(r'{"step": (\d+), "loss"', line))), default=0)
     half_written = any(Path(out_dir, "checkpoints").glob(".step-*.tmp"))
     return reported - (found.step if found else 0), half_written

@@ -50,6 +50,7 @@ TRAIN_DEFAULTS = dict(
     device="auto",
     dtype="auto",
     compile="auto",
+    deterministic=False,
     seed=1337,
 )
 SAMPLE_DEFAULTS = dict(

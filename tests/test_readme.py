@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -113,6 +114,18 @@ def rule_for(command):
     pytest.fail(f"no rule says how to test this command of README.md:\n{command}\nadd a rule to RULES in this file")
 
 
+def free_port():
+    """A port that nobody listens on, below those that the system hands out: it could hand it out again at once."""
+    draw = random.Random(os.getpid())
+    while True:
+        port = draw.randrange(20_000, 32_000)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
+        except OSError:
+            continue
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A copy of the repository with tiny stand-ins for what the commands would download: its folder, and an env."""
@@ -133,8 +146,7 @@ def workplace(tmp_path_factory):
     env = {k: v for k, v in os.environ.items() if k not in inherited}
     env["PATH"] = f"{BIN}{os.pathsep}{env['PATH']}"
     env |= {"HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        env["FREE_PORT"] = str(listener.getsockname()[1])
+    env["FREE_PORT"] = str(free_port())
     return SimpleNamespace(place=place, env=env)
 
 
@@ -178,7 +190,7 @@ def run(command, workplace):
     rule = rule_for(command)
     shell = ["sh", "-c", rule.change(command)]
     where = dict(cwd=workplace.place, env=workplace.env, stdin=subprocess.DEVNULL)
-    result = subprocess.run(shell, **where, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(shell, **where, capture_output=True, text=True, timeout=60)
     told = f"{shell[-1]}\nexit code {result.returncode}, expected {rule.code}\n{result.stdout}\n{result.stderr}"
     assert result.returncode == rule.code, told
     assert re.search(rule.expect, result.stdout, re.M), f"{told}\nexpected to read {rule.expect}"

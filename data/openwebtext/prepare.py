@@ -118,6 +118,7 @@ def write(folder, documents, tokenizer, num_proc):
                     counts[split] += len(ids)
                 f.flush()
                 os.fsync(f.fileno())
+        (folder / "meta.json").unlink(missing_ok=True)  # until both are there, no dataset
         for split, path in temporary.items():
             os.replace(path, folder / f"{split}.bin")
         write_files(folder, {"meta.json": meta_json(tokenizer, "uint16")})
