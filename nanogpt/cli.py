@@ -51,6 +51,7 @@ def main(argv=None) -> int:
 
 
 def run(argv) -> int:
+    """Start the program that the first word names; without one, print the table."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(table())
         return 0

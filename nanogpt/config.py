@@ -144,6 +144,7 @@ def load(cls, argv, prog, inherit=None):
     known = {f.name: f for f in fields(cls)}
 
     def assign(source, shown, name, value):
+        """Take a value, or note why not; `shown` is how a message names it."""
         if name not in known:
             problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
             return
