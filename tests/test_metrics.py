@@ -12,6 +12,7 @@ import termios
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from test_train import SMALL, losses
 
@@ -121,3 +122,24 @@ def test_the_peak_counts_every_process(dist, monkeypatch):
     monkeypatch.setattr(metrics, "measured_peak", lambda dist: 7.0)
     dist.world_size = 4
     assert metrics.device_peak(dist) == 28.0
+
+
+@pytest.mark.parametrize(
+    "name, tflops",
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("Tesla T4", 65)]
+    + [
+        (n, None)
+        for n in (
+            "NVIDIA RTX A1000",
+            "NVIDIA RTX A4000",
+            "NVIDIA T400",
+            "NVIDIA A100 MIG 1g.5gb",
+            "NVIDIA GeForce RTX 4090 Laptop GPU",
+        )
+    ],
+)
+def test_a_peak_is_never_another_devices(name, tflops, dist, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(metrics, "measured_peak", lambda dist: 7.0)
+    dist.device, dist.dtype = torch.device("cuda", 0), torch.bfloat16
+    assert metrics.device_peak(dist) == (tflops * 1e12 if tflops else 7.0)

@@ -9,6 +9,8 @@ import pytest
 from conftest import ending
 
 from nanogpt import checkpoint, distributed, evaluate, signals, train
+from nanogpt.config import RunFailed
+from nanogpt.signals import Stop
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -193,3 +195,22 @@ def test_what_may_be_broken_off_is_broken_off_at_once_also_when_asked_before(dis
             pytest.fail("it was begun")
         signal.raise_signal(signal.SIGUSR1)  # outside of it, nothing is raised
     assert stop.signum == signal.SIGTERM
+
+
+def test_a_second_interrupt_counts_after_any_other_signal(dist, monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop = Stop(dist)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        stop._handle(signum, None)
+    assert stop.requested() and stop.agreed == signal.SIGTERM and not ended
+    stop._handle(signal.SIGINT, None)
+    assert ended == [130]
+
+
+def test_where_one_fails_all_leave_and_each_says_its_own(dist, monkeypatch):
+    with pytest.raises(ValueError, match="mine"), dist.together():
+        raise ValueError("mine")
+    monkeypatch.setattr(type(dist), "max", lambda self, number: 1)  # another process failed
+    with pytest.raises(RunFailed, match="another process"), dist.together():
+        pass
