@@ -241,6 +241,7 @@ def read(folder):
     try:
         _manifest(folder)
         info = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        info["model_config"] = {"architecture": "gpt2"} | info["model_config"]  # earlier checkpoints do not name it
         checkpoint = Checkpoint(folder, **info)
         _check(checkpoint)
         return checkpoint

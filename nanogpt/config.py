@@ -64,7 +64,13 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     block_size: int = setting(1024, "context length, in tokens", low=1)
-    n_layer: int = setting(12, "transformer blocks", low=1, group="Model")
+    architecture: str = setting(
+        "gpt2",
+        "gpt2 (the classic one) or qwen3 (the modern one, which learns faster)",
+        choices=("gpt2", "qwen3"),
+        group="Model",
+    )
+    n_layer: int = setting(12, "transformer blocks", low=1)
     n_head: int = setting(12, "attention heads in a block", low=1)
     n_embd: int = setting(768, "channels; a multiple of n_head", low=1)
     dropout: float = setting(0.0, "0 for pretraining; 0.1 and more for finetuning and small data", low=0.0, high=1.0)
@@ -99,6 +105,10 @@ class TrainConfig:
         """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
         if self.n_embd % self.n_head:
             yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {self.n_head}"
+        elif self.architecture == "qwen3" and self.n_embd % (2 * self.n_head):
+            yield ("n_embd", "n_head"), f"must be a multiple of 2 x n_head for qwen3, and n_head is {self.n_head}"
+        if self.architecture == "qwen3" and self.bias:
+            yield ("bias", "architecture"), "the architecture qwen3 has no biases"
         if self.decay_lr and self.min_lr > self.learning_rate:
             yield (
                 ("min_lr", "learning_rate", "decay_lr"),

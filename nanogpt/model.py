@@ -1,6 +1,7 @@
-"""GPT: the architecture of GPT-2, its initialisation, and what it costs to run.
+"""GPT: two architectures, the classic one of GPT-2 and the modern one of Qwen3, and what they cost to run.
 
-Knows no optimizer, process, file or tokenizer. Shapes are named
+The classic parts come first, the modern ones after them, and `GPT` puts either together. Knows no optimizer,
+process, file or tokenizer. Shapes are named
     B batch    T time (tokens)    C channels (n_embd)    H heads    D channels of a head (C / H)    V vocabulary
 """
 
@@ -11,10 +12,12 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+ARCHITECTURES = ("gpt2", "qwen3")
+
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. The defaults are GPT-2 (124M), its vocabulary padded for speed."""
+    """The architecture and shape of a GPT. The defaults are GPT-2 (124M), its vocabulary padded for speed."""
 
     block_size: int = 1024
     vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64
@@ -24,13 +27,21 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and layer norms
     activation: str = "gelu"  # or "gelu_new", the tanh approximation that OpenAI's weights were trained with
+    architecture: str = "gpt2"  # or "qwen3", which has neither biases nor a choice of activation
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.activation not in ("gelu", "gelu_new"):
             raise ValueError(f"activation must be gelu or gelu_new, not {self.activation!r}")
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, not {self.architecture!r}")
+        if self.architecture == "qwen3" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_embd / n_head ({self.n_embd} / {self.n_head}) must be even, to be rotated in pairs")
 
+
+EPS = 1e-6  # of Qwen3's norms
+ROPE_THETA = 10000.0  # the base of the rotary frequencies
 
 # The four sizes that OpenAI released, by their Hugging Face names.
 GPT2_SHAPES = {
@@ -39,6 +50,12 @@ GPT2_SHAPES = {
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
+
+
+def attend(q, k, v, dropout):
+    """Each token's mean of the values v, its own and those before it, weighted by q . k. All are (B, T, H, D)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
 
 
 class CausalSelfAttention(nn.Module):
@@ -52,14 +69,11 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x):
+    def forward(self, x, rotation=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # each (B, T, H, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))  # the heads side by side again
 
 
 class MLP(nn.Module):
@@ -76,46 +90,147 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
+def rms_norm(x):
+    """Each vector of the last dimension divided by its root mean square (Zhang & Sennrich 2019), without a gain."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return CPURMSNorm.apply(x)
+    return F.rms_norm(x, x.shape[-1:], eps=EPS)
+
+
+class CPURMSNorm(torch.autograd.Function):
+    """`F.rms_norm`, which has no kernel of its own on CPUs, in half of its passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # (..., 1)
+        scale = square.div_(x.shape[-1]).add_(EPS).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.shape[-1])  # what changes the length alone
+        return torch.addcmul(grad, y, along).mul_(scale)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` as a module."""
+
+    def forward(self, x):
+        return rms_norm(x)
+
+
+class Rotary(nn.Module):
+    """The angles by which queries and keys turn with their position: Su et al. 2021, RoFormer, section 3.2.2."""
+
+    def __init__(self, config):
+        super().__init__()
+        D = config.n_embd // config.n_head
+        frequencies = ROPE_THETA ** (-torch.arange(0, D, 2) / D)  # (D/2)
+        angles = torch.arange(config.block_size).outer(frequencies)  # (T, D/2)
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1), persistent=False)  # (T, D)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
+
+    def forward(self, T):
+        """What `rotate` takes for positions 0 to T - 1: (T, 1, D) twice, for all heads alike."""
+        return self.cos[:T, None], self.sin[:T, None]
+
+
+def rotate(x, rotation):
+    """Turn each pair of channels i and i + D/2 of x (B, T, H, D) by its angle."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head attention that knows distances alone, from queries and keys of one length (Henry et al. 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x, rotation):
+        B, T, C = x.shape
+        q, k, v = (f(x).view(B, T, self.n_head, C // self.n_head) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(rms_norm(q), rotation), rotate(rms_norm(k), rotation)  # (B, T, H, D)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        return self.resid_dropout(self.o_proj(y.reshape(B, T, C)))
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020): a third linear layer opens and closes each channel of the hidden one.
+
+    It is 8/3 as wide inside, rounded to a multiple of 32, so that it has the parameters of `MLP`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = max(32, round(config.n_embd * 8 / 3 / 32) * 32)
+        self.gate_proj = nn.Linear(config.n_embd, hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, config.n_embd, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
 class Block(nn.Module):
     """Communication (attention), then computation (MLP), each added to the residual stream."""
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = MLP(config)
+        modern = config.architecture == "qwen3"
+        self.ln_1 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = RotaryAttention(config) if modern else CausalSelfAttention(config)
+        self.ln_2 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = GatedMLP(config) if modern else MLP(config)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, rotation):
+        x = x + self.attn(self.ln_1(x), rotation)
         x = x + self.mlp(self.ln_2(x))
         return x
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer with learned positions and an output layer tied to the token embedding.
+    """A decoder-only transformer whose output layer is tied to the token embedding.
 
-    Radford et al. 2019, "Language Models are Unsupervised Multitask Learners", section 2.3.
+    `gpt2`: learned positions, layer norms, GELU. Radford et al. 2019, "Language Models are Unsupervised Multitask
+    Learners", section 2.3. `qwen3`: rotary positions, RMS norms without gains, normalised queries and keys, SwiGLU.
+    Yang et al. 2025, "Qwen3 Technical Report", section 2. Other programs load either, see `nanogpt.export`.
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
-        )
+        modern = config.architecture == "qwen3"
+        self.transformer = nn.ModuleDict()
+        self.transformer["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
+        if not modern:
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer["drop"] = nn.Dropout(config.dropout)
+        self.transformer["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.transformer["ln_f"] = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.rotary = Rotary(config) if modern else None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # Press & Wolf 2017
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """GPT-2's: normal with deviation 0.02, less on the layers that write to the residual stream."""
+        """Normal with deviation 0.02, as GPT-2's, less on the layers that write to the residual stream.
+
+        The modern blocks begin as if they were not there (Zhang et al. 2019, Fixup), the layers that read the
+        normalised stream at a scale that keeps its variance.
+        """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -123,6 +238,12 @@ class GPT(nn.Module):
         if isinstance(module, (CausalSelfAttention, MLP)):
             # 2 * n_layer such layers add up, so this keeps the stream's variance independent of depth
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        if isinstance(module, (RotaryAttention, GatedMLP)):
+            for name, layer in module.named_children():
+                if name in ("o_proj", "down_proj"):
+                    nn.init.zeros_(layer.weight)
+                elif isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=self.config.n_embd**-0.5)
 
     def forward(self, idx, targets=None):
         """Logits, and with targets the mean cross-entropy in nats.
@@ -134,10 +255,13 @@ class GPT(nn.Module):
         B, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens does not fit the context of {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[:T]  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        if self.rotary is None:
+            x = x + self.transformer.wpe.weight[:T]
         x = self.transformer.drop(x)
+        rotation = self.rotary(T) if self.rotary else None
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, rotation)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
@@ -173,14 +297,16 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f"a context of {self.config.block_size} cannot be cropped to {block_size}: it is shorter")
         self.config.block_size = block_size
+        if self.rotary is not None:
+            return  # its angles are the same in any context
         self.transformer.wpe = nn.Embedding.from_pretrained(
             self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
         )
 
     def num_params(self, non_embedding=True):
         """Number of parameters; by default without the position embedding, as they are usually quoted."""
-        n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        positions = 0 if self.rotary else self.transformer.wpe.weight.numel()
+        return sum(p.numel() for p in self.parameters()) - (positions if non_embedding else 0)
 
     def flops_per_token(self, T=None):
         """Floating-point operations to train on one token of a sequence of T (block_size), forward and backward.

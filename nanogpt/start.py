@@ -13,7 +13,14 @@ from nanogpt import checkpoint, config, data, distributed, export, health, metri
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
 from nanogpt.model import GPT, GPTConfig
 
-SHAPE = ("block_size", "n_layer", "n_head", "n_embd", "bias")  # the settings that shape a model's weights
+SHAPE = (
+    "block_size",
+    "architecture",
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "bias",
+)  # the settings that shape a model's weights
 
 
 @dataclass

@@ -30,6 +30,7 @@ TRAIN_DEFAULTS = dict(
     gradient_accumulation_steps=40,
     batch_size=12,
     block_size=1024,
+    architecture="gpt2",
     n_layer=12,
     n_head=12,
     n_embd=768,

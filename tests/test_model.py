@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt.model import GPT, GPT2_SHAPES, CausalSelfAttention, GPTConfig
+from nanogpt.model import GPT, GPT2_SHAPES, CausalSelfAttention, GPTConfig, rms_norm
 
 TINY = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 
@@ -263,3 +263,97 @@ def test_one_training_step_gives_the_recorded_losses():
     optimizer.step()
     after = model(x[:, :-1], x[:, 1:])[1]
     assert [before.item(), after.item()] == pytest.approx([3.9270520, 3.6369469], abs=1e-5)
+
+
+# -- the modern architecture
+
+
+def modern(**changes):
+    torch.manual_seed(0)
+    shape = dict(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32, bias=False) | changes
+    model = GPT(GPTConfig(**shape, architecture="qwen3"))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)  # its blocks begin at zero, and nothing could be told apart
+    return model
+
+
+def test_the_modern_model_is_qwen3():
+    """Qwen3 of Hugging Face, with the same weights and all its gains at 1, computes the same logits and gradients."""
+    transformers = pytest.importorskip("transformers")
+    model = modern()
+    shape = dict(vocab_size=31, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    hidden = model.transformer.h[0].mlp.up_proj.out_features
+    reference = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            **shape, head_dim=16, intermediate_size=hidden, max_position_embeddings=16, tie_word_embeddings=True
+        )
+    )
+    theirs = dict(reference.named_parameters())
+    for name, p in model.named_parameters():
+        name = name.replace("transformer.wte", "model.embed_tokens").replace("transformer.h.", "model.layers.")
+        theirs.pop(name.replace(".attn.", ".self_attn.")).data.copy_(p)
+    assert all(name.endswith("norm.weight") and (p == 1).all() for name, p in theirs.items())
+    idx, targets = torch.randint(31, (2, 3, 16))
+    logits, loss = model(idx, targets)
+    expected = reference(idx).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    torch.nn.functional.cross_entropy(expected.flatten(0, 1), targets.flatten()).backward()
+    torch.testing.assert_close(
+        model.transformer.h[0].attn.k_proj.weight.grad,
+        reference.model.layers[0].self_attn.k_proj.weight.grad,
+        atol=1e-6,
+        rtol=1e-4,
+    )
+
+
+def test_the_modern_model_sees_no_token_after_the_one_that_it_predicts_from():
+    model = modern()
+    x = model.transformer.wte(torch.randint(31, (1, 16))).detach().requires_grad_()
+    rotation = model.rotary(16)
+    model.transformer.h[1](model.transformer.h[0](x, rotation), rotation)[0, 7].sum().backward()
+    assert (x.grad[0, 8:] == 0).all() and (x.grad[0, :8] != 0).any(dim=-1).all()
+
+
+def test_the_modern_model_begins_with_its_blocks_switched_off():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32, architecture="qwen3"))
+    x = torch.randn(1, 16, 32)
+    assert torch.equal(model.transformer.h[0](x, model.rotary(16)), x)
+    assert model.transformer.h[0].mlp.up_proj.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+
+
+def test_rms_norm_and_its_gradient_are_those_of_pytorch():
+    x = torch.randn(4, 5, 32, dtype=torch.float64, requires_grad=True)
+    y, expected = rms_norm(x), torch.nn.functional.rms_norm(x, (32,), eps=1e-6)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(expected, x, grad)[0], atol=1e-12, rtol=1e-12
+    )
+    assert rms_norm(torch.zeros(2, 8)).abs().max() == 0
+
+
+def test_a_cropped_modern_model_answers_as_before():
+    model = modern()
+    idx = torch.randint(31, (2, 8))
+    before = model(idx)[0]
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], before)
+    with pytest.raises(ValueError, match="does not fit the context of 8"):
+        model(torch.zeros((1, 9), dtype=torch.int64))
+
+
+def test_the_modern_model_counts_its_parameters_and_operations():
+    model = modern()
+    per_layer = 4 * 32 * 32 + 3 * 32 * 96
+    assert model.num_params() == model.num_params(non_embedding=False) == 2 * per_layer + 31 * 32
+    assert model.flops_per_token() == 6 * (2 * per_layer + 31 * 32 + 2 * 2 * 32 * 17 / 2)
+
+
+@pytest.mark.parametrize(
+    "wrong, match", [(dict(architecture="gpt3"), "one of gpt2, qwen3"), (dict(n_embd=30, n_head=2), "must be even")]
+)
+def test_a_modern_shape_that_cannot_be_is_refused(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        GPTConfig(**dict(architecture="qwen3") | wrong)
