@@ -77,16 +77,30 @@ class TrainConfig:
     bias: bool = setting(
         False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit better and faster"
     )
-    learning_rate: float = setting(6e-4, "the highest learning rate", above=0.0, group="Optimizer")
+    optimizer: str = setting(
+        "adamw",
+        "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest",
+        choices=("adamw", "muon"),
+        group="Optimizer",
+    )
+    learning_rate: float = setting(6e-4, "the highest learning rate, AdamW's", above=0.0)
+    muon_lr: float = setting(0.02, "Muon's highest learning rate; it rises and falls with AdamW's", above=0.0)
+    muon_momentum: float = setting(
+        0.95, "Muon's momentum; less for runs of a few hundred iterations", low=0.0, high=1.0
+    )
     max_iters: int = setting(600000, "optimizer updates in the whole run", low=0)
-    weight_decay: float = setting(1e-1, "AdamW's, on matrices only", low=0.0)
+    weight_decay: float = setting(1e-1, "on matrices and embeddings only", low=0.0)
     beta1: float = setting(0.9, "AdamW's decay of the mean", low=0.0, high=1.0)
     beta2: float = setting(0.95, "AdamW's decay of the mean square", low=0.0, high=1.0)
     grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0.0 turns it off", low=0.0)
     skip_spikes: bool = setting(False, "leave out an update whose loss is far above the recent ones")
     decay_lr: bool = setting(True, "warm up and decay; otherwise the rate is constant", group="Learning rate schedule")
+    lr_schedule: str = setting(
+        "cosine", "cosine, or linear: constant, then straight down to min_lr", choices=("cosine", "linear")
+    )
+    cooldown_frac: float = setting(0.6, "linear: the share of the iterations in which it falls", above=0.0, high=1.0)
     warmup_iters: int = setting(2000, "iterations of linear warm-up", low=0)
-    lr_decay_iters: int = setting(600000, "iteration at which the cosine reaches min_lr; about max_iters", low=0)
+    lr_decay_iters: int = setting(600000, "iteration at which min_lr is reached; about max_iters", low=0)
     min_lr: float = setting(6e-5, "the lowest learning rate; about learning_rate / 10", low=0.0)
     backend: str = setting(
         "auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
@@ -114,7 +128,7 @@ class TrainConfig:
                 ("min_lr", "learning_rate", "decay_lr"),
                 f"must not exceed learning_rate, which is {self.learning_rate}",
             )
-        for name in ("dropout", "beta1", "beta2"):
+        for name in ("dropout", "beta1", "beta2", "muon_momentum"):
             if getattr(self, name) == 1.0:
                 yield (name,), "must be below 1"
         if self.dataset in ("", "..") or self.dataset != Path(self.dataset).name:

@@ -83,6 +83,12 @@ class Dist:
         td.all_reduce(tensor)
         return tensor.tolist()
 
+    def gather(self, tensor):
+        """The tensors of all processes, of one shape, one after another along the first dimension."""
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        td.all_gather(parts, tensor)
+        return torch.cat(parts)
+
     def max(self, number):
         """The largest of an integer over all processes."""
         if self.world_size == 1:

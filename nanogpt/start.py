@@ -47,7 +47,7 @@ class Run:
     """A run: all that it changes and a checkpoint holds, and the data that it reads."""
 
     model: GPT
-    optimizer: optim.AdamW
+    optimizer: optim.AdamW | optim.Muon
     scaler: torch.amp.GradScaler
     health: health.Health
     state: TrainState
@@ -184,7 +184,9 @@ def make_run(cfg, found, resuming, dist):
     datasets = {split: data.Dataset(cfg.dataset, split, cfg.block_size) for split in ("train", "val")}
     model = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    run = Run(model, optim.make_optimizer(model, cfg), scaler, health.Health(cfg, dist.device), TrainState(), datasets)
+    run = Run(
+        model, optim.make_optimizer(model, cfg, dist), scaler, health.Health(cfg, dist.device), TrainState(), datasets
+    )
     if resuming:
         restore(run, found)
         dist.say(f"resuming {found.folder} at step {run.state.step}")

@@ -51,7 +51,7 @@ def train(cfg, dist):
         stop.failed = lambda: writer.failure is not None
         try:
             while not stop.requested():
-                lr = optim.set_lr(run.optimizer, schedule.lr_at(state.step, cfg))
+                lr = optim.set_lr(run.optimizer, schedule.lr_at(state.step, cfg), cfg)
                 finished = cfg.eval_only or state.step >= cfg.max_iters
                 if evaluation_is_due(state, cfg):
                     with log.paused():

@@ -44,7 +44,7 @@ def test_five_steps_equal_plain_numpy():
     m = {name: 0.0 for name in expected}
     v = {name: 0.0 for name in expected}
     for t in range(1, 6):
-        lr = optim.set_lr(optimizer, 1e-2 / t)
+        lr = optim.set_lr(optimizer, 1e-2 / t, CFG)
         backward(model, t)
         for name, p in model.named_parameters():
             g = p.grad.double().numpy()
@@ -88,7 +88,7 @@ def test_only_matrices_and_embeddings_decay():
 def test_set_lr_reaches_every_parameter_and_gives_the_rate_back():
     model = make_model()
     optimizer = optim.make_optimizer(model, CFG)
-    assert optim.set_lr(optimizer, 0.0) == 0.0
+    assert optim.set_lr(optimizer, 0.0, CFG) == 0.0
     before = weights(model)
     update(model, optimizer, 1)
     assert_equal(weights(model), before)
