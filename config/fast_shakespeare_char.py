@@ -1,9 +1,10 @@
-"""draft"""
+# The fast way to what train_shakespeare_char.py takes minutes of a GPU for: a validation loss of 1.47.
+# Five minutes on two CPU cores that multiply in bfloat16 (AMX), twice that on others. On GPUs it was not measured yet.
 
-out_dir = "out-fast-shakespeare-char"
-eval_interval = 250
+out_dir = "out-shakespeare-char"
+eval_interval = 200
 eval_iters = 20
-log_interval = 50
+log_interval = 25
 always_save_checkpoint = False
 
 dataset = "shakespeare_char"
@@ -15,18 +16,19 @@ architecture = "qwen3"
 n_layer = 4
 n_head = 4
 n_embd = 256
+dropout = 0.1  # each character is seen three times
 
 optimizer = "muon"
-learning_rate = 5e-3
-min_lr = 0.0
-muon_lr = 0.02
+muon_lr = 0.03
 muon_momentum = 0.9
-weight_decay = 0.1
+learning_rate = 5e-3  # AdamW's, of the embedding
 grad_clip = 0.0
+
+max_iters = 800
 lr_schedule = "linear"
 cooldown_frac = 0.8
 warmup_iters = 20
-max_iters = 1700
 lr_decay_iters = max_iters
+min_lr = 0.0
 
-dtype = "bfloat16"
+dtype = "bfloat16"  # of the products; a CPU without units for it takes float32, and says so
