@@ -23,12 +23,19 @@ def evaluating(model):
 def losses(model, batches, cfg, dist, stop=lambda: False):
     """Mean loss over the first `eval_iters` batches of each stream: {'train': nats, 'val': nats}.
 
-    Always the same batches, so that evaluations compare. Each process takes every world_size-th batch.
+    Always the same batches, so that evaluations compare. Each process takes every world_size-th batch. A split
+    with no more windows than that is read once, whole: the loss is then `exact`, and costs less than the estimate.
     `stop` is asked before each batch; where it answers True, None is returned.
     """
     result = {}
     with evaluating(model):
         for split, stream in batches.items():
+            if stream.epoch_windows <= cfg.eval_iters * cfg.batch_size:
+                whole = exact(model, stream.dataset, cfg, dist, None, stop, f"{split} loss")
+                if whole is None:
+                    return None
+                result[split] = whole["loss"]
+                continue
             total = torch.zeros((), device=dist.device)
             for first in range(0, cfg.eval_iters, dist.world_size):
                 if stop():
@@ -43,21 +50,19 @@ def losses(model, batches, cfg, dist, stop=lambda: False):
     return result
 
 
-def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False):
+def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False, what="exact val loss"):
     """The loss over all of a split, each token predicted once, from windows laid end to end.
 
     `token_bytes`: the UTF-8 length of each token id, or None. Returns a dict: `loss` (nats a token), `tokens`,
     `perplexity`, and with token_bytes `bits_per_byte`. No randomness: the same to the last digit every time.
-    `stop` is asked before each batch; where it answers True, None is returned.
+    `stop` is asked before each batch; where it answers True, None is returned. `what` names the progress bar.
     """
     T, B, n = cfg.block_size, cfg.batch_size, len(dataset.tokens)
     nats = count = n_bytes = 0
     starts = np.arange(0, n - 1, T)
     rounds = range(0, len(starts), dist.world_size * B)  # in each, every process takes a batch
     with evaluating(model):
-        for first in tqdm(
-            rounds, desc="exact val loss", leave=False, disable=None if dist.is_main else True, mininterval=0.5
-        ):
+        for first in tqdm(rounds, desc=what, leave=False, disable=None if dist.is_main else True, mininterval=0.5):
             if stop():
                 return None
             mine = starts[first + dist.rank * B :][:B]

@@ -47,7 +47,7 @@ def device_peak(dist):
 def measured_peak(dist):
     """FLOP/s of a large matrix product on the device: the fastest within a tenth of a second."""
     n = 1024 if dist.device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=dist.device, dtype=dist.dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=dist.device, dtype=dist.operand_dtype) for _ in range(2))
     a @ b  # the first one loads the library
     synchronize(dist.device)
     fastest, end = math.inf, time.perf_counter() + 0.1
@@ -99,6 +99,16 @@ class Log:
             tqdm.write(line)
         else:
             self.dist.say(line)
+
+    def seconds_ahead(self, steps, layers):
+        """About how long so many steps take, through so many blocks each: a guess to within a factor of two or so.
+
+        Small models reach a third of the device's peak, and no block is done in less than a millisecond. On other
+        than the main process it is 0, so that the sum over all is the main one's.
+        """
+        if not self.dist.is_main or not math.isfinite(self.peak):
+            return 0.0
+        return steps * max(self.flops_per_iter / self.peak * 3, layers * 1e-3)
 
     def step(self, step, lr, loss, grad_norm, spike):
         """Report update number `step`; loss, grad_norm and spike are tensors, perhaps still being computed.

@@ -4,6 +4,7 @@
 the modules that they name.
 """
 
+import gc
 import math
 from dataclasses import asdict, replace
 
@@ -40,8 +41,6 @@ def train(cfg, dist):
         run, saved_in = start(cfg, dist)
         state = run.state
         writer = checkpoint.Writer(cfg.out_dir, cfg.keep_checkpoints, cfg.always_save_checkpoint, saved_in, state.step)
-        compiled_model = compile_model(run.model, cfg, dist, stop)  # the same weights
-        ddp_model = dist.wrap(compiled_model)
         batches = data.Batches(run.datasets["train"], "train", cfg.seed, cfg.block_size, dist)
         eval_batches = {
             s: data.Batches(d, f"eval {s}", cfg.seed, cfg.block_size, dist) for s, d in run.datasets.items()
@@ -50,6 +49,10 @@ def train(cfg, dist):
             log = start_log(cfg, dist, run, health.Watch(cfg, dist, state, writer))
         stop.failed = lambda: writer.failure is not None
         try:
+            with log.paused():
+                compiled_model = compile_model(run, log, cfg, dist, stop)  # the same weights
+                ddp_model = dist.wrap(compiled_model)
+            gc.freeze()  # what is here stays, and need not be looked through again and again
             while not stop.requested():
                 lr = optim.set_lr(run.optimizer, schedule.lr_at(state.step, cfg), cfg)
                 finished = cfg.eval_only or state.step >= cfg.max_iters
@@ -70,6 +73,7 @@ def train(cfg, dist):
             if stop.requested():
                 save_and_stop(run, writer, log, cfg, dist, stop)
         finally:
+            gc.unfreeze()
             try:
                 log.close()
             finally:
@@ -134,14 +138,16 @@ def byte_lengths(tokenizer_json, dist):
     return np.array([len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
 
 
-def compile_model(model, cfg, dist, stop):
+def compile_model(run, log, cfg, dist, stop):
     """The compiled model, or the model itself where a request to stop comes meanwhile; the loop then sees it first."""
-    micro_batch = distributed.share_batch(cfg, dist.world_size)[1], cfg.block_size
+    micro_steps, size = distributed.share_batch(cfg, dist.world_size)
+    seconds = dist.sum([log.seconds_ahead(cfg.max_iters - run.state.step, micro_steps * cfg.n_layer)])[0]
+    shapes = (cfg.batch_size, cfg.block_size), (size, cfg.block_size)
     try:
         with stop.at_once():
-            return distributed.compiled(model, cfg, dist, (cfg.batch_size, cfg.block_size), micro_batch)
+            return distributed.compiled(run.model, cfg, dist, *shapes, seconds)
     except signals.Interrupted:
-        return model
+        return run.model
 
 
 def save(run, writer, cfg):
