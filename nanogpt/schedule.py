@@ -7,7 +7,8 @@ def lr_at(step, cfg):
     """Learning rate of update `step` (0 is the first): linear warm-up, then down to min_lr. Constant without decay_lr.
 
     `cosine`: at once, Loshchilov & Hutter 2017, SGDR, equation 5, without restarts. `linear`: constant, and in the
-    last `cooldown_frac` of lr_decay_iters straight down (Hägele et al. 2024, section 3).
+    last `cooldown_frac` of lr_decay_iters, or what the warm-up leaves of it, straight down (Hägele et al. 2024,
+    section 3).
     """
     if not cfg.decay_lr:
         return cfg.learning_rate
@@ -16,7 +17,8 @@ def lr_at(step, cfg):
     if step >= cfg.lr_decay_iters:
         return cfg.min_lr
     if cfg.lr_schedule == "linear":
-        share = min(1.0, (1 - step / cfg.lr_decay_iters) / cfg.cooldown_frac)
+        falling = min(cfg.cooldown_frac * cfg.lr_decay_iters, cfg.lr_decay_iters - cfg.warmup_iters)  # iterations
+        share = min(1.0, (cfg.lr_decay_iters - step) / falling)
     else:
         progress = (step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)  # 0 to 1
         share = 0.5 * (1 + math.cos(math.pi * progress))

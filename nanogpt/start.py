@@ -127,15 +127,11 @@ def make_model(cfg, found, dataset, dist):
 
 
 def keep_shape(cfg, found):
-    """Refuse to resume with another shape than the checkpoint's."""
-    wrong = [name for name in SHAPE if getattr(cfg, name) != found.model_config[name]]
+    """Refuse to resume with another shape or optimizer than the checkpoint's."""
+    had = {name: found.model_config[name] for name in SHAPE} | {"optimizer": found.settings.get("optimizer", "adamw")}
+    wrong = [name for name in had if getattr(cfg, name) != had[name]]
     if wrong:
-        raise UserError(
-            *(
-                f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {found.model_config[n]}"
-                for n in wrong
-            )
-        )
+        raise UserError(*(f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {had[n]}" for n in wrong))
 
 
 def padded(vocab_size, dist):

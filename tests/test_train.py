@@ -187,6 +187,12 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(run, capsys):
     assert "--n_layer=3" in message and "has n_layer = 2" in message and "--n_embd=32" in message
 
 
+def test_another_optimizer_is_refused_on_resume(run, capsys):
+    run("--max_iters=4")
+    message = refused(capsys, "--init_from=resume", "--optimizer=muon", "--max_iters=8")
+    assert message.startswith("--optimizer=muon: out/") and message.endswith("has optimizer = adamw")
+
+
 def test_another_tokenizer_is_refused_on_resume(run, tmp_path, capsys):
     run("--max_iters=4")
     meta = tmp_path / "data/tiny/meta.json"
