@@ -64,6 +64,12 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     block_size: int = setting(1024, "context length, in tokens", low=1)
+    sampling: str = setting(
+        "epochs",
+        "epochs: every window once before one comes again; random: from anywhere",
+        choices=("epochs", "random"),
+    )
+    documents: bool = setting(False, "windows begin where documents begin, and hold tokens of one document each")
     n_layer: int = setting(12, "transformer blocks", low=1, group="Model")
     n_head: int = setting(12, "attention heads in a block", low=1)
     n_embd: int = setting(768, "channels; a multiple of n_head", low=1)
