@@ -164,11 +164,11 @@ class Dataset:
         )
 
     @classmethod
-    def of_ids(cls, ids, vocab_size, path):
-        """A split that is in memory: an array of ids, and what messages call it."""
+    def of_ids(cls, ids, vocab_size, separator=None):
+        """A split that is in memory, an array of ids."""
         self = cls.__new__(cls)
-        self.tokens, self.vocab_size, self.path = ids, vocab_size, path
-        self.tokenizer_json = self.separator = self.documents = None
+        self.tokens, self.vocab_size, self.separator, self.path = ids, vocab_size, separator, "the text"
+        self.tokenizer_json = self.documents = None
         return self
 
     def _scan(self):

@@ -563,7 +563,7 @@ def plain_documents(ids, T):
 
 
 def in_documents(ids, T):
-    dataset = Dataset.of_ids(np.array(ids), 10, "here")
+    dataset = Dataset.of_ids(np.array(ids), 10)
     dataset.documents = Documents(find_documents(dataset.tokens, SEPARATOR), T, shared=True)
     return dataset
 
