@@ -64,6 +64,12 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     block_size: int = setting(1024, "context length, in tokens", low=1)
+    sampling: str = setting(
+        "epochs",
+        "epochs: every window once before one comes again; random: from anywhere",
+        choices=("epochs", "random"),
+    )
+    documents: bool = setting(False, "windows begin where documents begin, and hold tokens of one document each")
     architecture: str = setting(
         "gpt2",
         "gpt2 (the classic one) or qwen3 (the modern one, which learns faster)",
@@ -154,6 +160,47 @@ class SampleConfig:
     def problems(self):
         """What no setting shows alone: nothing here."""
         return ()
+
+
+@dataclass
+class EvalConfig:
+    """Settings of `nanogpt eval`."""
+
+    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
+    out_dir: str = setting("out", "folder that a training run wrote")
+    text: str = setting(
+        "", "a text file, several by a pattern such as 'essays/*.txt', or - for standard input", group="Text"
+    )
+    dataset: str = setting("", "instead of a text a folder in data/; with neither, the one it was trained on")
+    split: str = setting("val", "of the dataset", choices=("train", "val"))
+    per_document: bool = setting(
+        False, "a line for each file, or each document of the dataset, and no context from others"
+    )
+    block_size: int | str = setting(
+        "auto", "context in tokens; auto is the model's own", int, low=1, auto=True, group="Windows"
+    )
+    stride: int | str = setting(
+        "auto",
+        "tokens from one window to the next; auto is block_size, fewer give each token more context",
+        int,
+        low=1,
+        auto=True,
+    )
+    batch_size: int = setting(12, "windows at a time", low=1, group="System")
+    backend: str = setting("auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True)
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
+    dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
+
+    def problems(self):
+        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        if self.text and self.dataset:
+            yield ("dataset", "text"), "either a text or a dataset can be evaluated on, and --text is given too"
+        if self.dataset == ".." or self.dataset != Path(self.dataset).name:
+            yield ("dataset",), "must be the name of a folder in data/, not a path"
+        if self.init_from in GPT2_NAMES and not self.text and not self.dataset:
+            yield ("init_from", "text", "dataset"), "--text=FILE or --dataset=NAME says what to evaluate it on"
+        if "auto" not in (self.stride, self.block_size) and self.stride > self.block_size:
+            yield ("stride", "block_size"), f"must not exceed block_size, which is {self.block_size}"
 
 
 def load(cls, argv, prog, inherit=None):

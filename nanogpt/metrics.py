@@ -75,9 +75,10 @@ class Log:
     host. All processes read the same numbers and give them to `watch`, which ends a sick run on all of them.
     """
 
-    def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak):
+    def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak, epoch_windows):
         self.cfg, self.dist, self.watch = cfg, dist, watch
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
+        self.epoch_windows = epoch_windows
         self.unread = []  # steps whose numbers are still on the device
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
         self.file = self.wandb = self.bar = None
@@ -145,6 +146,20 @@ class Log:
                 self._record(step=step, spike=loss)
             if step % self.cfg.log_interval == 0:
                 self._line(step, lr, loss, grad_norm)
+            self._end_of_epoch(step)
+
+    def _epoch(self, step):
+        """How many times the training data has been read after `step` updates."""
+        return step * self.cfg.gradient_accumulation_steps * self.cfg.batch_size / self.epoch_windows
+
+    def _end_of_epoch(self, step):
+        """Say that an epoch has ended in this step, unless they are so short that the steps' own lines say enough."""
+        epoch = int(self._epoch(step))
+        longer_than_a_line = self._epoch(self.cfg.log_interval) <= 1
+        if self.cfg.sampling == "epochs" and longer_than_a_line and epoch > int(self._epoch(step - 1)):
+            self.say(
+                f"epoch {epoch} ends at iter {step}: all {self.epoch_windows:,} windows of the data have been read"
+            )
 
     def _line(self, step, lr, loss, grad_norm):
         now = time.perf_counter()
@@ -152,14 +167,14 @@ class Log:
         self.last_step, self.seconds, self.mark = step, 0.0, now
         self.peak = max(self.peak, self.flops_per_iter / seconds)  # measured too low, while others used the machine
         rate, mfu = self.tokens_per_iter / seconds, self.flops_per_iter / seconds / self.peak
+        epoch = self._epoch(step)
         self.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, "
-            f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}"
+            f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}, epoch {epoch:.2f}"
         )
-        self._record(
-            step=step, loss=loss, lr=lr, grad_norm=grad_norm, ms=seconds * 1000, tokens_per_second=rate, mfu=mfu
-        )
-        self._send(step, {"train/iter_loss": loss, "lr": lr, "mfu": mfu * 100, "grad_norm": grad_norm})
+        measured = dict(ms=seconds * 1000, tokens_per_second=rate, mfu=mfu)
+        self._record(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, **measured)
+        self._send(step, {"train/iter_loss": loss, "lr": lr, "mfu": mfu * 100, "grad_norm": grad_norm, "epoch": epoch})
         if self.bar:
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
@@ -174,8 +189,9 @@ class Log:
     def evaluation(self, step, losses, lr):
         """Report the estimated losses {'train': nats, 'val': nats} after `step` updates."""
         self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        self._record(step=step, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
-        self._send(step, {"train/loss": losses["train"], "val/loss": losses["val"], "lr": lr})
+        epoch = self._epoch(step)
+        self._record(step=step, epoch=epoch, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
+        self._send(step, {"train/loss": losses["train"], "val/loss": losses["val"], "lr": lr, "epoch": epoch})
 
     def exact(self, step, result):
         """Report what `evaluate.exact` found."""

@@ -177,7 +177,8 @@ def start(cfg, dist):
 
 def make_run(cfg, found, resuming, dist):
     """The Run that begins with what `find_start` found."""
-    datasets = {split: data.Dataset(cfg.dataset, split, cfg.block_size) for split in ("train", "val")}
+    splits = ("train", "val")
+    datasets = {s: data.Dataset(cfg.dataset, s, cfg.block_size, documents=cfg.documents) for s in splits}
     model = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     run = Run(

@@ -48,7 +48,7 @@ def config(batch_size=4, eval_iters=5):
 
 def token_by_token(model, dataset):
     """The sum of -log p over all tokens but the first, each from the part of its window before it."""
-    nats, ids = 0.0, dataset.tokens.astype(np.int64)
+    nats, ids = 0.0, dataset.tokens[:].astype(np.int64)
     model.eval()
     for i in range(1, len(ids)):
         start = (i - 1) // T * T
