@@ -142,6 +142,15 @@ class TrainConfig:
 
 
 @dataclass
+class BenchConfig(TrainConfig):
+    """Settings of `bench.py`: those of a training run, of which it measures some iterations."""
+
+    iters: int = setting(20, "iterations to measure", low=1, group="Benchmark")
+    warmup: int = setting(5, "iterations before them", low=0)
+    vocab_size: int = setting(65, "of the model and the random tokens; 50304 for GPT-2's", low=2)
+
+
+@dataclass
 class SampleConfig:
     """Settings of `sample.py`."""
 
