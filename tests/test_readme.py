@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanogpt import config
-from nanogpt.config import EvalConfig, SampleConfig, TrainConfig
+from nanogpt.config import BenchConfig, EvalConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,6 +82,7 @@ RULES = [
     Rule(r"^nanogpt eval ", add(" --device=cpu"), r"^.*: loss \d+\.\d{6} over .*bits per byte$"),
     # writing
     Rule(r"^sh sample\.py .*--init_from=gpt2", add(" --init_from=tiny-gpt2" + WRITE), WROTE),
+    Rule(r"^sh bench\.py ", add(" --iters=2 --warmup=1 --device=cpu"), r"^yardstick +[\d.]+ GFLOP/s(.*\n)*memory +\d+ MiB"),
     Rule(r"^sh sample\.py ", add(WRITE), WROTE),
 ]  # fmt: skip
 
@@ -282,7 +283,7 @@ def test_the_files_that_a_run_leaves(workplace, finish):
 
 
 def test_settings_exist():
-    known = {f.name for cls in (TrainConfig, SampleConfig, EvalConfig) for f in dataclasses.fields(cls)}
+    known = {f.name for cls in (TrainConfig, SampleConfig, EvalConfig, BenchConfig) for f in dataclasses.fields(cls)}
     others = {"input", "out"} | {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
     named = set(re.findall(r"--(\w+)=", README)) - {"n_layers", "key"}  # the mistake, and --key=value
     assert len(named) > 10
