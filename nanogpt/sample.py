@@ -74,21 +74,14 @@ def sample(cfg, dist):
     distributed.choose_seed(cfg, dist)
     text = read_start(cfg.start)
     model, tok = load(cfg, dist)
-    model.to(dist.device).eval()
+    model.to(dist.device, dist.dtype).eval()
     idx = encode(text, tok, model, dist)
-    if cfg.compile == "auto":
-        cfg.compile = False
-        dist.say("compile: False, because a few texts are written sooner than a model is compiled (--compile)")
-    model = distributed.compiled(model, cfg, dist, idx.shape)
-    generator = torch.Generator(dist.device).manual_seed(cfg.seed)
-    for _ in range(cfg.num_samples):
+    for i in range(cfg.num_samples):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         write(text)
-        with dist.autocast():
-            for token in generate(
-                model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator, tok.vocab_size
-            ):
-                write(decoder.decode(tok.token_bytes(token.item())))
+        settings = dict(temperature=cfg.temperature, top_k=cfg.top_k, seed=cfg.seed + i, vocab_size=tok.vocab_size)
+        for token in generate(model, idx, cfg.max_new_tokens, **settings):
+            write(decoder.decode(tok.token_bytes(token.item())))
         write(decoder.decode(b"", final=True) + "\n---------------\n")
 
 
