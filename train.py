@@ -7,9 +7,7 @@ python=$(dirname "$0")/.venv/bin/python
 exec "$python" "$0" "$@"
 """
 
-import sys
-
-from nanogpt.cli import main
+from nanogpt.cli import enter
 
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    enter("train")

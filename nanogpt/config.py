@@ -64,6 +64,12 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
     batch_size: int = setting(12, "sequences in a micro-batch", low=1)
     block_size: int = setting(1024, "context length, in tokens", low=1)
+    sampling: str = setting(
+        "epochs",
+        "epochs: every window once before one comes again; random: from anywhere",
+        choices=("epochs", "random"),
+    )
+    documents: bool = setting(False, "windows begin where documents begin, and hold tokens of one document each")
     architecture: str = setting(
         "gpt2",
         "gpt2 (the classic one) or qwen3 (the modern one, which learns faster)",
@@ -77,16 +83,30 @@ class TrainConfig:
     bias: bool = setting(
         False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit better and faster"
     )
-    learning_rate: float = setting(6e-4, "the highest learning rate", above=0.0, group="Optimizer")
+    optimizer: str = setting(
+        "adamw",
+        "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest",
+        choices=("adamw", "muon"),
+        group="Optimizer",
+    )
+    learning_rate: float = setting(6e-4, "the highest learning rate, AdamW's", above=0.0)
+    muon_lr: float = setting(0.02, "Muon's highest learning rate; it rises and falls with AdamW's", above=0.0)
+    muon_momentum: float = setting(
+        0.95, "Muon's momentum; less for runs of a few hundred iterations", low=0.0, high=1.0
+    )
     max_iters: int = setting(600000, "optimizer updates in the whole run", low=0)
-    weight_decay: float = setting(1e-1, "AdamW's, on matrices only", low=0.0)
+    weight_decay: float = setting(1e-1, "on matrices and embeddings only", low=0.0)
     beta1: float = setting(0.9, "AdamW's decay of the mean", low=0.0, high=1.0)
     beta2: float = setting(0.95, "AdamW's decay of the mean square", low=0.0, high=1.0)
     grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0.0 turns it off", low=0.0)
     skip_spikes: bool = setting(False, "leave out an update whose loss is far above the recent ones")
     decay_lr: bool = setting(True, "warm up and decay; otherwise the rate is constant", group="Learning rate schedule")
+    lr_schedule: str = setting(
+        "cosine", "cosine, or linear: constant, then straight down to min_lr", choices=("cosine", "linear")
+    )
+    cooldown_frac: float = setting(0.6, "linear: the share of the iterations in which it falls", above=0.0, high=1.0)
     warmup_iters: int = setting(2000, "iterations of linear warm-up", low=0)
-    lr_decay_iters: int = setting(600000, "iteration at which the cosine reaches min_lr; about max_iters", low=0)
+    lr_decay_iters: int = setting(600000, "iteration at which min_lr is reached; about max_iters", low=0)
     min_lr: float = setting(6e-5, "the lowest learning rate; about learning_rate / 10", low=0.0)
     backend: str = setting(
         "auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
@@ -114,7 +134,7 @@ class TrainConfig:
                 ("min_lr", "learning_rate", "decay_lr"),
                 f"must not exceed learning_rate, which is {self.learning_rate}",
             )
-        for name in ("dropout", "beta1", "beta2"):
+        for name in ("dropout", "beta1", "beta2", "muon_momentum"):
             if getattr(self, name) == 1.0:
                 yield (name,), "must be below 1"
         if self.dataset in ("", "..") or self.dataset != Path(self.dataset).name:
@@ -140,6 +160,47 @@ class SampleConfig:
     def problems(self):
         """What no setting shows alone: nothing here."""
         return ()
+
+
+@dataclass
+class EvalConfig:
+    """Settings of `nanogpt eval`."""
+
+    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
+    out_dir: str = setting("out", "folder that a training run wrote")
+    text: str = setting(
+        "", "a text file, several by a pattern such as 'essays/*.txt', or - for standard input", group="Text"
+    )
+    dataset: str = setting("", "instead of a text a folder in data/; with neither, the one it was trained on")
+    split: str = setting("val", "of the dataset", choices=("train", "val"))
+    per_document: bool = setting(
+        False, "a line for each file, or each document of the dataset, and no context from others"
+    )
+    block_size: int | str = setting(
+        "auto", "context in tokens; auto is the model's own", int, low=1, auto=True, group="Windows"
+    )
+    stride: int | str = setting(
+        "auto",
+        "tokens from one window to the next; auto is block_size, fewer give each token more context",
+        int,
+        low=1,
+        auto=True,
+    )
+    batch_size: int = setting(12, "windows at a time", low=1, group="System")
+    backend: str = setting("auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True)
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
+    dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
+
+    def problems(self):
+        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        if self.text and self.dataset:
+            yield ("dataset", "text"), "either a text or a dataset can be evaluated on, and --text is given too"
+        if self.dataset == ".." or self.dataset != Path(self.dataset).name:
+            yield ("dataset",), "must be the name of a folder in data/, not a path"
+        if self.init_from in GPT2_NAMES and not self.text and not self.dataset:
+            yield ("init_from", "text", "dataset"), "--text=FILE or --dataset=NAME says what to evaluate it on"
+        if "auto" not in (self.stride, self.block_size) and self.stride > self.block_size:
+            yield ("stride", "block_size"), f"must not exceed block_size, which is {self.block_size}"
 
 
 def load(cls, argv, prog, inherit=None):

@@ -1,23 +1,30 @@
 """Token files and the batches drawn from them.
 
 A dataset is a folder with `train.bin` and `val.bin`, streams of token ids, and `meta.json`, which says how
-wide an id is and which tokenizer wrote it. The batch of a step is a pure function of (seed, step): there is no
-loader state, so a resumed run or another number of processes reads the same tokens in the same order.
+wide an id is and which tokenizer wrote it; a long stream may lie in several files. The batch of a step is a pure
+function of (seed, step): there is no loader state, so a resumed run or another number of processes reads the same
+tokens in the same order. docs/batches.md says which.
 Shapes: B sequences of T tokens.
 """
 
+import bisect
+import functools
+import itertools
 import json
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from nanogpt import legacy
-from nanogpt.config import UserError, nearest
+from nanogpt.config import RunFailed, UserError, nearest
 
 DTYPES = ("uint16", "uint32")
-SCAN_LIMIT = 100_000_000  # tokens; a larger file's ids are checked batch by batch alone
+PIECE = 2**22  # tokens that are looked at in one go
+SCAN_LIMIT = 100_000_000  # tokens that are checked when a split is opened
+AT_ONCE = 256  # windows whose places are found in one go: hardly more work than finding one
 
 
 def write_dataset(folder, tokenizer, train_ids, val_ids):
@@ -70,31 +77,105 @@ def write_files(folder, contents):
             path.unlink(missing_ok=True)
 
 
-class Dataset:
-    """One split of a dataset, memory-mapped.
+class Tokens:
+    """The ids of a split: one stream, in however many files. A slice of it is read when it is asked for.
 
-    Attributes: `tokens` (a read-only array of ids), `vocab_size`, `tokenizer_json`, `path`.
+    Nothing is kept in memory. Mapped files are not either, but what was read of them counts as the process's own,
+    and grows to the size of the files; reading at an offset is faster besides (benchmarks/batches.py), and where a
+    file has been cut short meanwhile, an error instead of a crash.
+    """
+
+    def __init__(self, paths, dtype):
+        self.paths, self.dtype, self.handles, sizes = paths, np.dtype(dtype), [], []
+        for path in paths:
+            try:
+                self.handles.append(os.open(path, os.O_RDONLY))
+            except OSError as e:
+                raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+            weakref.finalize(self, os.close, self.handles[-1])
+            sizes.append(os.fstat(self.handles[-1]).st_size)
+            if sizes[-1] % self.dtype.itemsize:
+                raise UserError(f"{path}: {sizes[-1]} bytes are no whole number of {dtype} ids; prepare it again")
+        self.begins = list(itertools.accumulate((size // self.dtype.itemsize for size in sizes), initial=0))
+
+    def __len__(self):
+        return self.begins[-1]
+
+    def __getitem__(self, span):
+        """The ids of a slice, read-only. Raises RunFailed where a file no longer holds them."""
+        assert span.step is None, "the ids of a slice lie side by side"
+        start, stop, _ = span.indices(len(self))
+        parts = []
+        for i, first, last in self._files(start, stop):
+            raw = os.pread(self.handles[i], (last - first) * self.dtype.itemsize, first * self.dtype.itemsize)
+            if len(raw) != (last - first) * self.dtype.itemsize:
+                raise RunFailed(f"{self.paths[i]}: has been cut short since the run began")
+            parts.append(raw)
+        return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.dtype)
+
+    def expect(self, start, stop):
+        """Have the system fetch these ids from the disk meanwhile, where it can do so."""
+        if hasattr(os, "posix_fadvise"):
+            for i, first, last in self._files(start, stop):
+                first, size = first * self.dtype.itemsize, (last - first) * self.dtype.itemsize
+                os.posix_fadvise(self.handles[i], first, size, os.POSIX_FADV_WILLNEED)
+
+    def _files(self, start, stop):
+        """Yield (file, first, last) for the ids that each file has of a span, counted from its own beginning."""
+        while start < stop:
+            i = bisect.bisect_right(self.begins, start) - 1
+            end = min(stop, self.begins[i + 1], start + PIECE)
+            yield i, start - self.begins[i], end - self.begins[i]
+            start = end
+
+
+class Dataset:
+    """One split of a dataset.
+
+    Attributes: `tokens` (its ids, by slices), `vocab_size`, `tokenizer_json`, `separator` (the id that stands before
+    every document, or None), `documents` (its Documents, where windows are to begin with them, or None), `path`.
     Raises UserError where the folder, a file or an id is not what it should be.
     """
 
-    def __init__(self, name, split, block_size, root="data"):
+    def __init__(self, name, split, block_size, root="data", documents=False):
         folder = Path(root) / name
-        self.path = folder / f"{split}.bin"
         meta = read_meta(folder)
         self.vocab_size, self.tokenizer_json = meta["vocab_size"], meta["tokenizer"]
-        if not self.path.is_file():
-            raise UserError(f"--dataset={name}: {self.path} is missing{how_to_prepare(folder)}")
-        size, width = self.path.stat().st_size, np.dtype(meta["dtype"]).itemsize
-        n = size // width
-        if size % width:
-            raise UserError(f"{self.path}: {size} bytes are no whole number of {meta['dtype']} ids; prepare it again")
+        self.separator = meta.get("separator")
+        paths = [folder / file for file in meta.get("files", {}).get(split, [f"{split}.bin"])]
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"--dataset={name}: {path} is missing{how_to_prepare(folder)}")
+        self.path = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+        self.tokens = Tokens(paths, meta["dtype"])
+        n = len(self.tokens)
         if n <= block_size:
             raise UserError(
                 f"{self.path}: {n} tokens are too few for a block_size of {block_size}; at most {max(n - 1, 0)} would do"
             )
-        self.tokens = np.memmap(self.path, dtype=meta["dtype"], mode="r")
-        for start in range(0, min(n, SCAN_LIMIT), 2**22):
-            self.check(self.tokens[start : start + 2**22])
+        if documents and self.separator is None:
+            raise UserError(
+                f"--documents=True: {folder / 'meta.json'} names no separator, so where a document begins is unknown; "
+                "--documents=False trains on it"
+            )
+        self._scan()
+        self.documents = (
+            Documents(find_documents(self.tokens, self.separator), block_size, shared=True) if documents else None
+        )
+
+    @classmethod
+    def of_ids(cls, ids, vocab_size, separator=None):
+        """A split that is in memory, an array of ids."""
+        self = cls.__new__(cls)
+        self.tokens, self.vocab_size, self.separator, self.path = ids, vocab_size, separator, "the text"
+        self.tokenizer_json = self.documents = None
+        return self
+
+    def _scan(self):
+        """Check the ids of a small split, and of a large one SCAN_LIMIT from all over it. Batches check their own."""
+        pieces = -(-len(self.tokens) // PIECE)
+        for i in np.linspace(0, pieces - 1, min(pieces, -(-SCAN_LIMIT // PIECE)), dtype=np.int64).tolist():
+            self.check(self.tokens[i * PIECE : (i + 1) * PIECE])
 
     def check(self, ids):
         """Raise UserError where an id lies outside the vocabulary; an embedding would read past its end."""
@@ -103,12 +184,74 @@ class Dataset:
                 f"{self.path}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}; prepare it again"
             )
 
-    def windows(self, offsets, block_size):
-        """Inputs and targets (B, T), int64: the T tokens from each offset on, and those one later."""
-        ids = self.tokens[np.asarray(offsets)[:, None] + np.arange(block_size + 1)]  # (B, T + 1)
+    def windows(self, starts, stops, block_size):
+        """Inputs and targets (B, T), int64, of the windows tokens[start:stop], each of at most T + 1 ids.
+
+        A target is the token after its input. Where a window is shorter than T + 1, it is filled: with targets
+        -1, which no loss counts, after inputs that no counted position sees.
+        """
+        ids = np.zeros((len(starts), block_size + 1), dtype=np.int64)
+        for row, start, stop in zip(ids, starts.tolist(), stops.tolist(), strict=True):
+            row[: stop - start] = self.tokens[start:stop]
         self.check(ids)
-        ids = torch.from_numpy(ids.astype(np.int64))
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        ids, targets = torch.from_numpy(ids), stops - starts - 1
+        x, y = ids[:, :-1].contiguous(), ids[:, 1:].clone(memory_format=torch.contiguous_format)
+        for row in np.flatnonzero(targets < block_size):
+            y[row, max(targets[row], 0) :] = -1
+        return x, y
+
+
+def find_documents(tokens, separator):
+    """The places at which documents begin: the first token, each separator, and at the end the last token."""
+    n = len(tokens)
+    found = [np.flatnonzero(tokens[i : i + PIECE] == separator) + i for i in range(0, n, PIECE)]
+    begins = np.concatenate([*found, [n - 1]])
+    return begins if begins[0] == 0 else np.insert(begins, 0, 0)
+
+
+class Documents:
+    """The windows that documents are cut into: none holds tokens of two documents.
+
+    Document i begins at token `begins[i]` and ends before `begins[i + 1]`; where `shared`, it ends with that token,
+    so that the last target of a document is the next one's separator, as the model has to learn where to end. Its
+    windows lie end to end from its beginning: each of its tokens but the first is a target in one of them. Only the
+    last one may have fewer than `block_size` targets. With a `stride` a window begins so many tokens after the one
+    before, and its first block_size - stride targets are those of the one before.
+
+    Takes 16 bytes of memory a document.
+    """
+
+    def __init__(self, begins, block_size, stride=None, shared=False):
+        self.begins, self.block_size, self.stride = np.asarray(begins), block_size, stride or block_size
+        self.shared = int(shared)
+        targets = self._targets()
+        counts = np.where(targets > 0, 1 + np.maximum(0, -((block_size - targets) // self.stride)), 0)
+        self.firsts = np.concatenate([[0], np.cumsum(counts)])  # the number of each document's first window
+
+    def __len__(self):
+        """How many windows there are."""
+        return int(self.firsts[-1])
+
+    def filled(self):
+        """The share of all positions that have a target."""
+        return int(self._targets().sum()) / (len(self) * self.block_size)
+
+    def _targets(self):
+        return np.maximum(np.diff(self.begins) - 1 + self.shared, 0)
+
+    def which(self, numbers):
+        """The documents that these windows lie in."""
+        return np.searchsorted(self.firsts, numbers, side="right") - 1
+
+    def repeated(self, numbers):
+        """How many of the first targets of each of these windows are those of the window before as well."""
+        return np.where(numbers > self.firsts[self.which(numbers)], self.block_size - self.stride, 0)
+
+    def windows(self, numbers):
+        """Where these windows lie: arrays (starts, stops), so that tokens[start:stop] is one of them."""
+        i = self.which(numbers)
+        starts = self.begins[i] + (numbers - self.firsts[i]) * self.stride
+        return starts, np.minimum(starts + self.block_size + 1, self.begins[i + 1] + self.shared)
 
 
 def read_meta(folder):
@@ -128,12 +271,27 @@ def read_meta(folder):
             and 0 < vocab_size < 2**31
             and dtype in DTYPES
             and isinstance(meta["tokenizer"], dict)
+            and all(is_list_of_files(names) for names in meta.get("files", {}).values())
+            and ("separator" not in meta or is_id(meta["separator"], vocab_size))
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise UserError(f"{path}: does not describe a dataset{how_to_prepare(folder)}")
     return meta
+
+
+def is_list_of_files(names):
+    """Whether these are names of files in the dataset's own folder, and no way out of it."""
+    sound = type(names) is list and len(names) > 0
+    return sound and all(
+        name == Path(name).name and not set(name) & set("\\\0") and name not in ("", "..") for name in names
+    )
+
+
+def is_id(value, vocab_size):
+    """Whether this is a token id."""
+    return type(value) is int and 0 <= value < vocab_size
 
 
 def how_to_prepare(folder):
@@ -176,39 +334,79 @@ def step_seed(seed, step, rank):
 
 
 class Batches:
-    """The windows of a dataset, in a random order: each epoch has every one once, and begins at another offset.
+    """The windows of a dataset, in a random order: each epoch has every one once.
 
-    `stream` names the sequence. Window number w of it begins at the same token whatever the batch size, the step
-    it falls into, or the process that reads it.
+    `stream` names the sequence. Window number w of it is the same whatever the batch size, the step it falls into,
+    or the process that reads it. Windows lie end to end, and each epoch begins at another offset; or, where the
+    dataset has `documents`, they are those of its documents. With sampling="random" each is drawn anew: T tokens
+    from anywhere, or any window of any document. `epoch_windows` is the number of windows that an epoch has.
+
+    `per_step`: how many windows a step takes, over all processes, where windows are taken step by step. Those that
+    this process is going to read one step later are then fetched from the disk meanwhile.
     """
 
-    def __init__(self, dataset, stream, seed, block_size, dist):
-        self.dataset, self.stream, self.seed, self.block_size, self.dist = (
-            dataset,
-            STREAMS[stream],
-            seed,
-            block_size,
-            dist,
-        )
-        n = len(dataset.tokens)
-        self.epoch_windows = max(1, (n - block_size) // block_size)  # in an epoch, whatever its offset
-        self.offsets = min(block_size, n - self.epoch_windows * block_size)  # that an epoch can begin at
+    def __init__(self, dataset, stream, seed, block_size, dist, sampling="epochs", per_step=None):
+        self.dataset, self.stream, self.seed, self.block_size = dataset, STREAMS[stream], seed, block_size
+        self.dist, self.sampling, self.per_step = dist, sampling, per_step
+        n, self.documents = len(dataset.tokens), dataset.documents
+        if self.documents:
+            self.epoch_windows, self.offsets = len(self.documents), 1
+        else:
+            self.epoch_windows = max(1, (n - block_size) // block_size)  # whatever the epoch's offset
+            self.offsets = min(block_size, n - self.epoch_windows * block_size)  # that an epoch can begin at
+        self._block = functools.lru_cache(maxsize=8)(self._block)
 
     def get(self, first, size):
         """Windows number `first` to `first + size - 1`, on the device: inputs and targets (B=size, T)."""
-        x, y = self.dataset.windows(self.starts(np.arange(first, first + size)), self.block_size)
+        x, y = self.dataset.windows(*self._places(first, size), self.block_size)
+        if self.per_step:
+            for start, stop in self._places(first + self.per_step, size).T.tolist():
+                self.dataset.tokens.expect(start, stop)
         return self.dist.to_device(x), self.dist.to_device(y)
 
-    def starts(self, numbers):
-        """The token at which each window begins, for an array of window numbers."""
+    def filled(self, first, size):
+        """The share of positions in these windows that have a target: 1.0 but for documents' last windows."""
+        if not self.documents:
+            return 1.0
+        starts, stops = self._places(first, size)
+        return int((stops - starts - 1).sum()) / (size * self.block_size)
+
+    def weight(self, first, size):
+        """What the mean loss of these windows counts in their step, so that each of its targets counts the same."""
+        step = first // self.per_step
+        return self.filled(first, size) / self.filled(step * self.per_step, self.per_step)
+
+    def _places(self, first, size):
+        """`places` of windows `first` to `first + size - 1`: an array (2, size)."""
+        blocks = range(first // AT_ONCE, (first + size - 1) // AT_ONCE + 1)
+        found = [self._block(b)[:, max(0, first - b * AT_ONCE) : first + size - b * AT_ONCE] for b in blocks]
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+
+    def _block(self, block):
+        return np.stack(self.places(np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)))
+
+    def places(self, numbers):
+        """Where the windows of these numbers lie: arrays (starts, stops), so that tokens[start:stop] is one."""
+        T, n = self.block_size, len(self.dataset.tokens)
+        if self.sampling == "random":
+            choices = len(self.documents) if self.documents else n - T
+            which = (hash64(self.seed, self.stream, numbers) % np.uint64(choices)).astype(np.int64)
+            starts = which
+        else:
+            which, offsets = self._shuffled(numbers)
+            starts = which * T + offsets
+        return self.documents.windows(which) if self.documents else (starts, starts + T + 1)
+
+    def _shuffled(self, numbers):
+        """Which window of its epoch each of these is, and at which token its epoch begins."""
         epochs, numbers = np.divmod(numbers, self.epoch_windows)
-        starts = np.empty_like(numbers)
+        which, offsets = np.empty_like(numbers), np.empty_like(numbers)
         for epoch in np.unique(epochs):
             key = hash64(self.seed, self.stream, epoch)
             mine = epochs == epoch
-            offset = int(key) % self.offsets
-            starts[mine] = permutation(numbers[mine], self.epoch_windows, key) * self.block_size + offset
-        return starts
+            which[mine] = permutation(numbers[mine], self.epoch_windows, key)
+            offsets[mine] = int(key) % self.offsets
+        return which, offsets
 
 
 def permutation(i, n, key):

@@ -6,6 +6,7 @@ settled here, and said in one line.
 
 import ctypes
 import logging
+import math
 import os
 import sys
 import time
@@ -25,7 +26,7 @@ class Dist:
     """This process among all: its rank, its device, and the collective operations that the loop needs."""
 
     device: torch.device
-    dtype: torch.dtype  # of the matrix products, under autocast
+    dtype: torch.dtype  # of the matrix products
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
@@ -48,9 +49,14 @@ class Dist:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
+    @property
+    def operand_dtype(self):
+        """The dtype of a product's operands: a CPU that multiplies in bfloat16 rounds them itself, on the way in."""
+        return torch.float32 if self.device.type == "cpu" and self.dtype == torch.bfloat16 else self.dtype
+
     def autocast(self):
-        """Matrix products in `dtype` within the context; nothing changes in float32."""
-        if self.dtype == torch.float32:
+        """Matrix products in `dtype` within the context; nothing changes where their operands are float32."""
+        if self.operand_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -82,6 +88,12 @@ class Dist:
         tensor = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         td.all_reduce(tensor)
         return tensor.tolist()
+
+    def gather(self, tensor):
+        """The tensors of all processes, of one shape, one after another along the first dimension."""
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        td.all_gather(parts, tensor)
+        return torch.cat(parts)
 
     def max(self, number):
         """The largest of an integer over all processes."""
@@ -125,7 +137,7 @@ def setup(cfg, out=None):
     say = partial(print, file=out, flush=True) if rank == 0 else lambda line: None
     device = choose_device(cfg, say, local_rank, several)
     dist = Dist(device, choose_dtype(cfg, device, say), rank, local_rank, world_size if several else 1, out)
-    prepare_device(device, getattr(cfg, "deterministic", False))
+    prepare_device(device, dist.dtype, getattr(cfg, "deterministic", False))
     if device.type == "cuda" and dist.dtype == torch.float32:
         say("float32 products: in TF32, with 10 bits of mantissa, many times faster (--dtype)")
     if not several:
@@ -179,9 +191,15 @@ def choose_device(cfg, say, local_rank=0, several=False):
 
 def choose_dtype(cfg, device, say):
     """The torch.dtype that `cfg.dtype` means on this device."""
+    units = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+    if cfg.dtype == "bfloat16" and device.type == "cpu" and not units:
+        say("dtype: float32, because this CPU has no units for bfloat16 (AMX) and would be slower in it")
+        return torch.float32
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
-    if device.type != "cuda":
+    if units:
+        name, why = "float32", "matrix products in it are exact; bfloat16 is faster on this CPU"
+    elif device.type != "cuda":
         name, why = "float32", f"matrix products in it are exact, and not slower at small sizes on {device.type}"
     elif torch.cuda.is_bf16_supported(including_emulation=False):
         name, why = "bfloat16", "this GPU multiplies in it at full speed"
@@ -199,13 +217,17 @@ def choose_seed(cfg, dist):
         dist.say(f"seed: {cfg.seed}, from the operating system (--seed={cfg.seed} repeats this run)")
 
 
-def prepare_device(device, deterministic=False):
+def prepare_device(device, dtype=torch.float32, deterministic=False):
     """What makes every model faster on this device; or, where `deterministic`, give the same bits every time."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32; fp32_precision alone makes the compiler's look-ups raise
+    if device.type == "cpu":
+        # in bfloat16 the operands and results stay float32 in memory: casting them, as autocast does, costs more
+        # than the products of a small model gain
+        torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
     if device.type == "cpu" and sys.platform == "linux":
         keep_memory()
 
@@ -241,23 +263,30 @@ def share_batch(cfg, world_size):
     return mine // micro_batch, micro_batch
 
 
-def choose_compile(cfg, device, say):
-    """Whether to compile: `cfg.compile`, or for `auto` what pays on this device."""
+COMPILE_PAYS = {"cuda": 60, "cpu": 1800}  # from so many seconds of work on; docs/speed.md has the figures
+
+
+def choose_compile(cfg, device, say, seconds):
+    """Whether to compile for so many seconds of training: `cfg.compile`, or for `auto` what pays on this device."""
     if cfg.compile != "auto":
         return cfg.compile
-    on = device.type == "cuda"
-    why = "it pays within minutes on a GPU" if on else f"on {device.type} it takes longer than it saves in a short run"
-    say(f"compile: {on}, because {why} (--compile)")
-    return on
+    least = COMPILE_PAYS.get(device.type, math.inf)
+    if least == math.inf or not seconds:
+        why = f"it does not pay {'without training' if not seconds else 'on ' + device.type}"
+    else:
+        ahead = f"about {seconds / 60:.0f} minutes" if seconds >= 90 else "a minute or less"
+        why = f"on {device.type} it pays in runs of more than {least} seconds, and this one takes {ahead}"
+    say(f"compile: {seconds >= least}, because {why} (--compile)")
+    return seconds >= least
 
 
-def compiled(model, cfg, dist, eval_shape, train_shape=None):
+def compiled(model, cfg, dist, eval_shape, train_shape=None, seconds=0.0):
     """`torch.compile` of the model where `compile` says so, tried out on batches of these shapes; the same weights.
 
-    `train_shape`: of a batch whose backward pass is needed too. Where compilation fails, one line says so, and
-    the model runs uncompiled.
+    `train_shape`: of a batch whose backward pass is needed too. `seconds`: how much training lies ahead, about.
+    Where compilation fails, one line says so, and the model runs uncompiled.
     """
-    if not choose_compile(cfg, dist.device, dist.say):
+    if not choose_compile(cfg, dist.device, dist.say, seconds):
         return model
     errors = CompileErrors()
     dist.say("compile: takes a while before the first step")

@@ -5,7 +5,10 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
+
+from nanogpt.data import Documents
 
 
 @contextmanager
@@ -23,12 +26,19 @@ def evaluating(model):
 def losses(model, batches, cfg, dist, stop=lambda: False):
     """Mean loss over the first `eval_iters` batches of each stream: {'train': nats, 'val': nats}.
 
-    Always the same batches, so that evaluations compare. Each process takes every world_size-th batch.
+    Always the same batches, so that evaluations compare. Each process takes every world_size-th batch. A split
+    with no more windows than that is read once, whole: the loss is then `exact`, and costs less than the estimate.
     `stop` is asked before each batch; where it answers True, None is returned.
     """
     result = {}
     with evaluating(model):
         for split, stream in batches.items():
+            if stream.epoch_windows <= cfg.eval_iters * cfg.batch_size:
+                whole = exact(model, stream.dataset, cfg, dist, None, stop, what=f"{split} loss")
+                if whole is None:
+                    return None
+                result[split] = whole["loss"]
+                continue
             total = torch.zeros((), device=dist.device)
             for first in range(0, cfg.eval_iters, dist.world_size):
                 if stop():
@@ -38,53 +48,74 @@ def losses(model, batches, cfg, dist, stop=lambda: False):
                     break
                 x, y = stream.get(i * cfg.batch_size, cfg.batch_size)
                 with dist.autocast():
-                    total += model(x, y)[1]
-            result[split] = dist.sum([total.item()])[0] / cfg.eval_iters
+                    total += model(x, y)[1] * stream.filled(i * cfg.batch_size, cfg.batch_size)
+            filled = stream.filled(0, cfg.eval_iters * cfg.batch_size)  # so that each target counts the same
+            result[split] = dist.sum([total.item()])[0] / (cfg.eval_iters * filled)
     return result
 
 
-def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False):
+def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False, layout=None, each=False, what="exact val loss"):
     """The loss over all of a split, each token predicted once, from windows laid end to end.
 
-    `token_bytes`: the UTF-8 length of each token id, or None. Returns a dict: `loss` (nats a token), `tokens`,
-    `perplexity`, and with token_bytes `bits_per_byte`. No randomness: the same to the last digit every time.
-    `stop` is asked before each batch; where it answers True, None is returned.
+    `token_bytes`: the UTF-8 length of each token id, or None. `layout`: the `data.Documents` that are cut into
+    windows; without it the dataset's own, or where it has none the whole split as one document. Returns a dict:
+    `loss` (nats a token), `tokens`, `perplexity`, and with token_bytes `bits_per_byte`; where `each`, `documents` is
+    a list of such dicts, with None for a document that has no token to predict. No randomness: the same to the last
+    digit every time. `stop` is asked before each batch; where it answers True, None is returned. `what` names the
+    progress bar.
     """
-    T, B, n = cfg.block_size, cfg.batch_size, len(dataset.tokens)
-    nats = count = n_bytes = 0
-    starts = np.arange(0, n - 1, T)
-    rounds = range(0, len(starts), dist.world_size * B)  # in each, every process takes a batch
+    T, B = cfg.block_size, cfg.batch_size
+    layout = layout or dataset.documents or Documents([0, len(dataset.tokens)], T)
+    sums = np.zeros((len(layout.begins) - 1 if each else 1, 3))  # nats, tokens and bytes, by document or of all
+    rounds = range(0, len(layout), dist.world_size * B)  # in each, every process takes a batch
     with evaluating(model):
-        for first in tqdm(
-            rounds, desc="exact val loss", leave=False, disable=None if dist.is_main else True, mininterval=0.5
-        ):
+        for first in tqdm(rounds, desc=what, leave=False, disable=None if dist.is_main else True, mininterval=0.5):
             if stop():
                 return None
-            mine = starts[first + dist.rank * B :][:B]
+            mine = np.arange(first + dist.rank * B, min(first + (dist.rank + 1) * B, len(layout)))
             if not len(mine):
                 break
-            ids = padded_windows(dataset, mine, B, T)
-            targets = ids[:, 1:]
-            x, y = dist.to_device(ids[:, :-1].clamp(min=0)), dist.to_device(targets.contiguous())
+            x, y = padded_windows(dataset, layout, mine, B, T)
             with dist.autocast():
-                loss = model(x, y)[1].item()
-            real = targets[targets >= 0]
-            nats += loss * real.numel()
-            count += real.numel()
-            if token_bytes is not None:
-                n_bytes += int(token_bytes[real.numpy()].sum())
-    nats, count, n_bytes = dist.sum([nats, count, n_bytes])
-    result = {"loss": nats / count, "tokens": int(count), "perplexity": math.exp(min(nats / count, 700))}
-    if n_bytes:
-        result["bits_per_byte"] = nats / math.log(2) / n_bytes
+                logits, loss = model(dist.to_device(x), dist.to_device(y))
+            counts = (y >= 0).sum(1).numpy()
+            nats = window_nats(logits, dist.to_device(y)) if each else loss.item() * counts
+            lengths = np.zeros(B) if token_bytes is None else np.where(y >= 0, token_bytes[y.numpy()], 0).sum(1)
+            rows = layout.which(mine) if each else np.zeros(len(mine), dtype=np.int64)
+            np.add.at(sums, rows, np.stack([nats, counts, lengths], axis=1)[: len(mine)])
+    sums = np.reshape(dist.sum(sums.ravel().tolist()), sums.shape)
+    result = summary(*sums.sum(0))
+    if each:
+        result["documents"] = [summary(*row) if row[1] else None for row in sums]
     return result
 
 
-def padded_windows(dataset, starts, B, T):
-    """Windows of T + 1 ids from each start, filled with -1 (not counted) to the one shape (B, T + 1)."""
-    ids = torch.full((B, T + 1), -1, dtype=torch.int64)
-    for row, start in enumerate(starts):
-        window = dataset.tokens[start : start + T + 1]
-        dataset.check(window)
-        ids[row, : len(window)] = torch.from_numpy(window.astype(np.int64))
-    return ids
+def summary(nats, count, n_bytes):
+    """What is told of so many tokens in so many bytes that took so many nats together."""
+    result = {"loss": float(nats / count), "tokens": int(count), "perplexity": math.exp(min(nats / count, 700))}
+    if n_bytes:
+        result["bits_per_byte"] = float(nats / math.log(2) / n_bytes)
+    return result
+
+
+def padded_windows(dataset, layout, numbers, B, T):
+    """Inputs and targets of these windows, filled to the one shape (B, T) with targets -1, which are not counted."""
+    starts, stops = (np.pad(ends, (0, B - len(numbers))) for ends in layout.windows(numbers))
+    x, y = dataset.windows(starts, stops, T)
+    for row, repeated in enumerate(layout.repeated(numbers)):
+        y[row, :repeated] = -1
+    return x, y
+
+
+def window_nats(logits, y):
+    """The sum of -log p over the targets (B, T) of each window: B numbers."""
+    losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="none")
+    return losses.view_as(y).cpu().double().sum(1).numpy()
+
+
+def byte_lengths(tok, separator=None):
+    """The UTF-8 length of each token id of a tokenizer; a separator stands for no text, and has none."""
+    lengths = np.array([len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
+    if separator is not None:
+        lengths[separator] = 0
+    return lengths

@@ -47,7 +47,7 @@ def device_peak(dist):
 def measured_peak(dist):
     """FLOP/s of a large matrix product on the device: the fastest within a tenth of a second."""
     n = 1024 if dist.device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=dist.device, dtype=dist.dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=dist.device, dtype=dist.operand_dtype) for _ in range(2))
     a @ b  # the first one loads the library
     synchronize(dist.device)
     fastest, end = math.inf, time.perf_counter() + 0.1
@@ -75,9 +75,10 @@ class Log:
     host. All processes read the same numbers and give them to `watch`, which ends a sick run on all of them.
     """
 
-    def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak):
+    def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak, epoch_windows):
         self.cfg, self.dist, self.watch = cfg, dist, watch
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
+        self.epoch_windows = epoch_windows
         self.unread = []  # steps whose numbers are still on the device
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
         self.file = self.wandb = self.bar = None
@@ -99,6 +100,16 @@ class Log:
             tqdm.write(line)
         else:
             self.dist.say(line)
+
+    def seconds_ahead(self, steps, layers):
+        """About how long so many steps take, through so many blocks each: a guess to within a factor of two or so.
+
+        Small models reach a third of the device's peak, and no block is done in less than a millisecond. On other
+        than the main process it is 0, so that the sum over all is the main one's.
+        """
+        if not self.dist.is_main or not math.isfinite(self.peak):
+            return 0.0
+        return steps * max(self.flops_per_iter / self.peak * 3, layers * 1e-3)
 
     def step(self, step, lr, loss, grad_norm, spike):
         """Report update number `step`; loss, grad_norm and spike are tensors, perhaps still being computed.
@@ -135,6 +146,20 @@ class Log:
                 self._record(step=step, spike=loss)
             if step % self.cfg.log_interval == 0:
                 self._line(step, lr, loss, grad_norm)
+            self._end_of_epoch(step)
+
+    def _epoch(self, step):
+        """How many times the training data has been read after `step` updates."""
+        return step * self.cfg.gradient_accumulation_steps * self.cfg.batch_size / self.epoch_windows
+
+    def _end_of_epoch(self, step):
+        """Say that an epoch has ended in this step, unless they are so short that the steps' own lines say enough."""
+        epoch = int(self._epoch(step))
+        longer_than_a_line = self._epoch(self.cfg.log_interval) <= 1
+        if self.cfg.sampling == "epochs" and longer_than_a_line and epoch > int(self._epoch(step - 1)):
+            self.say(
+                f"epoch {epoch} ends at iter {step}: all {self.epoch_windows:,} windows of the data have been read"
+            )
 
     def _line(self, step, lr, loss, grad_norm):
         now = time.perf_counter()
@@ -142,14 +167,14 @@ class Log:
         self.last_step, self.seconds, self.mark = step, 0.0, now
         self.peak = max(self.peak, self.flops_per_iter / seconds)  # measured too low, while others used the machine
         rate, mfu = self.tokens_per_iter / seconds, self.flops_per_iter / seconds / self.peak
+        epoch = self._epoch(step)
         self.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, "
-            f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}"
+            f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}, epoch {epoch:.2f}"
         )
-        self._record(
-            step=step, loss=loss, lr=lr, grad_norm=grad_norm, ms=seconds * 1000, tokens_per_second=rate, mfu=mfu
-        )
-        self._send(step, {"train/iter_loss": loss, "lr": lr, "mfu": mfu * 100, "grad_norm": grad_norm})
+        measured = dict(ms=seconds * 1000, tokens_per_second=rate, mfu=mfu)
+        self._record(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, **measured)
+        self._send(step, {"train/iter_loss": loss, "lr": lr, "mfu": mfu * 100, "grad_norm": grad_norm, "epoch": epoch})
         if self.bar:
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
@@ -164,8 +189,9 @@ class Log:
     def evaluation(self, step, losses, lr):
         """Report the estimated losses {'train': nats, 'val': nats} after `step` updates."""
         self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-        self._record(step=step, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
-        self._send(step, {"train/loss": losses["train"], "val/loss": losses["val"], "lr": lr})
+        epoch = self._epoch(step)
+        self._record(step=step, epoch=epoch, train_loss=losses["train"], val_loss=losses["val"], lr=lr)
+        self._send(step, {"train/loss": losses["train"], "val/loss": losses["val"], "lr": lr, "epoch": epoch})
 
     def exact(self, step, result):
         """Report what `evaluate.exact` found."""

@@ -6,6 +6,7 @@ process, file or tokenizer. Shapes are named
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,7 +57,41 @@ GPT2_SHAPES = {
 def attend(q, k, v, dropout):
     """Each token's mean of the values v, its own and those before it, weighted by q . k. All are (B, T, H, D)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
+    if q.device.type == "cpu" and torch.get_float32_matmul_precision() == "medium":
+        return Float32Attention.apply(q, k, v, dropout).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
+
+
+class Float32Attention(torch.autograd.Function):
+    """Causal attention in float32 where a CPU multiplies in bfloat16.
+
+    PyTorch's fused attention does many tiny products, and in bfloat16 each first looks for its kernel: it takes
+    ten times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout):
+        with torch.enable_grad(), products_in_float32():
+            ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in (q, k, v)]
+            ctx.y = F.scaled_dot_product_attention(*ctx.inputs, dropout_p=dropout, is_causal=True)
+        return ctx.y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        with products_in_float32():
+            return *torch.autograd.grad(ctx.y, ctx.inputs, grad), None
+
+
+@contextmanager
+def products_in_float32():
+    """Exact products within the context, whatever `torch.set_float32_matmul_precision` says outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class CausalSelfAttention(nn.Module):
@@ -117,6 +152,18 @@ class CPURMSNorm(torch.autograd.Function):
         return torch.addcmul(grad, y, along).mul_(scale)
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` with a faster source of chance on CPUs: a byte an element, so that p counts in steps of 1/256."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        dropped = min(255, round(self.p * 256))  # bytes of 256
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+        return x * (kept * (256 / (256 - dropped)))
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` as a module."""
 
@@ -163,15 +210,15 @@ class RotaryAttention(nn.Module):
         self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         self.n_head = config.n_head
-        self.dropout = config.dropout
 
     def forward(self, x, rotation, past=None):
         B, T, C = x.shape
         q, k, v = (f(x).view(B, T, self.n_head, C // self.n_head) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(rms_norm(q), rotation), rotate(rms_norm(k), rotation)  # (B, T, H, D)
-        y = past(q, k, v) if past else attend(q, k, v, self.dropout if self.training else 0.0)
+        # no dropout of weights: the fused kernels of CPUs know none, and without it the model learns as well
+        y = past(q, k, v) if past else attend(q, k, v, dropout=0.0)
         return self.resid_dropout(self.o_proj(y.reshape(B, T, C)))
 
 
@@ -187,7 +234,7 @@ class GatedMLP(nn.Module):
         self.gate_proj = nn.Linear(config.n_embd, hidden, bias=False)
         self.up_proj = nn.Linear(config.n_embd, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, config.n_embd, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
@@ -226,7 +273,7 @@ class GPT(nn.Module):
         self.transformer["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
         if not modern:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer["drop"] = nn.Dropout(config.dropout)
+        self.transformer["drop"] = (Dropout if modern else nn.Dropout)(config.dropout)
         self.transformer["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.transformer["ln_f"] = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
         self.rotary = Rotary(config) if modern else None
@@ -237,8 +284,8 @@ class GPT(nn.Module):
     def _init_weights(self, module):
         """Normal with deviation 0.02, as GPT-2's, less on the layers that write to the residual stream.
 
-        The modern blocks begin as if they were not there (Zhang et al. 2019, Fixup), the layers that read the
-        normalised stream at a scale that keeps its variance.
+        The modern blocks begin as if they were not there (Zhang et al. 2019, Fixup), and the layers that read the
+        normalised stream give half its deviation: at 768 channels that is about 0.02 too.
         """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
@@ -252,7 +299,7 @@ class GPT(nn.Module):
                 if name in ("o_proj", "down_proj"):
                     nn.init.zeros_(layer.weight)
                 elif isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=self.config.n_embd**-0.5)
+                    nn.init.normal_(layer.weight, std=0.5 * self.config.n_embd**-0.5)
 
     def forward(self, idx, targets=None, past=None):
         """Logits, and with targets the mean cross-entropy in nats.

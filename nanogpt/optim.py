@@ -1,4 +1,4 @@
-"""The optimizer: AdamW, its parameter groups, gradient clipping, and its state as named tensors."""
+"""The optimizers: AdamW, and Muon for matrices; which parameters get which, clipping, and their state by name."""
 
 import torch
 
@@ -30,8 +30,7 @@ class AdamW:
 
         So the device decides, and nobody waits for it. `torch.amp.GradScaler` adds its own found_inf.
         """
-        found = [s for s in (skip, getattr(self, "found_inf", None)) if s is not None]
-        skip = torch.stack(found).amax() if found else None
+        skip = either(skip, getattr(self, "found_inf", None))
         if skip is not None and skip.device.type == "mps" and skip.item():
             return  # Metal's kernel may ignore found_inf (PyTorch #186360); this waits for the device
         for group in self.param_groups:
@@ -63,20 +62,121 @@ class AdamW:
                 p.grad = None
 
 
-def make_optimizer(model, cfg):
-    """AdamW with weight decay on matrices and embeddings only, not on biases and norms."""
-    params = list(model.parameters())
+class Muon:
+    """Gradient descent with momentum whose step is made orthogonal, for the blocks' matrices; AdamW for the rest.
+
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". All matrices of one shape are
+    worked on at once, and each process makes its share of them orthogonal.
+
+    matrices: [(parameter, parts), ...]: a parameter of several parts, such as queries, keys and values in one,
+    counts as so many matrices. `state` maps each of them to its `momentum_buffer`, and the others to AdamW's.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(self, matrices, adamw, lr, momentum, weight_decay, dist=None):
+        self.adamw, self.momentum, self.dist = adamw, momentum, dist
+        self.group = {"params": [p for p, _ in matrices], "lr": lr, "weight_decay": weight_decay}
+        self.param_groups = [self.group, *adamw.param_groups]
+        buffers = {p: torch.zeros_like(p) for p in self.group["params"]}
+        self.state = {p: {"momentum_buffer": buffer} for p, buffer in buffers.items()} | adamw.state
+        self.shapes = {}  # {(rows, columns): [(parameter, its buffer, parts, which of them), ...]}
+        for p, parts in matrices:
+            for i in range(parts):
+                shape = p.shape[0] // parts, p.shape[1]
+                self.shapes.setdefault(shape, []).append((p, buffers[p], parts, i))
+
+    @torch.no_grad()
+    def step(self, skip=None):
+        """Update every parameter that has a gradient; where the tensor `skip` holds 1, change nothing."""
+        skip = either(skip, getattr(self, "found_inf", None))
+        if skip is not None and skip.device.type != "cuda":
+            if skip.item():  # nobody waits for a CPU
+                return
+            skip = None
+        for shape, matrices in self.shapes.items():
+            matrices = [m for m in matrices if m[0].grad is not None]
+            if matrices:
+                self.update(shape, matrices, skip)
+        self.adamw.step(skip)
+
+    def update(self, shape, matrices, skip=None):
+        """One step of matrices of one shape, (rows, columns); where the tensor `skip` holds 1, none."""
+        grads = [p.grad.chunk(parts)[i] for p, _, parts, i in matrices]
+        buffers = [buffer.chunk(parts)[i] for _, buffer, parts, i in matrices]
+        weights = [p.chunk(parts)[i] for p, _, parts, i in matrices]
+        lr = self.group["lr"]
+        if skip is not None:  # a gradient that is not finite must not reach the buffers
+            grads, lr = [torch.where(skip > 0, b, g) for b, g in zip(buffers, grads, strict=True)], lr * (1 - skip)
+        torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
+        ahead = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov's look ahead
+        steps = self.orthogonal(torch.stack(ahead)).to(weights[0].dtype)
+        if self.group["weight_decay"]:
+            torch._foreach_mul_(weights, 1 - lr * self.group["weight_decay"])
+        rows, columns = shape
+        torch._foreach_sub_(weights, (steps * (lr * max(1, rows / columns) ** 0.5)).unbind())
+
+    def orthogonal(self, matrices):
+        """`orthogonalised` of a stack, of which each process does its share; in bfloat16 on a GPU."""
+        matrices = matrices.bfloat16() if matrices.is_cuda else matrices
+        if self.dist is None or self.dist.world_size == 1:
+            return orthogonalised(matrices)
+        size = -(-len(matrices) // self.dist.world_size)
+        mine = matrices[self.dist.rank * size :][:size]  # none, where there are fewer matrices than processes
+        done = matrices.new_zeros(size, *matrices.shape[1:])  # of one size everywhere, to be gathered
+        done[: len(mine)] = orthogonalised(mine)
+        return self.dist.gather(done)[: len(matrices)]
+
+    def zero_grad(self):
+        """Forget the gradients."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+
+def orthogonalised(matrices, steps=5):
+    """About U Vᵀ of each matrix U S Vᵀ in a stack (N, rows, columns).
+
+    Newton-Schulz's iteration with the quintic polynomial of Jordan et al. 2024. Singular values become 0.68 to
+    1.21; those below a 600th of the matrix's norm grow by as much as 485 times, and may stay smaller.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # singular values up to 1
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+def either(*skips):
+    """1 where any of the tensors holds 1; None where none is given."""
+    given = [s for s in skips if s is not None]
+    return torch.stack(given).amax() if given else None
+
+
+def make_optimizer(model, cfg, dist=None):
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; no decay of biases and norms."""
+    blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
+    params = [p for p in model.parameters() if all(p is not b for b in blocks)]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2))
+    adamw = AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2))
+    if cfg.optimizer == "adamw":
+        return adamw
+    fused = {p for name, p in model.named_parameters() if name.endswith("c_attn.weight")}  # queries, keys, values
+    matrices = [(p, 3 if p in fused else 1) for p in blocks]
+    return Muon(matrices, adamw, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, dist)
 
 
-def set_lr(optimizer, lr):
-    """Set the learning rate of every group; returns it."""
+def set_lr(optimizer, lr, cfg):
+    """Set the learning rate of every group; Muon's keeps its ratio to AdamW's, which is returned."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+    if isinstance(optimizer, Muon):
+        optimizer.group["lr"] = lr / cfg.learning_rate * cfg.muon_lr
     return lr
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import checkpoint, config, distributed, export, tokenizer
-from nanogpt.config import GPT2_NAMES, SampleConfig, UserError
+from nanogpt import config, distributed, trained
+from nanogpt.config import SampleConfig, UserError
 from nanogpt.generate import generate
 
 
@@ -16,30 +16,6 @@ def main(argv):
     cfg = config.load(SampleConfig, argv, "sample.py")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the text alone goes to standard output
         sample(cfg, dist)
-
-
-def load(cfg, dist):
-    """The model and tokenizer that `init_from` names. UserError where there is none."""
-    if cfg.init_from in GPT2_NAMES or (cfg.init_from != "resume" and export.is_hugging_face(cfg.init_from)):
-        return export.from_pretrained(cfg.init_from), open_tokenizer({"type": "gpt2"})
-    folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    found = checkpoint.best(folder, dist.say) or export.from_nanogpt(folder)
-    if found is None:
-        there = sorted(str(p.parent) for p in Path().glob("*/checkpoints"))
-        hint = f"; there are some in {', '.join(there)}" if there else "; train.py makes one"
-        raise UserError(
-            f"--{'out_dir' if cfg.init_from == 'resume' else 'init_from'}={folder}: holds no checkpoint{hint}"
-        )
-    dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
-    return checkpoint.load_model(found), open_tokenizer(found.tokenizer)
-
-
-def open_tokenizer(tokenizer_json):
-    """The tokenizer that a checkpoint describes. UserError where it cannot be had."""
-    try:
-        return tokenizer.from_json(tokenizer_json)
-    except (ImportError, OSError, ValueError) as e:
-        raise UserError(str(e)) from None
 
 
 def read_start(start):
@@ -73,8 +49,8 @@ def sample(cfg, dist):
     """Write `num_samples` texts to standard output."""
     distributed.choose_seed(cfg, dist)
     text = read_start(cfg.start)
-    model, tok = load(cfg, dist)
-    model.to(dist.device, dist.dtype).eval()
+    found = trained.load(cfg, dist)
+    model, tok = found.model.to(dist.device, dist.dtype).eval(), found.tokenizer
     idx = encode(text, tok, model, dist)
     for i in range(cfg.num_samples):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")

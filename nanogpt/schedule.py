@@ -4,9 +4,11 @@ import math
 
 
 def lr_at(step, cfg):
-    """Learning rate of update `step` (0 is the first): linear warm-up, then a cosine down to min_lr.
+    """Learning rate of update `step` (0 is the first): linear warm-up, then down to min_lr. Constant without decay_lr.
 
-    Loshchilov & Hutter 2017, SGDR, equation 5, without restarts. Constant where `decay_lr` is off.
+    `cosine`: at once, Loshchilov & Hutter 2017, SGDR, equation 5, without restarts. `linear`: constant, and in the
+    last `cooldown_frac` of lr_decay_iters, or what the warm-up leaves of it, straight down (Hägele et al. 2024,
+    section 3).
     """
     if not cfg.decay_lr:
         return cfg.learning_rate
@@ -14,5 +16,10 @@ def lr_at(step, cfg):
         return cfg.learning_rate * (step + 1) / (cfg.warmup_iters + 1)
     if step >= cfg.lr_decay_iters:
         return cfg.min_lr
-    progress = (step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)  # 0 to 1
-    return cfg.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (cfg.learning_rate - cfg.min_lr)
+    if cfg.lr_schedule == "linear":
+        falling = min(cfg.cooldown_frac * cfg.lr_decay_iters, cfg.lr_decay_iters - cfg.warmup_iters)  # iterations
+        share = min(1.0, (cfg.lr_decay_iters - step) / falling)
+    else:
+        progress = (step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)  # 0 to 1
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)

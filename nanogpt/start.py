@@ -47,7 +47,7 @@ class Run:
     """A run: all that it changes and a checkpoint holds, and the data that it reads."""
 
     model: GPT
-    optimizer: optim.AdamW
+    optimizer: optim.AdamW | optim.Muon
     scaler: torch.amp.GradScaler
     health: health.Health
     state: TrainState
@@ -127,15 +127,11 @@ def make_model(cfg, found, dataset, dist):
 
 
 def keep_shape(cfg, found):
-    """Refuse to resume with another shape than the checkpoint's."""
-    wrong = [name for name in SHAPE if getattr(cfg, name) != found.model_config[name]]
+    """Refuse to resume with another shape or optimizer than the checkpoint's."""
+    had = {name: found.model_config[name] for name in SHAPE} | {"optimizer": found.settings.get("optimizer", "adamw")}
+    wrong = [name for name in had if getattr(cfg, name) != had[name]]
     if wrong:
-        raise UserError(
-            *(
-                f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {found.model_config[n]}"
-                for n in wrong
-            )
-        )
+        raise UserError(*(f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {had[n]}" for n in wrong))
 
 
 def padded(vocab_size, dist):
@@ -181,10 +177,13 @@ def start(cfg, dist):
 
 def make_run(cfg, found, resuming, dist):
     """The Run that begins with what `find_start` found."""
-    datasets = {split: data.Dataset(cfg.dataset, split, cfg.block_size) for split in ("train", "val")}
+    splits = ("train", "val")
+    datasets = {s: data.Dataset(cfg.dataset, s, cfg.block_size, documents=cfg.documents) for s in splits}
     model = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    run = Run(model, optim.make_optimizer(model, cfg), scaler, health.Health(cfg, dist.device), TrainState(), datasets)
+    run = Run(
+        model, optim.make_optimizer(model, cfg, dist), scaler, health.Health(cfg, dist.device), TrainState(), datasets
+    )
     if resuming:
         restore(run, found)
         dist.say(f"resuming {found.folder} at step {run.state.step}")

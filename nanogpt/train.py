@@ -4,10 +4,10 @@
 the modules that they name.
 """
 
+import gc
 import math
 from dataclasses import asdict, replace
 
-import numpy as np
 import torch
 
 from nanogpt import (
@@ -40,18 +40,23 @@ def train(cfg, dist):
         run, saved_in = start(cfg, dist)
         state = run.state
         writer = checkpoint.Writer(cfg.out_dir, cfg.keep_checkpoints, cfg.always_save_checkpoint, saved_in, state.step)
-        compiled_model = compile_model(run.model, cfg, dist, stop)  # the same weights
-        ddp_model = dist.wrap(compiled_model)
-        batches = data.Batches(run.datasets["train"], "train", cfg.seed, cfg.block_size, dist)
+        per_step = cfg.gradient_accumulation_steps * cfg.batch_size
+        batches = data.Batches(
+            run.datasets["train"], "train", cfg.seed, cfg.block_size, dist, cfg.sampling, per_step=per_step
+        )
         eval_batches = {
             s: data.Batches(d, f"eval {s}", cfg.seed, cfg.block_size, dist) for s, d in run.datasets.items()
         }
         with dist.together():
-            log = start_log(cfg, dist, run, health.Watch(cfg, dist, state, writer))
+            log = start_log(cfg, dist, run, batches.epoch_windows, health.Watch(cfg, dist, state, writer))
         stop.failed = lambda: writer.failure is not None
         try:
+            with log.paused():
+                compiled_model = compile_model(run, log, cfg, dist, stop)  # the same weights
+                ddp_model = dist.wrap(compiled_model)
+            gc.freeze()  # what is here stays, and need not be looked through again and again
             while not stop.requested():
-                lr = optim.set_lr(run.optimizer, schedule.lr_at(state.step, cfg))
+                lr = optim.set_lr(run.optimizer, schedule.lr_at(state.step, cfg), cfg)
                 finished = cfg.eval_only or state.step >= cfg.max_iters
                 if evaluation_is_due(state, cfg):
                     with log.paused():
@@ -70,6 +75,7 @@ def train(cfg, dist):
             if stop.requested():
                 save_and_stop(run, writer, log, cfg, dist, stop)
         finally:
+            gc.unfreeze()
             try:
                 log.close()
             finally:
@@ -88,10 +94,11 @@ def train_step(model, run, batches, cfg, dist):
         torch.manual_seed(data.step_seed(cfg.seed, step, dist.rank))  # so that no random state need be kept
     total = torch.zeros((), device=dist.device)
     for micro_step in range(micro_steps):
-        x, y = batches.get(window + micro_step * size, size)
+        first = window + micro_step * size
+        x, y = batches.get(first, size)
         with dist.synchronised(model, last=micro_step == micro_steps - 1):
             with dist.autocast():
-                loss = model(x, y)[1] / micro_steps
+                loss = model(x, y)[1] / (micro_steps / batches.weight(first, size))
             scaler.scale(loss).backward()
         total += loss.detach()
     scaler.unscale_(optimizer)
@@ -110,38 +117,58 @@ def evaluation_is_due(state, cfg):
     return cfg.eval_only or ((at_end or state.step % cfg.eval_interval == 0) and state.evaluated != state.step)
 
 
-def start_log(cfg, dist, run, watch):
+def start_log(cfg, dist, run, epoch_windows, watch):
     """Say what is about to be trained, and open its log."""
     micro_steps, size = distributed.share_batch(cfg, dist.world_size)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     flops = run.model.flops_per_token(cfg.block_size) * tokens
     train, val = (f"{len(run.datasets[split].tokens):,}" for split in ("train", "val"))
-    dist.say(f"data: {cfg.dataset}, {train} tokens to train on, {val} to validate on")
+    epoch = epoch_windows / (cfg.gradient_accumulation_steps * cfg.batch_size)
+    dist.say(
+        f"data: {cfg.dataset}, {train} tokens to train on, {val} to validate on; an epoch is {epoch:,.1f} iterations"
+    )
+    if cfg.documents:
+        documents = run.datasets["train"].documents
+        dist.say(
+            f"documents: {len(documents.begins) - 1:,} in {len(documents):,} windows of {cfg.block_size} tokens, "
+            f"{1 - documents.filled():.0%} of which stay empty (--documents, --block_size)"
+        )
     dist.say(f"model: {run.model.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens of context")
     processes = f"{dist.world_size} processes x " if dist.world_size > 1 else ""
     dist.say(f"iteration: {tokens:,} tokens ({processes}{micro_steps} x {size} sequences), {flops / 1e9:,.2f} GFLOP")
     peak = metrics.device_peak(dist) if dist.is_main and not cfg.eval_only else math.nan
-    return metrics.Log(cfg, dist, watch, run.state, tokens_per_iter=tokens, flops_per_iter=flops, peak=peak)
+    return metrics.Log(
+        cfg,
+        dist,
+        watch,
+        run.state,
+        tokens_per_iter=tokens,
+        flops_per_iter=flops,
+        peak=peak,
+        epoch_windows=epoch_windows,
+    )
 
 
-def byte_lengths(tokenizer_json, dist):
+def byte_lengths(dataset, dist):
     """The UTF-8 length of each token id, for bits per byte; None where the tokenizer's package is missing."""
     try:
-        tok = tokenizer.from_json(tokenizer_json)
+        tok = tokenizer.from_json(dataset.tokenizer_json)
     except (ImportError, OSError) as e:
         dist.say(f"no bits per byte: {e}")
         return None
-    return np.array([len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
+    return evaluate.byte_lengths(tok, dataset.separator)
 
 
-def compile_model(model, cfg, dist, stop):
+def compile_model(run, log, cfg, dist, stop):
     """The compiled model, or the model itself where a request to stop comes meanwhile; the loop then sees it first."""
-    micro_batch = distributed.share_batch(cfg, dist.world_size)[1], cfg.block_size
+    micro_steps, size = distributed.share_batch(cfg, dist.world_size)
+    seconds = dist.sum([log.seconds_ahead(cfg.max_iters - run.state.step, micro_steps * cfg.n_layer)])[0]
+    shapes = (cfg.batch_size, cfg.block_size), (size, cfg.block_size)
     try:
         with stop.at_once():
-            return distributed.compiled(model, cfg, dist, (cfg.batch_size, cfg.block_size), micro_batch)
+            return distributed.compiled(run.model, cfg, dist, *shapes, seconds)
     except signals.Interrupted:
-        return model
+        return run.model
 
 
 def save(run, writer, cfg):
@@ -159,7 +186,7 @@ def save(run, writer, cfg):
 def finish(run, model, log, cfg, dist, stop):
     """The exact validation loss, at the end of a run."""
     with log.paused():
-        lengths = byte_lengths(run.datasets["val"].tokenizer_json, dist)
+        lengths = byte_lengths(run.datasets["val"], dist)
         result = evaluate.exact(model, run.datasets["val"], cfg, dist, lengths, stop.requested)
         if result:
             log.exact(run.state.step, result)

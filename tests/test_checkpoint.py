@@ -53,6 +53,7 @@ def stopped(run, *args):
 
 # -- exact resume
 
+FAST = ["--optimizer=muon", "--architecture=qwen3", "--lr_schedule=linear"]
 CASES = {
     "float32": [],
     "dropout": ["--dropout=0.3"],
@@ -60,6 +61,8 @@ CASES = {
     "bfloat16": ["--dtype=bfloat16", "--dropout=0.1"],
     "float16": ["--dtype=float16"],
     "bias": ["--bias=True", "--grad_clip=0.0"],
+    "muon": [*FAST, "--dropout=0.1"],
+    "muon, float16": [*FAST, "--dtype=float16"],
 }
 
 
@@ -82,8 +85,9 @@ def raise_at(steps, rank):
         stop_at(pytest.MonkeyPatch(), *steps)
 
 
-def test_two_processes_stopped_twice_end_as_two_that_never_were(start_two):
-    args = ["--dropout=0.2", "--out_dir=whole"]
+@pytest.mark.parametrize("recipe", [[], FAST], ids=["adamw", "muon"])
+def test_two_processes_stopped_twice_end_as_two_that_never_were(start_two, recipe):
+    args = [*recipe, "--dropout=0.2", "--out_dir=whole"]
     assert [d.end() for d in start_two(*args)] == [0, 0]
     args[-1] = "--out_dir=parts"
     for step in (3, 6):

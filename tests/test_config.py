@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nanogpt.config import SampleConfig, TrainConfig, UserError, load, settings
+from nanogpt.config import EvalConfig, SampleConfig, TrainConfig, UserError, load, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,13 +30,18 @@ TRAIN_DEFAULTS = dict(
     gradient_accumulation_steps=40,
     batch_size=12,
     block_size=1024,
+    sampling="epochs",
+    documents=False,
     architecture="gpt2",
     n_layer=12,
     n_head=12,
     n_embd=768,
     dropout=0.0,
     bias=False,
+    optimizer="adamw",
     learning_rate=6e-4,
+    muon_lr=0.02,
+    muon_momentum=0.95,
     max_iters=600000,
     weight_decay=1e-1,
     beta1=0.9,
@@ -44,6 +49,8 @@ TRAIN_DEFAULTS = dict(
     grad_clip=1.0,
     skip_spikes=False,
     decay_lr=True,
+    lr_schedule="cosine",
+    cooldown_frac=0.6,
     warmup_iters=2000,
     lr_decay_iters=600000,
     min_lr=6e-5,
@@ -66,6 +73,20 @@ SAMPLE_DEFAULTS = dict(
     device="auto",
     dtype="auto",
     compile="auto",
+)
+EVAL_DEFAULTS = dict(
+    init_from="resume",
+    out_dir="out",
+    text="",
+    dataset="",
+    split="val",
+    per_document=False,
+    block_size="auto",
+    stride="auto",
+    batch_size=12,
+    backend="auto",
+    device="auto",
+    dtype="auto",
 )
 
 
@@ -112,7 +133,9 @@ def test_sample_default(name):
     assert (value, type(value)) == (SAMPLE_DEFAULTS[name], type(SAMPLE_DEFAULTS[name]))
 
 
-@pytest.mark.parametrize("cls, defaults", [(TrainConfig, TRAIN_DEFAULTS), (SampleConfig, SAMPLE_DEFAULTS)])
+@pytest.mark.parametrize(
+    "cls, defaults", [(TrainConfig, TRAIN_DEFAULTS), (SampleConfig, SAMPLE_DEFAULTS), (EvalConfig, EVAL_DEFAULTS)]
+)
 def test_there_are_no_other_settings(cls, defaults):
     assert [f.name for f in fields(cls)] == list(defaults)
     assert settings(cls()) == defaults
@@ -494,7 +517,7 @@ def help_words(capsys, *argv, cls=TrainConfig):
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, EvalConfig])
 def test_help_lists_every_setting_with_its_value(cls, capsys):
     shown = help_words(capsys, "--help", cls=cls)
     for f in fields(cls):

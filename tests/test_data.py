@@ -1,5 +1,6 @@
 """Token files and batches: written whole, checked when read, drawn as a pure function of the seed."""
 
+import gc
 import json
 import os
 import random
@@ -12,8 +13,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanogpt import data
-from nanogpt.config import UserError
-from nanogpt.data import Batches, Dataset, hash64, permutation, read_meta, step_seed, write_dataset
+from nanogpt.config import RunFailed, UserError
+from nanogpt.data import (
+    Batches,
+    Dataset,
+    Documents,
+    find_documents,
+    hash64,
+    permutation,
+    read_meta,
+    step_seed,
+    write_dataset,
+)
 
 # Datasets on disk
 
@@ -34,8 +45,25 @@ def make(tmp_path):
     return make
 
 
-def open_dataset(folder, block_size=4, split="train"):
-    return Dataset(folder.name, split, block_size, root=folder.parent)
+def open_dataset(folder, block_size=4, split="train", documents=False):
+    return Dataset(folder.name, split, block_size, root=folder.parent, documents=documents)
+
+
+def describe(folder, **changes):
+    """Change what the dataset's meta.json says."""
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+
+
+def shard(folder, *cuts, split="train"):
+    """Cut a split's one file at these ids into several."""
+    dtype = json.loads((folder / "meta.json").read_text())["dtype"]
+    parts = np.split(np.fromfile(folder / f"{split}.bin", dtype), cuts)
+    names = [f"{split}.bin", *(f"{split}-{i:05d}.bin" for i in range(1, len(parts)))]
+    for name, part in zip(names, parts, strict=True):
+        part.tofile(folder / name)
+    describe(folder, files={split: names})
+    return folder
 
 
 def problem(*args, **kwargs):
@@ -48,14 +76,14 @@ def problem(*args, **kwargs):
 def test_what_is_written_is_read(make):
     folder = make(list(range(100)), val=[7] * 20)
     train, val = open_dataset(folder), open_dataset(folder, split="val")
-    assert train.tokens.tolist() == list(range(100)) and val.tokens.tolist() == [7] * 20
+    assert train.tokens[:].tolist() == list(range(100)) and val.tokens[:].tolist() == [7] * 20
     assert (train.vocab_size, train.tokenizer_json) == (100, {"type": "numbers"})
     assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_text_survives(tiny):
     dataset = Dataset("tiny", "train", 16, root=tiny.parent)
-    text = "".join(dataset.tokenizer_json["chars"][i] for i in dataset.tokens)
+    text = "".join(dataset.tokenizer_json["chars"][i] for i in dataset.tokens[:])
     assert text.startswith("The ") and len(text) == len(dataset.tokens) > 5000
 
 
@@ -65,12 +93,12 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(make, vocab_size, dtype):
     folder = make(ids, vocab_size)
     assert json.loads((folder / "meta.json").read_text())["dtype"] == dtype
     assert np.fromfile(folder / "train.bin", dtype).tolist() == ids
-    assert open_dataset(folder).tokens.tolist() == ids
+    assert open_dataset(folder).tokens[:].tolist() == ids
 
 
 def test_the_tokens_cannot_be_written_to(make):
     with pytest.raises(ValueError, match="read-only"):
-        open_dataset(make(range(100))).tokens[0] = 1
+        open_dataset(make(range(100))).tokens[:5][0] = 1
 
 
 @pytest.mark.parametrize("ids", [[0, 100], [-1, 5]])
@@ -156,25 +184,103 @@ def test_half_an_id_is_refused(make):
     assert "201 bytes are no whole number of uint16 ids" in problem(folder)
 
 
-def shrink_vocabulary(folder, to):
-    meta = json.loads((folder / "meta.json").read_text())
-    (folder / "meta.json").write_text(json.dumps(meta | {"vocab_size": to}))
-
-
 def test_an_id_outside_the_vocabulary_is_found_when_the_dataset_is_opened(make):
     folder = make(range(100))
-    shrink_vocabulary(folder, 99)
+    describe(folder, vocab_size=99)
     assert f"{folder / 'train.bin'}: token id 99 lies outside the vocabulary of 99" in problem(folder)
 
 
 def test_beyond_the_scan_an_id_outside_the_vocabulary_is_found_in_its_batch(make, monkeypatch):
     monkeypatch.setattr(data, "SCAN_LIMIT", 0)
     folder = make(range(100))
-    shrink_vocabulary(folder, 99)
+    describe(folder, vocab_size=99)
     dataset = open_dataset(folder)
-    dataset.windows([0, 90, 94], 4)
+    dataset.windows(np.array([0, 90, 94]), np.array([5, 95, 99]), 4)
     with pytest.raises(UserError, match="token id 99 lies outside the vocabulary of 99"):
-        dataset.windows([0, 95], 4)
+        dataset.windows(np.array([0, 95]), np.array([5, 100]), 4)
+
+
+@pytest.mark.parametrize("at", [0, 45, 99])
+def test_a_large_split_is_checked_in_places_all_over_it(make, monkeypatch, at):
+    monkeypatch.setattr(data, "PIECE", 10)
+    monkeypatch.setattr(data, "SCAN_LIMIT", 30)  # three pieces: the first, one from the middle, the last
+    folder = make([0] * at + [99] + [0] * (99 - at))
+    describe(folder, vocab_size=99)
+    assert "token id 99 lies outside" in problem(folder)
+
+
+# A stream in several files
+
+
+@pytest.mark.parametrize("vocab_size", [100, 2**20])
+@pytest.mark.parametrize("cuts", [(50,), (0, 1, 2, 50), (3, 3, 97), tuple(range(1, 100))])
+def test_how_a_stream_is_cut_into_files_changes_nothing(make, dist, vocab_size, cuts):
+    ids = np.random.default_rng(0).permutation(100)
+    whole = batch_bytes(open_dataset(make(ids, vocab_size)), dist)
+    dataset = open_dataset(shard(make(ids, vocab_size), *cuts))
+    assert dataset.tokens[:].tolist() == ids.tolist()
+    assert [dataset.tokens[i : i + 7].tolist() for i in range(100)] == [ids[i : i + 7].tolist() for i in range(100)]
+    assert batch_bytes(dataset, dist) == whole
+
+
+def batch_bytes(dataset, dist):
+    """What two epochs of batches hold."""
+    return [t.numpy().tobytes() for t in Batches(dataset, "train", 1, 4, dist, per_step=6).get(0, 48)]
+
+
+@pytest.mark.parametrize(
+    "files",
+    ["train.bin", ["../train.bin"], ["/etc/passwd"], ["a/b"], ["a\\b"], [""], ["."], [".."], ["a\0"], [], [5], [["a"]]],
+)
+def test_a_file_elsewhere_is_refused(make, files):
+    folder = make(range(100))
+    describe(folder, files={"train": files})
+    assert problem(folder).startswith(f"{folder / 'meta.json'}: does not describe a dataset")
+
+
+def test_a_missing_file_of_several_is_named(make):
+    folder = shard(make(range(100)), 30, 60)
+    (folder / "train-00001.bin").unlink()
+    assert problem(folder).startswith(f"--dataset=d: {folder / 'train-00001.bin'} is missing")
+
+
+def test_half_an_id_in_one_of_several_files_is_refused(make):
+    folder = shard(make(range(100)), 30, 60)
+    with open(folder / "train-00002.bin", "ab") as f:
+        f.write(b"\0")
+    assert problem(folder).startswith(f"{folder / 'train-00002.bin'}: 81 bytes are no whole number of uint16 ids")
+
+
+def test_too_few_tokens_are_counted_over_all_files(make):
+    assert len(open_dataset(shard(make(range(5)), 2)).tokens) == 5
+    expected = "train.bin and 1 more: 4 tokens are too few for a block_size of 4; at most 3 would do"
+    assert problem(shard(make(range(4)), 2)).endswith(expected)
+
+
+def test_a_file_that_is_cut_short_during_the_run_ends_it_with_a_line(make):
+    folder = shard(make(range(100)), 50)
+    dataset = open_dataset(folder)
+    os.truncate(folder / "train-00001.bin", 60)
+    assert dataset.tokens[40:80].tolist() == list(range(40, 80))
+    with pytest.raises(RunFailed, match="train-00001.bin: has been cut short since the run began"):
+        dataset.tokens[70:81]
+
+
+def test_a_dataset_prepared_anew_changes_nothing_for_a_run_that_reads_the_old_one(make):
+    dataset = open_dataset(make(range(100)))
+    make([5] * 10)
+    assert dataset.tokens[:].tolist() == list(range(100))
+
+
+def test_files_are_closed_with_their_dataset(make):
+    folder = shard(make(range(100)), 10, 20, 30)
+    gc.collect()
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(5):
+        batches = Batches(open_dataset(folder), "train", 1, 4, None)
+    del batches
+    gc.collect()
+    assert len(os.listdir("/dev/fd")) == before
 
 
 GOOD = {"tokenizer": {}, "vocab_size": 5, "dtype": "uint16"}
@@ -183,7 +289,9 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*GOOD, "x"]), inner)),
     max_leaves=8,
 )
-damaged = st.tuples(st.sampled_from(list(GOOD)), JSON).map(lambda pair: json.dumps(GOOD | dict([pair])).encode())
+damaged = st.tuples(st.sampled_from([*GOOD, "files", "separator"]), JSON).map(
+    lambda pair: json.dumps(GOOD | dict([pair])).encode()
+)
 
 
 @given(st.one_of(st.binary(), st.text().map(str.encode), JSON.map(lambda x: json.dumps(x).encode()), damaged))
@@ -206,7 +314,14 @@ def test_any_meta_json_is_a_dataset_or_a_problem(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "change", [{"dtype": "float32"}, {"dtype": "object"}, {"vocab_size": 0}, {"vocab_size": 5.0}, {"tokenizer": []}]
+    "change",
+    [
+        *({"dtype": dtype} for dtype in ("float32", "object")),
+        *({"vocab_size": size} for size in (0, 5.0)),
+        *({"separator": id} for id in (-1, 5, 1.0, True, None, "0")),
+        *({"files": files} for files in ([], "train.bin", {"train": {}})),
+        {"tokenizer": []},
+    ],
 )
 def test_a_meta_json_that_describes_no_dataset_is_refused(make, change):
     folder = make(range(100))
@@ -278,6 +393,7 @@ class Ascending:
     def __init__(self, n):
         self.tokens = np.arange(n, dtype=np.uint32)
         self.vocab_size = n
+        self.documents = None
 
     check = Dataset.check
     windows = Dataset.windows
@@ -320,7 +436,7 @@ def test_an_epoch_has_every_window_once_and_begins_anywhere(dist, n, T):
 
 def test_the_order_is_another_in_each_epoch(dist):
     batches, length = Batches(Ascending(1000), "train", 1, 4, dist), 249
-    first, second = (np.argsort(batches.starts(np.arange(length) + e * length)) for e in (0, 1))
+    first, second = (np.argsort(batches.places(np.arange(length) + e * length)[0]) for e in (0, 1))
     assert (first == second).mean() < 0.05
 
 
@@ -372,3 +488,161 @@ def test_the_order_of_windows_is_independent(dist, seed):
     expected = (len(order) - 1) / 100
     chi_square = ((pairs - expected) ** 2 / expected).sum()
     assert abs(chi_square - 99) / np.sqrt(2 * 99) < 4
+
+
+@pytest.mark.parametrize(
+    "seed, first", [(1337, [812217, 145145, 269625, 44729]), (0, [358639, 394543, 900783, 566191])]
+)
+def test_the_order_never_changes(dist, seed, first):
+    """A run that was begun with an older version goes on with the windows that it has not read."""
+    batches = Batches(Ascending(1_003_854), "train", seed, 64, dist)
+    assert batches.get(0, 4)[0][:, 0].tolist() == first
+
+
+@given(
+    n=st.integers(6, 300),
+    T=st.integers(1, 5),
+    first=st.integers(0, 5000),
+    size=st.integers(1, 3000),
+    sampling=st.sampled_from(["epochs", "random"]),
+)
+@example(n=300, T=1, first=255, size=1, sampling="epochs")
+@example(n=300, T=1, first=256, size=512, sampling="epochs")
+def test_a_batch_is_the_windows_of_its_numbers(dist, n, T, first, size, sampling):
+    batches = Batches(Ascending(n), "train", 1, T, dist, sampling)
+    starts, stops = batches.places(np.arange(first, first + size))
+    assert batches.get(first, size)[0][:, 0].tolist() == starts.tolist()
+    assert (stops - starts == T + 1).all() and starts.min() >= 0 and stops.max() <= n
+    assert batches.filled(first, size) == 1.0
+
+
+def test_with_one_window_inputs_and_targets_share_no_memory(dist):
+    x, y = Batches(Ascending(9), "train", 1, 8, dist).get(0, 1)
+    y.fill_(-1)
+    assert x.tolist() == [list(range(8))]
+
+
+# Random windows
+
+
+def test_random_windows_begin_anywhere_equally_often(dist):
+    starts, _ = Batches(Ascending(50), "train", 1, 9, dist, "random").places(np.arange(41_000))
+    counts = np.bincount(starts)
+    assert len(counts) == 41  # 0 to 40: the last window's last target is the last token
+    chi_square = ((counts - 1000) ** 2 / 1000).sum()
+    assert abs(chi_square - 40) / np.sqrt(2 * 40) < 4
+
+
+def test_random_windows_are_a_function_of_seed_and_number(dist):
+    def places(seed, numbers):
+        dataset = SimpleNamespace(tokens=range(10**9), documents=None)
+        return Batches(dataset, "train", seed, 8, dist, "random").places(numbers)[0].tolist()
+
+    whole = places(1, np.arange(3000))
+    assert places(1, np.arange(2990, 3000)) == whole[2990:]
+    assert places(1, np.array([5, 5, 2000])) == [whole[5], whole[5], whole[2000]]
+    assert not set(places(2, np.arange(3000))) & set(whole)
+    assert whole[7] == plain_hash64(1, 0, 7) % (10**9 - 8)
+
+
+# Documents
+
+SEPARATOR = 9
+streams_of_documents = st.lists(st.one_of(st.just(SEPARATOR), st.integers(0, 8)), min_size=7, max_size=120)
+
+
+def plain_documents(ids, T):
+    """The reference: (inputs, targets) of each window, in order, in plain Python."""
+    begins = sorted({0} | {i for i, id in enumerate(ids) if id == SEPARATOR})
+    windows = []
+    for begin, end in zip(begins, [*begins[1:], len(ids) - 1], strict=True):
+        for start in range(begin, end, T):
+            stop = min(start + T, end)
+            windows.append((ids[start:stop], ids[start + 1 : stop + 1]))
+    return windows
+
+
+def in_documents(ids, T):
+    dataset = Dataset.of_ids(np.array(ids), 10)
+    dataset.documents = Documents(find_documents(dataset.tokens, SEPARATOR), T, shared=True)
+    return dataset
+
+
+@given(streams_of_documents, st.integers(1, 6), st.integers(0, 2**63 - 1))
+@example([SEPARATOR] * 7, 4, 0)
+@example([0] * 7, 4, 0)
+@example([0] * 6 + [SEPARATOR], 4, 0)
+def test_an_epoch_of_documents_has_each_of_their_windows_once(dist, ids, T, seed):
+    batches = Batches(in_documents(ids, T), "train", seed, T, dist)
+    n = batches.epoch_windows
+    x, y = batches.get(2 * n, n)
+    found = []
+    for inputs, targets in zip(x.tolist(), y.tolist(), strict=True):
+        length = next((i for i, t in enumerate(targets) if t < 0), T)
+        assert length > 0 and set(targets[length:]) <= {-1}
+        found.append((inputs[:length], targets[:length]))
+    assert sorted(found) == sorted(plain_documents(ids, T))
+
+
+@given(streams_of_documents, st.integers(1, 6))
+def test_every_token_but_the_first_is_a_target_once_in_an_epoch(dist, ids, T):
+    batches = Batches(in_documents(ids, T), "train", 1, T, dist)
+    starts, stops = batches.places(np.arange(batches.epoch_windows))
+    targets = sorted(i for start, stop in zip(starts, stops, strict=True) for i in range(start + 1, stop))
+    assert targets == list(range(1, len(ids)))
+    assert batches.filled(0, batches.epoch_windows) == pytest.approx((len(ids) - 1) / (batches.epoch_windows * T))
+    assert batches.documents.filled() == batches.filled(0, batches.epoch_windows)
+
+
+@given(streams_of_documents, st.integers(1, 6))
+def test_no_window_holds_tokens_of_two_documents(dist, ids, T):
+    batches = Batches(in_documents(ids, T), "train", 1, T, dist, sampling="random")
+    x, y = batches.get(0, 50)
+    assert not (x[:, 1:] == SEPARATOR)[y[:, 1:] >= 0].any()
+
+
+def test_documents_are_found_across_the_pieces_of_a_file(make, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 10, 1000)
+    folder = shard(make(ids, 10), 300, 301)
+    describe(folder, separator=SEPARATOR)
+    whole = open_dataset(folder, documents=True).documents
+    monkeypatch.setattr(data, "PIECE", 7)
+    again = open_dataset(folder, documents=True).documents
+    assert whole.begins.tolist() == again.begins.tolist() == sorted({0, 999} | set(np.flatnonzero(ids == SEPARATOR)))
+
+
+def test_random_windows_of_documents_are_drawn_from_all_of_them(dist):
+    ids = [SEPARATOR, 1, 1, 1, 1, 1, SEPARATOR, 2, SEPARATOR, 3, 3]
+    batches = Batches(in_documents(ids, 4), "train", 1, 4, dist, sampling="random")
+    starts, _ = batches.places(np.arange(200))
+    assert set(starts) == {0, 4, 6, 8}
+
+
+def test_each_target_of_a_step_weighs_the_same_however_its_windows_are_divided(dist):
+    ids = np.where(np.random.default_rng(0).random(500) < 0.2, SEPARATOR, 1)
+    batches = Batches(in_documents(ids, 8), "train", 1, 8, dist, per_step=12)
+    starts, stops = batches.places(np.arange(24, 36))
+    targets = stops - starts - 1
+    assert len(set(targets)) > 3
+    for size in (1, 2, 3, 4, 6, 12):
+        weights = [batches.weight(first, size) * size / 12 for first in range(24, 36, size)]
+        assert weights == pytest.approx(targets.reshape(-1, size).sum(1) / targets.sum())
+
+
+def test_documents_without_a_separator_are_refused(make):
+    folder = make(range(100))
+    message = problem(folder, documents=True)
+    assert message.startswith(f"--documents=True: {folder / 'meta.json'} names no separator")
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 6), st.integers(1, 6))
+def test_texts_end_before_the_next_one_and_strides_count_each_target_once(lengths, T, stride):
+    begins = np.concatenate([[0], np.cumsum(lengths)])
+    layout = Documents(begins, T, min(stride, T))
+    numbers = np.arange(len(layout))
+    starts, stops = layout.windows(numbers)
+    counted = []
+    for number, i, start, stop in zip(numbers, layout.which(numbers), starts, stops, strict=True):
+        assert begins[i] <= start < stop <= begins[i + 1] and stop - start <= T + 1
+        counted += range(start + 1 + layout.repeated(number), stop)
+    assert counted == [i for begin, n in zip(begins, lengths, strict=False) for i in range(begin + 1, begin + n)]

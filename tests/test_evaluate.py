@@ -48,7 +48,7 @@ def config(batch_size=4, eval_iters=5):
 
 def token_by_token(model, dataset):
     """The sum of -log p over all tokens but the first, each from the part of its window before it."""
-    nats, ids = 0.0, dataset.tokens.astype(np.int64)
+    nats, ids = 0.0, dataset.tokens[:].astype(np.int64)
     model.eval()
     for i in range(1, len(ids)):
         start = (i - 1) // T * T
@@ -120,7 +120,7 @@ def streams(dataset, dist):
 
 
 def test_the_estimate_is_the_mean_over_the_first_batches(model, open_text, dist):
-    batches = streams(open_text(TEXT), dist)
+    batches = streams(open_text(TEXT * 3), dist)
     found = losses(model, batches, config(batch_size=4, eval_iters=5), dist)
     model.eval()
     for split in ("train", "val"):
@@ -130,14 +130,14 @@ def test_the_estimate_is_the_mean_over_the_first_batches(model, open_text, dist)
 
 
 def test_the_estimate_asks_the_same_each_time_and_draws_nothing(model, open_text, dist):
-    batches = streams(open_text(TEXT), dist)
+    batches = streams(open_text(TEXT * 3), dist)
     state = torch.get_rng_state()
     assert losses(model, batches, config(), dist) == losses(model, batches, config(), dist)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_shares_of_the_estimate_make_the_whole(model, open_text, dist):
-    batches = streams(open_text(TEXT), dist)
+    batches = streams(open_text(TEXT * 3), dist)
     whole = losses(model, batches, config(), dist)
     shares = []
     for rank in range(2):
@@ -164,7 +164,7 @@ def test_dropout_and_gradients_are_off_within_and_on_afterwards(model, open_text
     dataset = open_text(TEXT)
     run = {
         "exact": lambda: exact(model, dataset, config(), dist, None),
-        "estimate": lambda: losses(model, streams(dataset, dist), config(), dist),
+        "estimate": lambda: losses(model, streams(open_text(TEXT * 3), dist), config(), dist),
     }[which]
     model.train()
     assert modes_within(model, run) == {(False, False)}
@@ -183,3 +183,13 @@ def test_a_model_in_evaluation_mode_stays_in_it(model):
     with evaluating(model):
         pass
     assert not model.training
+
+
+def test_a_small_split_is_read_whole_instead_of_sampled(model, open_text, dist):
+    dataset = open_text(TEXT)
+    stream = Batches(dataset, "eval val", 1, T, dist)
+    enough = -(-stream.epoch_windows // 4)
+    whole = losses(model, {"val": stream}, config(eval_iters=enough), dist)["val"]
+    assert whole == exact(model, dataset, config(), dist, None)["loss"]
+    assert losses(model, {"val": stream}, config(eval_iters=enough - 1), dist)["val"] != whole
+    assert losses(model, {"val": stream}, config(eval_iters=enough), dist, stop=lambda: True) is None

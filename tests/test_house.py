@@ -20,7 +20,7 @@ LAYERS = [
     {"signals", "health"},
     {"optim", "generate", "evaluate", "metrics", "checkpoint"},
     {"export"},
-    {"start"},
+    {"start", "trained"},
 ]
 # Allowed all the same inside a function: GPT.generate and GPT.from_pretrained.
 UPWARDS = {("model", "generate"), ("model", "export")}

@@ -100,11 +100,12 @@ def test_going_on_from_a_step_forgets_what_came_after_it(tmp_path):
 
 def test_a_loss_that_is_not_finite_leaves_valid_json(tmp_path, dist):
     cfg = TrainConfig(out_dir=str(tmp_path))
-    log = metrics.Log(cfg, dist, None, TrainState(), tokens_per_iter=1, flops_per_iter=1.0, peak=1.0)
+    log = metrics.Log(cfg, dist, None, TrainState(), tokens_per_iter=1, flops_per_iter=1.0, peak=1.0, epoch_windows=10)
     log.evaluation(0, {"train": float("nan"), "val": float("inf")}, 0.1)
     log.close()
     assert json.loads(Path(tmp_path / "metrics.jsonl").read_text()) == {
         "step": 0,
+        "epoch": 0.0,
         "train_loss": None,
         "val_loss": None,
         "lr": 0.1,

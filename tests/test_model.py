@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt.model import GPT, GPT2_SHAPES, CausalSelfAttention, GPTConfig, rms_norm
+from nanogpt.model import GPT, GPT2_SHAPES, CausalSelfAttention, Dropout, GPTConfig, rms_norm
 
 TINY = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 
@@ -320,7 +320,7 @@ def test_the_modern_model_begins_with_its_blocks_switched_off():
     model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32, architecture="qwen3"))
     x = torch.randn(1, 16, 32)
     assert torch.equal(model.transformer.h[0](x, model.rotary(16)), x)
-    assert model.transformer.h[0].mlp.up_proj.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+    assert model.transformer.h[0].mlp.up_proj.weight.std().item() == pytest.approx(0.5 * 32**-0.5, rel=0.1)
 
 
 def test_rms_norm_and_its_gradient_are_those_of_pytorch():
@@ -357,3 +357,27 @@ def test_the_modern_model_counts_its_parameters_and_operations():
 def test_a_modern_shape_that_cannot_be_is_refused(wrong, match):
     with pytest.raises(ValueError, match=match):
         GPTConfig(**dict(architecture="qwen3") | wrong)
+
+
+def test_dropout_drops_its_share_keeps_the_mean_and_repeats_with_the_seed():
+    dropout, x = Dropout(0.2), torch.ones(1000, 301, requires_grad=True)
+    torch.manual_seed(1)
+    y = dropout(x)
+    assert (y == 0).float().mean().item() == pytest.approx(51 / 256, abs=0.005)
+    assert y.mean().item() == pytest.approx(1.0, abs=0.01)
+    rows, columns = (y == 0).float().mean(0), (y == 0).float().mean(1)
+    assert rows.std() < 0.02 and columns.std() < 0.03  # no row and no column is special
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    torch.manual_seed(1)
+    assert torch.equal(dropout(x), y)
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)
+
+
+def test_the_modern_model_drops_nothing_from_attention_itself():
+    model = modern(dropout=0.9)
+    attention = model.transformer.h[0].attn.train()
+    attention.resid_dropout.p = 0.0
+    x, rotation = torch.randn(2, 16, 32), model.rotary(16)
+    assert torch.equal(attention(x, rotation), attention(x, rotation))

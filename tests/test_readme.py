@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanogpt import config
-from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.config import EvalConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,6 +76,10 @@ RULES = [
     Rule(r"^sh train\.py config/(finetune_|eval_gpt2)", add(FINETUNE), DONE),
     Rule(r"^sh train\.py .*--init_from=(resume|auto)\b", add(TINY + " --max_iters=4"), RESUMED),
     Rule(r"^sh train\.py config/", add(TINY), DONE),
+    # evaluating
+    Rule(r"^nanogpt eval .*--init_from=gpt2", add(" --init_from=tiny-gpt2 --device=cpu"), r"^mytext\.txt: loss \d+\.\d{6} over"),
+    Rule(r"^nanogpt eval .*--per_document", add(" --device=cpu"), r"^essays/a\.txt: loss(.*\n)*all 2 documents: loss"),
+    Rule(r"^nanogpt eval ", add(" --device=cpu"), r"^.*: loss \d+\.\d{6} over .*bits per byte$"),
     # writing
     Rule(r"^sh sample\.py .*--init_from=gpt2", add(" --init_from=tiny-gpt2" + WRITE), WROTE),
     Rule(r"^sh sample\.py ", add(WRITE), WROTE),
@@ -83,7 +87,8 @@ RULES = [
 
 NEEDS = {  # sections that continue what another has left
     "Sample": ["Shakespeare"],
-    "Stop, resume, evaluate": ["Shakespeare", "Sample"],  # it changes what Sample reads
+    "Evaluate": ["Shakespeare"],
+    "Stop, resume, evaluate": ["Shakespeare", "Sample", "Evaluate"],  # it changes what they read
     "Several processes": ["Shakespeare", "GPT-2 (124M)"],  # in the same folder
     "Settings": ["Shakespeare"],
     "When something is wrong": ["Shakespeare", "GPT-2 (124M)"],
@@ -136,6 +141,9 @@ def workplace(tmp_path_factory):
     for name in ("data/shakespeare_char/input.txt", "mytext.txt"):
         (place / name).write_text(text)
     (place / "prompt.txt").write_text("ROMEO:\n")
+    (place / "essays").mkdir()
+    for name in "ab":
+        (place / "essays" / f"{name}.txt").write_text(text[:50])
     with open(place / "documents.jsonl", "w") as f:
         for i in range(20):
             print(json.dumps({"text": f"Document {i} has lamps." + " lamp" * 40}), file=f)
@@ -274,7 +282,7 @@ def test_the_files_that_a_run_leaves(workplace, finish):
 
 
 def test_settings_exist():
-    known = {f.name for cls in (TrainConfig, SampleConfig) for f in dataclasses.fields(cls)}
+    known = {f.name for cls in (TrainConfig, SampleConfig, EvalConfig) for f in dataclasses.fields(cls)}
     others = {"input", "out"} | {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
     named = set(re.findall(r"--(\w+)=", README)) - {"n_layers", "key"}  # the mistake, and --key=value
     assert len(named) > 10

@@ -187,6 +187,12 @@ def test_a_model_that_does_not_fit_the_checkpoint_is_refused(run, capsys):
     assert "--n_layer=3" in message and "has n_layer = 2" in message and "--n_embd=32" in message
 
 
+def test_another_optimizer_is_refused_on_resume(run, capsys):
+    run("--max_iters=4")
+    message = refused(capsys, "--init_from=resume", "--optimizer=muon", "--max_iters=8")
+    assert message.startswith("--optimizer=muon: out/") and message.endswith("has optimizer = adamw")
+
+
 def test_another_tokenizer_is_refused_on_resume(run, tmp_path, capsys):
     run("--max_iters=4")
     meta = tmp_path / "data/tiny/meta.json"
@@ -264,3 +270,90 @@ def test_a_run_that_is_over_says_so(run):
     run("--max_iters=4")
     assert "nothing is left to train: --max_iters is 4" in run("--max_iters=4", "--init_from=auto")
     assert list(losses()) == [1, 2, 3, 4]
+
+
+# Which windows a run reads
+
+
+def test_random_windows_are_read_alike_by_any_number_of_processes_and_after_a_stop(run, tmp_path):
+    run("--sampling=random", "--out_dir=one")
+    run("--sampling=epochs", "--out_dir=other")
+    run("--sampling=random", "--out_dir=parts", "--max_iters=3")
+    train.main(["--init_from=resume", "--out_dir=parts", "--max_iters=8"])
+    done = torchrun(2, "--sampling=random", "--out_dir=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses("one") == losses("parts") != losses("other")
+    assert losses("one") == pytest.approx(losses("two"), abs=1e-4)
+    first, other = ([r for r in metrics(o) if "val_loss" in r][0]["val_loss"] for o in ("one", "other"))
+    assert first == other  # evaluations ask the same, so that the two compare
+
+
+@pytest.fixture
+def documents(tiny):
+    """The dataset `tiny`, each of its lines a document."""
+    meta = json.loads((tiny / "meta.json").read_text())
+    meta["separator"] = meta["tokenizer"]["chars"].index("\n")
+    (tiny / "meta.json").write_text(json.dumps(meta))
+    return tiny
+
+
+def test_documents_train_alike_however_their_windows_are_divided(run, documents, tmp_path):
+    out = run("--documents=True", "--out_dir=one")
+    assert re.search(r"^documents: \d+ in \d+ windows of 16 tokens, \d+% of which stay empty", out, re.M)
+    run("--documents=True", "--out_dir=small", "--batch_size=1", "--gradient_accumulation_steps=8")
+    run("--out_dir=stream")
+    done = torchrun(2, "--documents=True", "--out_dir=two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for other in ("small", "two"):
+        assert losses("one") == pytest.approx(losses(other), abs=1e-5)
+        assert metrics("one")[-1]["exact_loss"] == pytest.approx(metrics(other)[-1]["exact_loss"], abs=1e-5)
+    assert losses("one") != losses("stream")
+
+
+def test_the_exact_loss_of_documents_is_over_as_many_tokens_as_that_of_the_stream(run, documents):
+    run("--documents=True", "--max_iters=0")
+    apart = metrics()[-1]
+    run("--max_iters=0")
+    together = metrics()[-1]
+    assert apart["exact_tokens"] == together["exact_tokens"]
+    assert apart["exact_loss"] != together["exact_loss"]
+
+
+def test_a_run_in_shards_is_the_run_in_one_file(run, tiny):
+    run("--out_dir=one")
+    raw = (tiny / "train.bin").read_bytes()
+    for name, part in (("a.bin", raw[:3000]), ("b.bin", raw[3000:3002]), ("c.bin", raw[3002:])):
+        (tiny / name).write_bytes(part)
+    (tiny / "train.bin").unlink()
+    meta = json.loads((tiny / "meta.json").read_text())
+    (tiny / "meta.json").write_text(json.dumps(meta | {"files": {"train": ["a.bin", "b.bin", "c.bin"]}}))
+    run("--out_dir=shards")
+    assert losses("one") == losses("shards")
+
+
+def test_epochs_are_counted_and_their_ends_told(run, tiny):
+    """99 windows are an epoch of 12.4 iterations of 8."""
+    raw = (tiny / "train.bin").read_bytes()
+    (tiny / "train.bin").write_bytes(raw[: 2 * 1600])
+    out = run("--max_iters=26", "--eval_interval=13")
+    assert "; an epoch is 12.4 iterations" in out
+    ends = re.findall(r"^epoch (\d) ends at iter (\d+): all 99 windows of the data have been read$", out, re.M)
+    assert ends == [("1", "13"), ("2", "25")]
+    assert re.search(r"^iter 13: .*, epoch 1\.05$", out, re.M)
+    records = [r for r in metrics() if "epoch" in r]
+    assert {"loss", "val_loss"} <= {key for r in records for key in r}
+    assert all(r["epoch"] == r["step"] * 8 / 99 for r in records)
+    assert "epoch 1 ends" not in run("--max_iters=26", "--eval_interval=13", "--log_interval=13")  # the line says it
+    assert "ends at iter" not in run("--max_iters=26", "--eval_interval=13", "--sampling=random")
+
+
+def test_a_resumed_run_tells_each_end_of_an_epoch_once(run, tiny):
+    raw = (tiny / "train.bin").read_bytes()
+    (tiny / "train.bin").write_bytes(raw[: 2 * 1600])
+    out = run("--max_iters=13") + run("--max_iters=26", "--init_from=resume")
+    assert re.findall(r"^epoch (\d) ends", out, re.M) == ["1", "2"]
+
+
+def test_documents_of_a_dataset_without_a_separator_are_refused(run, tmp_path, capsys):
+    assert "names no separator" in refused(capsys, "--documents=True")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,43 @@
+"""A trained model and its tokenizer, from a run's folder or from GPT-2's weights, for the programs that use one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt import checkpoint, export, tokenizer
+from nanogpt.config import GPT2_NAMES, UserError
+from nanogpt.model import GPT
+
+
+@dataclass
+class Trained:
+    """A model on the CPU, and what is known of it."""
+
+    model: GPT
+    tokenizer: object
+    tokenizer_json: dict
+    settings: dict  # of the run that trained it; none of GPT-2's
+
+
+def load(cfg, dist):
+    """The Trained that `init_from` names: the best of the run in `out_dir`, a GPT-2, or a folder. UserError where there is none."""
+    if cfg.init_from in GPT2_NAMES or (cfg.init_from != "resume" and export.is_hugging_face(cfg.init_from)):
+        gpt2 = {"type": "gpt2"}
+        return Trained(export.from_pretrained(cfg.init_from), open_tokenizer(gpt2), gpt2, {})
+    folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    found = checkpoint.best(folder, dist.say) or export.from_nanogpt(folder)
+    if found is None:
+        there = sorted(str(p.parent) for p in Path().glob("*/checkpoints"))
+        hint = f"; there are some in {', '.join(there)}" if there else "; train.py makes one"
+        raise UserError(
+            f"--{'out_dir' if cfg.init_from == 'resume' else 'init_from'}={folder}: holds no checkpoint{hint}"
+        )
+    dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
+    return Trained(checkpoint.load_model(found), open_tokenizer(found.tokenizer), found.tokenizer, found.settings)
+
+
+def open_tokenizer(tokenizer_json):
+    """The tokenizer that a checkpoint describes. UserError where it cannot be had."""
+    try:
+        return tokenizer.from_json(tokenizer_json)
+    except (ImportError, OSError, ValueError) as e:
+        raise UserError(str(e)) from None

@@ -1,0 +1,266 @@
+"""`nanogpt eval` as a person uses it: on texts, on datasets, document by document, and on what is neither."""
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, Door, metrics, tiny_text
+
+from nanogpt import checkpoint, cli, train, trained
+from nanogpt import eval as program
+from nanogpt.config import UserError
+from nanogpt.data import write_dataset
+from nanogpt.tokenizer import CharTokenizer
+
+LINE = re.compile(r"(.*): loss ([\d.]+) over ([\d,]+) tokens, perplexity ([\d.]+)(?:, ([\d.]+) bits per byte)?")
+
+
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    """A folder with a trained run in out/ and its dataset, each of whose lines is a document."""
+    root, text = tmp_path_factory.mktemp("trained"), tiny_text()
+    tokenizer, cut = CharTokenizer.train(text), len(text) * 9 // 10
+    write_dataset(root / "data" / "tiny", tokenizer, tokenizer.encode(text[:cut]), tokenizer.encode(text[cut:]))
+    meta = root / "data" / "tiny" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"separator": tokenizer.ids["\n"]}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        train.main([*SMALL, "--max_iters=40", "--lr_decay_iters=40", "--eval_interval=40"])
+    return root
+
+
+@pytest.fixture
+def trained_run(trained_once, tmp_path, monkeypatch, capsys):
+    """A copy of it, in which the test runs."""
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+
+
+@pytest.fixture
+def evaluate(trained_run, capsys):
+    """evaluate("--text=a.txt") returns {name: (loss, tokens, perplexity, bits per byte)}, of each line printed."""
+
+    def evaluate(*args):
+        assert cli.main(["eval", "--device=cpu", *args]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        found = [LINE.fullmatch(line).groups() for line in shown if "no token" not in line]
+        return {n: (float(a), int(t.replace(",", "")), float(p), b and float(b)) for n, a, t, p, b in found}
+
+    return evaluate
+
+
+def ids_of(text):
+    """What the model's tokenizer makes of a text."""
+    return checkpoint_tokenizer().encode(text)
+
+
+def checkpoint_tokenizer():
+    return trained.open_tokenizer(checkpoint.best("out").tokenizer)
+
+
+def nats_of(ids, stride=16):
+    """The sum of -log p over all ids but the first, one at a time: the reference."""
+    model, total = checkpoint.load_model(checkpoint.best("out")).eval(), 0.0
+    for i in range(1, len(ids)):
+        start = 0 if i <= 16 else -(-(i - 16) // stride) * stride  # of the window that predicts it
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start:i]]))[0]
+        total -= logits[0, -1].double().log_softmax(-1)[ids[i]].item()
+    return total
+
+
+def test_the_dataset_of_the_run_gives_its_exact_loss(evaluate):
+    exact = metrics()[-1]
+    ((name, found),) = evaluate().items()
+    assert name == "tiny, val split"
+    expected = (exact["exact_loss"], exact["exact_tokens"], exact["exact_perplexity"], exact["exact_bits_per_byte"])
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert evaluate("--split=train")["tiny, train split"][1] > found[1]
+
+
+def test_a_text_is_measured_token_by_token(evaluate):
+    text = tiny_text(3, seed=9)
+    Path("a.txt").write_text(text)
+    loss, tokens, perplexity, bits = evaluate("--text=a.txt")["a.txt"]
+    nats, n = nats_of(ids_of(text)), len(text) - 1
+    assert (loss, tokens) == (pytest.approx(nats / n, abs=1e-5), n)
+    assert perplexity == pytest.approx(math.exp(nats / n), abs=1e-3)
+    assert bits == pytest.approx(nats / math.log(2) / n, abs=1e-3)
+
+
+@pytest.mark.parametrize("stride", [1, 5, 16])
+def test_a_stride_gives_each_token_more_context(evaluate, stride):
+    text = tiny_text(3, seed=9)
+    Path("a.txt").write_text(text)
+    found = evaluate("--text=a.txt", f"--stride={stride}")["a.txt"]
+    assert found[:2] == (pytest.approx(nats_of(ids_of(text), stride) / (len(text) - 1), abs=1e-5), len(text) - 1)
+
+
+def test_a_shorter_context_predicts_worse(evaluate):
+    long, short = (evaluate("--split=train", f"--block_size={T}")["tiny, train split"][0] for T in (16, 1))
+    assert short > long
+
+
+def test_bits_per_byte_are_of_the_texts_own_bytes(evaluate, monkeypatch):
+    """With a token before every document, all bytes are predicted, and that token has none."""
+    tokenizer = checkpoint_tokenizer()
+    tokenizer.eot = tokenizer.ids["\n"]
+    monkeypatch.setattr(trained, "open_tokenizer", lambda _: tokenizer)
+    Path("a.txt").write_text("The cat sat.")
+    loss, tokens, _, bits = evaluate("--text=a.txt")["a.txt"]
+    assert tokens == len("The cat sat.")
+    assert loss == pytest.approx(nats_of(ids_of("\nThe cat sat.")) / tokens, abs=1e-5)
+    assert bits == pytest.approx(loss / math.log(2), abs=1e-3)
+
+
+def test_a_line_for_each_file_and_none_sees_another(evaluate):
+    texts = {"a.txt": tiny_text(2, seed=3), "b.txt": "T", "c.txt": tiny_text(5, seed=4)}
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    found = evaluate("--text=*.txt", "--per_document=True")
+    assert list(found) == ["a.txt", "c.txt", "all 3 documents"]
+    for name in ("a.txt", "c.txt"):
+        assert found[name][:2] == evaluate(f"--text={name}")[name][:2]
+    assert found["all 3 documents"][:2] == evaluate("--text=*.txt")["all 3 documents"][:2]
+    tokens = [found[name][1] for name in ("a.txt", "c.txt")]
+    mean = np.average([found[name][0] for name in ("a.txt", "c.txt")], weights=tokens)
+    assert found["all 3 documents"][:2] == (pytest.approx(mean, abs=1e-5), sum(tokens))
+
+
+def test_a_file_with_nothing_to_predict_says_so(evaluate, capsys):
+    Path("a.txt").write_text("The cat.")
+    Path("b.txt").write_text("T")
+    program.main(["--device=cpu", "--text=?.txt", "--per_document=True"])
+    assert "b.txt: has no token to predict\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 12])
+def test_the_documents_of_a_dataset(evaluate, batch_size):
+    found = evaluate("--per_document=True", f"--batch_size={batch_size}")
+    ids = np.fromfile("data/tiny/val.bin", np.uint16).astype(int).tolist()
+    begins = sorted({0} | {i for i, id in enumerate(ids) if id == ids_of("\n")[0]})
+    documents = [ids[a : b + 1] for a, b in zip(begins, [*begins[1:], len(ids)], strict=True)]
+    documents = [d for d in documents if len(d) > 1]
+    assert len(found) == len(documents) + 1 and list(found)[-1].startswith("all ")
+    for (loss, tokens, *_), document in zip(list(found.values())[:4], documents, strict=False):
+        assert (loss, tokens) == (pytest.approx(nats_of(document) / (len(document) - 1), abs=1e-5), len(document) - 1)
+    assert found[list(found)[-1]][1] == len(ids) - 1
+
+
+def test_a_model_trained_on_documents_is_evaluated_on_documents(evaluate, capsys):
+    train.main([*SMALL, "--documents=True", "--out_dir=apart"])
+    capsys.readouterr()
+    ((name, found),) = evaluate("--out_dir=apart").items()
+    assert name == "tiny, val split, each document by itself"
+    assert found[0] == pytest.approx(metrics("apart")[-1]["exact_loss"], abs=1e-5)
+
+
+def test_two_processes_find_what_one_does(evaluate, tmp_path):
+    expected = evaluate("--per_document=True")
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    doors = [
+        Door(
+            tmp_path,
+            ["eval", "--device=cpu", "--per_document=True"],
+            f"log-{rank}",
+            place | dict(RANK=rank, LOCAL_RANK=rank),
+        )
+        for rank in "01"
+    ]
+    assert [door.end() for door in doors] == [0, 0], doors[0].printed
+    found = {m[1]: float(m[2]) for m in map(LINE.fullmatch, doors[0].printed.splitlines()) if m}
+    assert found == pytest.approx({name: values[0] for name, values in expected.items()}, abs=1e-5)
+    assert not any(map(LINE.fullmatch, doors[1].printed.splitlines()))  # one alone speaks
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_standard_input_and_the_results_alone_on_standard_output(trained_run):
+    code = "import sys; from nanogpt.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "eval", "--text=-"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, input="The cat sat.", env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert LINE.fullmatch(line)[1] == "standard input"
+    assert "device: cpu" in done.stderr and "model: out/checkpoints" in done.stderr
+
+
+def test_gpt2_weights_on_a_text(trained_run, evaluate, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt")
+    Path("a.txt").write_text("Grüße, 世界. " * 20, encoding="utf-8")
+    loss, tokens, perplexity, bits = evaluate("--init_from=gpt", "--text=a.txt")["a.txt"]
+    assert loss == pytest.approx(math.log(50257), abs=0.3) and tokens > 100  # it has learned nothing
+    assert bits == pytest.approx(loss * tokens / math.log(2) / len(("Grüße, 世界. " * 20).encode()), abs=1e-3)
+    with pytest.raises(UserError, match="--text=FILE or --dataset=NAME says what to evaluate it on"):
+        program.main(["--device=cpu", "--init_from=gpt"])
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--text=nowhere.txt"], "--text=nowhere.txt: there is no such file"),
+        (["--text=god.txt"], "there is no such file; did you mean good.txt?"),
+        (["--text=*.rst"], "there is no such file"),
+        (["--text=data"], r"--text=data: is a folder; --text='data/\*.txt' would be"),
+        (["--text=empty.txt"], "--text=empty.txt: there is no text in it"),
+        (["--text=bad.txt"], "^--text=bad.txt: is not UTF-8 text \\(byte 3 is 0xff\\)"),
+        (["--text=one.txt"], "has but one token"),
+        (["--text=other.txt"], r"^--text=other.txt: not in the tokenizer's vocabulary: 'M' \(U\+004D\), 'ß'"),
+        (["--text=good.txt", "--dataset=tiny"], "either a text or a dataset"),
+        (["--text=good.txt", "--stride=17"], "--stride=17: longer than the 16 tokens of the model's context"),
+        (["--text=good.txt", "--block_size=17"], "--block_size=17: longer than the 16 tokens"),
+        (["--text=good.txt", "--block_size=8", "--stride=9"], "--stride=9: must not exceed block_size, which is 8"),
+        (["--dataset=tinny"], "did you mean tiny"),
+        (["--dataset=../tiny"], "must be the name of a folder in data/"),
+        (["--dataset=other"], "--dataset=other: its tokenizer is not the one of the model"),
+        (["--split=test"], "expected one of train, val"),
+        (["--out_dir=elsewhere"], "elsewhere: holds no checkpoint; there are some in out"),
+        (["--init_from=gpt2"], "--init_from=gpt2: --text=FILE or --dataset=NAME says"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_one_line(trained_run, args, expected):
+    for name, content in dict(good=b"The cat", empty=b"", bad=b"The\xff", one=b"T", other="Maß é".encode()).items():
+        Path(f"{name}.txt").write_bytes(content)
+    write_dataset(Path("data/other"), CharTokenizer("ab"), [0, 1] * 20, [0, 1] * 20)
+    with pytest.raises(UserError, match=expected) as caught:
+        program.main(["--device=cpu", *args])
+    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+
+
+def test_documents_of_a_dataset_without_a_separator_are_refused(trained_run):
+    meta = json.loads(Path("data/tiny/meta.json").read_text())
+    del meta["separator"]
+    Path("data/tiny/meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="--per_document=True: data/tiny/meta.json names no separator"):
+        program.main(["--device=cpu", "--per_document=True"])
+
+
+def test_all_files_that_are_no_text_are_named(trained_run):
+    for name in ("a", "b"):
+        Path(f"{name}.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError) as caught:
+        program.main(["--device=cpu", "--text=?.txt"])
+    assert len(caught.value.problems) == 2
+
+
+def test_several_processes_cannot_share_standard_input(trained_run, dist):
+    dist.world_size = 2
+    with pytest.raises(UserError, match="several processes cannot share standard input"):
+        program.read_texts("-", dist)
