@@ -48,6 +48,12 @@ class Options:
     stop: frozenset = frozenset()  # token ids that end the text
     logprobs: int | None = None  # report log-probabilities: that of the token, and of so many of the likeliest
 
+    @classmethod
+    def of(cls, cfg, **others):
+        """The Options that the settings of a program mean."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+        return cls(**{name: getattr(cfg, name) for name in names} | others)
+
     def candidates(self, V):
         """How many of the likeliest of V tokens have to be found: 1 where that decides, 0 where none has to."""
         if self.temperature == 0 or self.top_k == 1:
@@ -125,10 +131,10 @@ class Engine:
     def __init__(self, model, rows, vocab_size=None, length=None, chunk=None):
         config = model.config
         self.model, self.vocab_size, self.chunk = model.eval(), vocab_size or config.vocab_size, chunk or 2**62
-        self.device = model.lm_head.weight.device
+        self.device = model.transformer.wte.weight.device
         self.context = config.block_size
         self.window = None if model.rotary else max(1, config.block_size // 2)
-        self.cache = Cache(config, rows, min(length or self.context, self.context), model.lm_head.weight)
+        self.cache = Cache(config, rows, min(length or self.context, self.context), model.transformer.wte.weight)
         self.capacity, self.rows = rows, []
 
     @property
