@@ -303,6 +303,15 @@ class _Text(str):
     """A value as typed on the command line, not yet of any type."""
 
 
+def change(cfg, name, text):
+    """Give a setting of `cfg` the value that was typed. Raises UserError that says what was expected."""
+    meta = {f.name: f.metadata for f in fields(cfg)}[name]
+    try:
+        setattr(cfg, name, convert(_Text(text), meta))
+    except ValueError as e:
+        raise UserError(f"{name} {text}: expected {e}") from None
+
+
 def nearest(name, known):
     """'; did you mean X?' for a mistyped name, or nothing."""
     close = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.6)

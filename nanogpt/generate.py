@@ -121,16 +121,18 @@ class Engine:
 
     vocab_size: ids from it on are never chosen. length: the most tokens that a text will have, where that is
     known: the cache is no longer than it need be. chunk: the most tokens of prompts that one step encodes, so
-    that a long prompt does not hold up the other rows for long; None is no limit.
+    that a long prompt does not hold up the other rows for long; None is no limit. fast: the model, compiled, for
+    the steps of one token, which all have the same shape then: they read the whole cache, however little is in it.
 
     A text longer than the context: rotary models (`qwen3`) go on, each token sees the last block_size ones. Models
     with learned positions (`gpt2`) begin again when the context is full, from its second half: a new token sees
     between block_size / 2 and block_size of those before it. Of a prompt, they see the last block_size tokens.
     """
 
-    def __init__(self, model, rows, vocab_size=None, length=None, chunk=None):
+    def __init__(self, model, rows, vocab_size=None, length=None, chunk=None, fast=None):
         config = model.config
         self.model, self.vocab_size, self.chunk = model.eval(), vocab_size or config.vocab_size, chunk or 2**62
+        self.fast = self.model if fast is None else fast
         self.device = model.transformer.wte.weight.device
         self.context = config.block_size
         self.window = None if model.rotary else max(1, config.block_size // 2)
@@ -216,12 +218,12 @@ class Engine:
 
     def _run(self, rows, T=None):
         """Encode T pending tokens of each row: the logits (B, V) that follow. Without T, one token of each."""
-        beside = rows
+        beside, model, whole = rows, self.model, False
         if T is None:  # the cache is read where it lies, so those that lie between them are computed too, for nothing
-            beside = self.rows[: rows[-1].index + 1]
+            beside, model, whole = self.rows[: rows[-1].index + 1], self.fast, self.fast is not self.model
         idx = torch.tensor([(row.pending or [0])[: T or 1] for row in beside], device=self.device)
-        past = Past(self.cache, [row.index for row in beside], [row.length for row in beside], T or 1)
-        logits = self.model(idx, past=past)[0][:, -1, : self.vocab_size]
+        past = Past(self.cache, [row.index for row in beside], [row.length for row in beside], T or 1, whole)
+        logits = model(idx, past=past)[0][:, -1, : self.vocab_size]
         for row in rows:
             row.length += T or 1
             del row.pending[: T or 1]
@@ -294,19 +296,20 @@ class Past:
     """The cache as one forward pass of the model sees it.
 
     rows: the rows that it continues. lengths: how many tokens each has seen, the same where T > 1. T: how many
-    come to each. In a row longer than the cache, a new token takes the place of the oldest.
+    come to each. In a row longer than the cache, a new token takes the place of the oldest. whole: read all of the
+    cache, and not only its beginning that is in use.
     """
 
-    def __init__(self, cache, rows, lengths, T):
+    def __init__(self, cache, rows, lengths, T, whole=False):
         device = cache.keys.device
         self.cache, self.first = cache, max(lengths) == 0
         self.positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
         self.rows, self.places = torch.tensor(rows, device=device), self.positions % cache.size
-        end = min(max(lengths) + T, cache.size)
+        end = cache.size if whole else min(max(lengths) + T, cache.size)
         in_order = rows == list(range(len(rows)))
         self.seen = (slice(len(rows)) if in_order else self.rows, slice(end))  # a slice is read where it lies
         self.mask = None  # (B, 1, T, end): which of them a new token sees
-        if T > 1 or min(lengths) + 1 < end:
+        if whole or T > 1 or min(lengths) + 1 < end:
             self.mask = (torch.arange(end, device=device) <= self.positions[..., None])[:, None]
 
     def attend(self, layer, q, k, v):

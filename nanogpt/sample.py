@@ -70,7 +70,10 @@ def sample(cfg, dist):
     found = trained.load(cfg, dist)
     model, tok = quantize.made_ready(found.model, cfg, dist), found.tokenizer
     ids = encode(start, tok, model.config.block_size, dist)
-    engine = make_engine(cfg, model, tok, ids)
+    if cfg.compile == "auto":
+        cfg.compile = False
+        dist.say("compile: False, because a few texts are written sooner than a model is compiled (--compile)")
+    engine = make_engine(cfg, model, distributed.compiled(model, cfg, dist, (1, 1)), tok, ids)
     began, count, texts, shown = time.perf_counter(), 0, {}, []  # texts by their rows; those to be shown, in order
     while len(texts) < cfg.num_samples or shown:
         n = min(engine.free, cfg.num_samples - len(texts))
@@ -94,12 +97,12 @@ def sample(cfg, dist):
     dist.say(f"{count:,} tokens in {seconds:.2f} s, {count / seconds:,.0f} a second")
 
 
-def make_engine(cfg, model, tok, ids):
+def make_engine(cfg, model, fast, tok, ids):
     """An Engine with room for all texts, or for as many as memory allows."""
     length = min(model.config.block_size, len(ids) + cfg.max_new_tokens)
     a_row = 2 * model.config.n_layer * length * model.config.n_embd * model.transformer.wte.weight.element_size()
     rows = max(1, min(cfg.num_samples, TOGETHER, CACHE // a_row))
-    return Engine(model, rows, tok.vocab_size, len(ids) + cfg.max_new_tokens)
+    return Engine(model, rows, tok.vocab_size, len(ids) + cfg.max_new_tokens, fast=fast)
 
 
 def write(text):
