@@ -151,24 +151,66 @@ class BenchConfig(TrainConfig):
 
 
 @dataclass
-class SampleConfig:
-    """Settings of `sample.py`."""
+class TextConfig:
+    """Settings of all programs that write text."""
 
     init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
     out_dir: str = setting("out", "folder that a training run wrote")
-    start: str = setting("\n", "what the text begins with (\\n is a new line), or FILE:prompt.txt", group="Text")
-    num_samples: int = setting(10, "texts to write", low=1)
-    max_new_tokens: int = setting(500, "length of each, in tokens", low=1)
+    max_new_tokens: int = setting(500, "length of a text, in tokens", low=1, group="Text")
     temperature: float = setting(0.8, "below 1 is tamer, above 1 wilder, 0 always takes the likeliest token", low=0.0)
     top_k: int = setting(200, "choose among the so many likeliest tokens only; 0 among all", low=0)
+    top_p: float = setting(1.0, "among the likeliest that together have this probability", above=0.0, high=1.0)
+    min_p: float = setting(0.0, "among those at least so likely, relative to the likeliest", low=0.0, high=1.0)
+    stop: str = setting("", "end a text where this appears (\\n is a new line); several are separated by |")
     seed: int | str = setting(1337, "of the choice of tokens", int, low=0, high=2**63 - 1, auto=True, group="System")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
-    dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
+    dtype: str = setting("auto", "of the weights and products", choices=DTYPES, auto=True)
+    int8: bool | str = setting(
+        "auto", "weights of a byte each, on CPUs; auto: where a large model writes faster so", bool, auto=True
+    )
+
+    def problems(self):
+        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        if self.int8 is True and self.dtype not in ("auto", "float32"):
+            yield ("int8", "dtype"), f"works in float32 beside it, and dtype is {self.dtype}"
+
+    def stop_strings(self):
+        """The strings that end a text."""
+        return [unescaped(s) for s in self.stop.split("|") if s]
+
+
+@dataclass
+class SampleConfig(TextConfig):
+    """Settings of `sample.py`."""
+
+    start: str = setting(
+        "\n", "what the text begins with (\\n is a new line), or FILE:prompt.txt", group="Several texts"
+    )
+    num_samples: int = setting(10, "texts to write; the first has the seed, the second the next one, ...", low=1)
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
+
+
+@dataclass
+class TalkConfig(TextConfig):
+    """Settings of `nanogpt talk`."""
+
+
+@dataclass
+class ExportConfig:
+    """Settings of `nanogpt export`."""
+
+    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
+    out_dir: str = setting("out", "folder that a training run wrote")
+    to: str = setting("", "folder to write, which must not exist yet or be empty", group="Result")
 
     def problems(self):
         """What no setting shows alone: nothing here."""
         return ()
+
+
+def unescaped(text):
+    """Text as typed in a shell, where \\n stands for a new line and \\t for a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @dataclass
@@ -268,6 +310,15 @@ def load(cls, argv, prog, inherit=None):
 
 class _Text(str):
     """A value as typed on the command line, not yet of any type."""
+
+
+def change(cfg, name, text):
+    """Give a setting of `cfg` the value that was typed. Raises UserError that says what was expected."""
+    meta = {f.name: f.metadata for f in fields(cfg)}[name]
+    try:
+        setattr(cfg, name, convert(_Text(text), meta))
+    except ValueError as e:
+        raise UserError(f"{name} {text}: expected {e}") from None
 
 
 def nearest(name, known):

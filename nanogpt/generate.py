@@ -1,42 +1,323 @@
 """Writing with a model: token ids in, token ids out.
 
-Shapes: B sequences of T tokens, V entries in the vocabulary.
+`generate` is all that a script needs. `Engine`, under it, writes many texts together, each as if it were alone; they
+may come and go at any time. Shapes: B rows (texts), T tokens, S places of a row in the cache, V entries in the
+vocabulary, H heads, D channels of a head.
 """
 
+import random
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import torch
+from torch.nn import functional as F
+
+from nanogpt.model import attend
 
 
-@torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None, vocab_size=None):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, seed=None, vocab_size=None):
     """Yield `max_new_tokens` new tokens one by one, each (B, 1), that continue `idx` (B, T).
 
-    The model sees at most the last block_size tokens. `vocab_size`: ids from it on are never chosen, for a model
-    whose vocabulary is padded. The other arguments are those of `sample`.
+    seed: row i draws from seed + i, whatever the other rows are; None takes one from PyTorch's own generator.
+    vocab_size: ids from it on are never chosen, for a model whose vocabulary is padded. The others: see `Options`.
     """
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
     was_training = model.training
-    model.eval()
     try:
+        engine = Engine(model, len(idx), vocab_size, idx.shape[1] + max_new_tokens)
+        for i, ids in enumerate(idx.tolist() if max_new_tokens else ()):
+            engine.add(ids, Options(max_new_tokens, temperature, top_k or 0, top_p, min_p, seed + i))
         for _ in range(max_new_tokens):
-            logits, _ = model(idx[:, -model.config.block_size :])
-            token = sample(logits[:, -1, :vocab_size], temperature, top_k, generator)
-            yield token
-            idx = torch.cat([idx, token], dim=1)
+            ids = [token.id for token in engine.step()]  # rows of one length go in step
+            yield torch.tensor(ids, device=idx.device)[:, None]
     finally:
         model.train(was_training)
 
 
-def sample(logits, temperature=1.0, top_k=None, generator=None):
-    """Choose one token (B, 1) from logits (B, V).
+@dataclass(frozen=True)
+class Options:
+    """How a text goes on, and when it ends."""
 
-    temperature: divides the logits; 0 takes the likeliest token. top_k: only the k likeliest can be chosen,
-    exactly k where several tie (Fan et al. 2018); None or 0 is all of them.
+    max_new_tokens: int = 16
+    temperature: float = 1.0  # divides the logits; 0 takes the likeliest token
+    top_k: int = 0  # choose among the k likeliest, exactly k where several tie (Fan et al. 2018); 0: among all
+    top_p: float = 1.0  # among the likeliest that together have this probability (Holtzman et al. 2020)
+    min_p: float = 0.0  # among those at least so likely, relative to the likeliest (Nguyen et al. 2024)
+    seed: int = 0
+    stop: frozenset = frozenset()  # token ids that end the text
+    logprobs: int | None = None  # report log-probabilities: that of the token, and of so many of the likeliest
+
+    @classmethod
+    def of(cls, cfg, **others):
+        """The Options that the settings of a program mean."""
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+        return cls(**{name: getattr(cfg, name) for name in names} | others)
+
+    def candidates(self, V):
+        """How many of the likeliest of V tokens have to be found: 1 where that decides, 0 where none has to."""
+        if self.temperature == 0 or self.top_k == 1:
+            return 1
+        if 0 < self.top_k < V:
+            return self.top_k
+        return V if self.top_p < 1 else 0
+
+
+def sample(logits, k, temperature, top_p, min_p, uniform):
+    """One token id (B) for each row of logits (B, V).
+
+    k: `Options.candidates`. temperature, top_p, min_p: (B, 1) each. uniform: (B, 1), random numbers in [0, 1), of
+    which each row has its own: what it gets depends on no other row. The tokens lie side by side on a line, each
+    as wide as it is likely, and the one under the point `uniform` of the line is taken.
     """
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
+    if k == 1:
+        return logits.argmax(dim=-1)
     logits = logits.float()
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # so that no temperature overflows
-    if not top_k or top_k >= logits.size(-1):
-        return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-    top, ids = logits.topk(top_k, dim=-1)  # (B, k), exactly k whatever ties
-    choice = torch.multinomial(top.softmax(dim=-1), 1, generator=generator)
-    return ids.gather(-1, choice)
+    if k:
+        logits, ids = logits.topk(k, dim=-1)  # likeliest first: what each limit allows is a beginning of the line
+    width = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()  # so that no temperature overflows
+    if not k:
+        width = width.where(width >= min_p, 0.0)
+    ends = width.cumsum(dim=-1, dtype=torch.float64)
+    length = ends[:, -1:]
+    if k:
+        allowed = (ends - width < top_p * length) & (width >= min_p)
+        length = ends.gather(-1, allowed.sum(dim=-1, keepdim=True).clamp(min=1) - 1)
+    choice = torch.searchsorted(ends, uniform * length, right=True).clamp(max=ends.shape[-1] - 1)
+    return (ids.gather(-1, choice) if k else choice)[:, 0]
+
+
+class Token(NamedTuple):
+    """A new token of a row."""
+
+    row: "Row"
+    id: int
+    logprob: float | None  # the model's own, at temperature 1 and without limits; None where it was not asked for
+    likeliest: tuple  # ((id, logprob), ...), of as many as were asked for
+    finish: str | None  # "stop" or "length" where the text ends here, which frees the row
+
+
+@dataclass(eq=False)
+class Row:
+    """A text that an Engine writes."""
+
+    options: Options
+    ids: list  # its tokens so far, from the beginning of the prompt
+    random: random.Random
+    index: int  # its place in the engine; -1 when it has left
+    pending: list = field(default_factory=list)  # tokens that are not in the cache yet
+    length: int = 0  # tokens that are
+    leader: "Row | None" = None  # the row that encodes the prompt for this one too
+    new: int = 0  # tokens written
+
+    @property
+    def writes(self):
+        """Whether it has begun to write, and its last token alone may be pending."""
+        return self.new > 0 and self.length > 0
+
+
+class Engine:
+    """Continues up to `rows` texts together. For one thread; sets the model to eval.
+
+    vocab_size: ids from it on are never chosen. length: the most tokens that a text will have, where that is
+    known: the cache is no longer than it need be. chunk: the most tokens of prompts that one step encodes, so
+    that a long prompt does not hold up the other rows for long; None is no limit. fast: the model, compiled, for
+    the steps of one token, which all have the same shape then: they read the whole cache, however little is in it.
+
+    A text longer than the context: rotary models (`qwen3`) go on, each token sees the last block_size ones. Models
+    with learned positions (`gpt2`) begin again when the context is full, from its second half: a new token sees
+    between block_size / 2 and block_size of those before it. Of a prompt, they see the last block_size tokens.
+    """
+
+    def __init__(self, model, rows, vocab_size=None, length=None, chunk=None, fast=None):
+        config = model.config
+        self.model, self.vocab_size, self.chunk = model.eval(), vocab_size or config.vocab_size, chunk or 2**62
+        self.fast = self.model if fast is None else fast
+        self.device = model.transformer.wte.weight.device
+        self.context = config.block_size
+        self.window = None if model.rotary else max(1, config.block_size // 2)
+        self.cache = Cache(config, rows, min(length or self.context, self.context), model.transformer.wte.weight)
+        self.capacity, self.rows = rows, []
+
+    @property
+    def free(self):
+        """How many rows can be added."""
+        return self.capacity - len(self.rows)
+
+    def add(self, ids, options, n=1):
+        """Begin n texts that continue `ids`, which are encoded once: a list of Rows. Row i has the seed + i.
+
+        Raises ValueError where there is no room, no sound prompt, or nothing to write.
+        """
+        ids = list(ids)
+        if not ids or options.max_new_tokens < 1 or not 1 <= n <= self.free:
+            raise ValueError(
+                f"{n} rows of {options.max_new_tokens} tokens after {len(ids)} do not fit {self.free} rows"
+            )
+        if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
+            raise ValueError(f"a token id is outside the vocabulary of {self.model.config.vocab_size}")
+        if min(len(ids), self.context) + options.max_new_tokens > self.cache.size < self.context:
+            raise ValueError(f"{len(ids)} + {options.max_new_tokens} tokens are more than the length given before")
+        rows = [Row(options, list(ids), random.Random(options.seed + i), len(self.rows) + i) for i in range(n)]
+        rows[0].pending = ids[-self.context :]
+        for row in rows[1:]:
+            row.leader = rows[0]
+        self.rows += rows
+        return rows
+
+    def remove(self, row):
+        """Give up a text, in whatever state it is. The others do not notice."""
+        if row.index < 0:
+            return
+        heirs = [other for other in self.rows if other.leader is row]
+        for heir in heirs:
+            heir.leader = heirs[0]
+        if heirs:  # the prompt was not encoded yet: another begins with it anew
+            heirs[0].leader, heirs[0].pending = None, heirs[0].ids[-self.context :]
+        last = self.rows.pop()
+        if last is not row:  # its place goes to the last one, so that those in use lie side by side
+            self.cache.copy(last.index, row.index, min(last.length, self.context))
+            self.rows[row.index], last.index = last, row.index
+        row.index = -1
+
+    @torch.inference_mode()
+    def step(self):
+        """Encode some of the prompts that wait, then write: a Token for each row whose prompt is encoded.
+
+        A row whose text ends with that token has left when this returns.
+        """
+        for row in self.rows:
+            if self.window and row.length == self.context:
+                row.length, row.pending = 0, row.ids[-self.window :]
+        ready, logits = [], []
+        rows = [row for row in self.rows if row.writes and len(row.pending) == 1]
+        if rows:
+            ready += rows
+            logits.append(self._run(rows))
+        rows, T = self._prompts()
+        if rows:
+            found = self._run(rows, T)
+            for i, row in enumerate(rows):
+                if not row.pending:
+                    family = [row, *self._share(row)]
+                    ready += family
+                    logits.append(found[i].expand(len(family), -1))
+        tokens = self._choose(ready, torch.cat(logits)) if ready else []
+        for row in [token.row for token in reversed(tokens) if token.finish]:
+            self.remove(row)
+        return tokens
+
+    def _prompts(self):
+        """What is encoded next: rows that wait for it, alike so that one pass does it, and how many tokens of each."""
+        waiting = [row for row in self.rows if row.pending and not (row.writes and len(row.pending) == 1)]
+        if not waiting:
+            return [], 0
+        T = min(len(waiting[0].pending), self.chunk)
+        alike = [r for r in waiting if r.length == waiting[0].length and min(len(r.pending), self.chunk) == T]
+        return alike[: max(1, self.chunk // T)], T
+
+    def _run(self, rows, T=None):
+        """Encode T pending tokens of each row: the logits (B, V) that follow. Without T, one token of each."""
+        beside, model, whole = rows, self.model, False
+        if T is None:  # the cache is read where it lies, so those that lie between them are computed too, for nothing
+            beside, model, whole = self.rows[: rows[-1].index + 1], self.fast, self.fast is not self.model
+        idx = torch.tensor([(row.pending or [0])[: T or 1] for row in beside], device=self.device)
+        past = Past(self.cache, [row.index for row in beside], [row.length for row in beside], T or 1, whole)
+        logits = model(idx, past=past)[0][:, -1, : self.vocab_size]
+        for row in rows:
+            row.length += T or 1
+            del row.pending[: T or 1]
+        return logits if len(beside) == len(rows) else logits[[row.index for row in rows]]
+
+    def _share(self, leader):
+        """Copy what the leader has encoded to the rows that wait for it: these rows."""
+        rows = [row for row in self.rows if row.leader is leader]
+        for row in rows:
+            self.cache.copy(leader.index, row.index, leader.length)
+            row.leader, row.length = None, leader.length
+        return rows
+
+    def _choose(self, rows, logits):
+        """A Token for each row, from its logits (B, V)."""
+        alike = {}  # those that take the same path through `sample`, which is their own whoever else is there
+        for i, row in enumerate(rows):
+            alike.setdefault(row.options.candidates(logits.shape[-1]), []).append(i)
+        ids = [0] * len(rows)
+        for k, members in alike.items():
+            own = [(o.temperature, o.top_p, o.min_p) for o in (rows[i].options for i in members)]
+            own = torch.tensor(own, device=self.device).split(1, dim=1)  # (B, 1) each
+            uniform = [[rows[i].random.random()] for i in members]
+            uniform = torch.tensor(uniform, dtype=torch.float64, device=self.device)
+            chosen = sample(logits if len(alike) == 1 else logits[members], k, *own, uniform)
+            for i, id in zip(members, chosen.tolist(), strict=True):
+                ids[i] = id
+        reports = self._logprobs(rows, ids, logits)
+        return [self._take(row, ids[i], *reports.get(i, (None, ()))) for i, row in enumerate(rows)]
+
+    def _logprobs(self, rows, ids, logits):
+        """{place in rows: (log-probability of its id, ((id, log-probability) of the likeliest, ...))}."""
+        asked = [i for i, row in enumerate(rows) if row.options.logprobs is not None]
+        if not asked:
+            return {}
+        logprobs = logits[asked].float().log_softmax(dim=-1)
+        values, likeliest = logprobs.topk(min(max(rows[i].options.logprobs for i in asked), logprobs.shape[-1]))
+        own = logprobs.gather(-1, torch.tensor([[ids[i]] for i in asked], device=self.device))[:, 0]
+        pairs = [tuple(zip(*both, strict=True)) for both in zip(likeliest.tolist(), values.tolist(), strict=True)]
+        return {
+            i: (logprob, best[: rows[i].options.logprobs])
+            for i, logprob, best in zip(asked, own.tolist(), pairs, strict=True)
+        }
+
+    def _take(self, row, id, logprob, likeliest):
+        """Append a token to a row: the Token."""
+        row.ids.append(id)
+        row.new += 1
+        row.pending = [id]
+        finish = "stop" if id in row.options.stop else "length" if row.new == row.options.max_new_tokens else None
+        return Token(row, id, logprob, likeliest, finish)
+
+
+class Cache:
+    """The keys and values of the tokens that each row has seen, allocated once: (layers, B, S, H, D) each."""
+
+    def __init__(self, config, rows, size, like):
+        shape = (config.n_layer, rows, size, config.n_head, config.n_embd // config.n_head)
+        self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.zeros_like(self.keys)
+        self.size = size
+
+    def copy(self, source, target, length):
+        """Make the beginning of one row that of another."""
+        for kept in (self.keys, self.values):
+            kept[:, target, :length] = kept[:, source, :length]
+
+
+class Past:
+    """The cache as one forward pass of the model sees it.
+
+    rows: the rows that it continues. lengths: how many tokens each has seen, the same where T > 1. T: how many
+    come to each. In a row longer than the cache, a new token takes the place of the oldest. whole: read all of the
+    cache, and not only its beginning that is in use.
+    """
+
+    def __init__(self, cache, rows, lengths, T, whole=False):
+        device = cache.keys.device
+        self.cache, self.first = cache, max(lengths) == 0
+        self.positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
+        self.rows, self.places = torch.tensor(rows, device=device), self.positions % cache.size
+        end = cache.size if whole else min(max(lengths) + T, cache.size)
+        in_order = rows == list(range(len(rows)))
+        self.seen = (slice(len(rows)) if in_order else self.rows, slice(end))  # a slice is read where it lies
+        self.mask = None  # (B, 1, T, end): which of them a new token sees
+        if whole or T > 1 or min(lengths) + 1 < end:
+            self.mask = (torch.arange(end, device=device) <= self.positions[..., None])[:, None]
+
+    def attend(self, layer, q, k, v):
+        """`model.attend` of new tokens (B, T, H, D), which see the earlier ones too."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (rows, S, H, D)
+        at = self.rows[:, None], self.places
+        keys[at], values[at] = k, v
+        if self.first:
+            return attend(q, k, v, dropout=0.0)
+        q, k, v = q.transpose(1, 2), keys[self.seen].transpose(1, 2), values[self.seen].transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)

@@ -8,6 +8,7 @@ process, file or tokenizer. Shapes are named
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -104,10 +105,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, rotation=None):
+    def forward(self, x, rotation=None, past=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # each (B, T, H, D)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        y = past(q, k, v) if past else attend(q, k, v, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))  # the heads side by side again
 
 
@@ -185,6 +186,14 @@ class Rotary(nn.Module):
         """What `rotate` takes for positions 0 to T - 1: (T, 1, D) twice, for all heads alike."""
         return self.cos[:T, None], self.sin[:T, None]
 
+    def at(self, positions):
+        """The same for any positions (B, T), beyond the context too: (B, T, 1, D) twice."""
+        D = self.cos.shape[-1]
+        frequencies = ROPE_THETA ** (-torch.arange(0, D, 2, device=positions.device) / D)
+        angles = positions[..., None, None] * frequencies  # (B, T, 1, D/2)
+        cos, sin = angles.cos().to(self.cos.dtype), angles.sin().to(self.cos.dtype)
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
 
 def rotate(x, rotation):
     """Turn each pair of channels i and i + D/2 of x (B, T, H, D) by its angle."""
@@ -204,11 +213,12 @@ class RotaryAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
         self.n_head = config.n_head
 
-    def forward(self, x, rotation):
+    def forward(self, x, rotation, past=None):
         B, T, C = x.shape
         q, k, v = (f(x).view(B, T, self.n_head, C // self.n_head) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(rms_norm(q), rotation), rotate(rms_norm(k), rotation)  # (B, T, H, D)
-        y = attend(q, k, v, dropout=0.0)  # the fused kernels of CPUs know none, and without it the model learns as well
+        # no dropout of weights: the fused kernels of CPUs know none, and without it the model learns as well
+        y = past(q, k, v) if past else attend(q, k, v, dropout=0.0)
         return self.resid_dropout(self.o_proj(y.reshape(B, T, C)))
 
 
@@ -241,8 +251,8 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = GatedMLP(config) if modern else MLP(config)
 
-    def forward(self, x, rotation):
-        x = x + self.attn(self.ln_1(x), rotation)
+    def forward(self, x, rotation, past=None):
+        x = x + self.attn(self.ln_1(x), rotation, past)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -291,10 +301,11 @@ class GPT(nn.Module):
                 elif isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=0.5 * self.config.n_embd**-0.5)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, past=None):
         """Logits, and with targets the mean cross-entropy in nats.
 
         idx: token ids (B, T), T <= block_size. targets: (B, T), the id that follows each; -1 is not counted.
+        past: a `generate.Past`, the keys and values of earlier tokens which idx continues.
         Returns (logits (B, T, V), loss) with targets, (logits of the last position (B, 1, V), None) without.
         Raises ValueError where T exceeds block_size.
         """
@@ -303,22 +314,24 @@ class GPT(nn.Module):
             raise ValueError(f"a sequence of {T} tokens does not fit the context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.rotary is None:
-            x = x + self.transformer.wpe.weight[:T]
+            x = x + (self.transformer.wpe(past.positions) if past else self.transformer.wpe.weight[:T])
         x = self.transformer.drop(x)
-        rotation = self.rotary(T) if self.rotary else None
-        for block in self.transformer.h:
-            x = block(x, rotation)
+        rotation = None
+        if self.rotary is not None:
+            rotation = self.rotary.at(past.positions) if past else self.rotary(T)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, rotation, partial(past.attend, i) if past else None)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **others):
         """`idx` (B, T) continued by `max_new_tokens` tokens: (B, T + max_new_tokens). See `nanogpt.generate`."""
         from nanogpt.generate import generate  # a convenience; generation lives above the model
 
-        new = list(generate(self, idx, max_new_tokens, temperature, top_k, generator))
+        new = list(generate(self, idx, max_new_tokens, temperature, top_k, **others))
         return torch.cat([idx, *new], dim=1)
 
     @classmethod

@@ -1,14 +1,17 @@
 """Write text with a trained model, as it is made."""
 
-import codecs
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from nanogpt import config, distributed, trained
+from nanogpt import config, distributed, quantize, trained
 from nanogpt.config import SampleConfig, UserError
-from nanogpt.generate import generate
+from nanogpt.generate import Engine, Options
+from nanogpt.tokenizer import Stream
+
+CACHE = 2**31  # bytes at most for the keys and values of the texts that are written together
+TOGETHER = 64  # texts at most; more gain little
 
 
 def main(argv):
@@ -21,7 +24,7 @@ def main(argv):
 def read_start(start):
     """The prompt that `start` means: FILE:NAME is a file's text; a \\n typed in a shell is a new line."""
     if not start.startswith("FILE:"):
-        return start.replace("\\n", "\n").replace("\\t", "\t")
+        return config.unescaped(start)
     path = Path(start[5:])
     try:
         return path.read_text(encoding="utf-8")
@@ -31,44 +34,79 @@ def read_start(start):
         raise UserError(f"--start={start}: {e.strerror}") from None
 
 
-def encode(text, tok, model, dist):
-    """The prompt's ids (1, T), its end where it is longer than the context. UserError where it cannot be encoded."""
+def encode(text, tok, context, dist):
+    """The prompt's ids, its end where it is longer than the context. UserError where it cannot be encoded."""
     try:
         ids = tok.encode(text)
     except ValueError as e:
         raise UserError(f"--start: {e}") from None
     if not ids:
         raise UserError("--start is empty; a text has to begin with something, if only \\n")
-    T = model.config.block_size
-    if len(ids) > T:
-        dist.say(f"--start has {len(ids)} tokens, the context {T}: the model sees the last {T} of them")
-    return torch.tensor([ids[-T:]], device=dist.device)
+    if len(ids) > context:
+        dist.say(f"--start has {len(ids)} tokens, the context {context}: the model sees the last {context} of them")
+    return ids[-context:]
+
+
+@dataclass
+class Text:
+    """A sample, and what of it is to be shown."""
+
+    stream: Stream
+    waiting: str
+    over: bool = False
+
+    def take(self, token):
+        """The next token of this text."""
+        self.waiting += self.stream.push(token.id)
+        self.over = self.stream.stopped or token.finish is not None
+        if self.over:
+            self.waiting += self.stream.flush() + "\n---------------\n"
 
 
 def sample(cfg, dist):
-    """Write `num_samples` texts to standard output."""
+    """Write `num_samples` texts to standard output. All are written together; the first is shown as it is made."""
     distributed.choose_seed(cfg, dist)
-    text = read_start(cfg.start)
+    start, stop = read_start(cfg.start), cfg.stop_strings()
     found = trained.load(cfg, dist)
-    model, tok = found.model.to(dist.device).eval(), found.tokenizer
-    idx = encode(text, tok, model, dist)
+    model, tok = quantize.made_ready(found.model, cfg, dist), found.tokenizer
+    ids = encode(start, tok, model.config.block_size, dist)
     if cfg.compile == "auto":
         cfg.compile = False
         dist.say("compile: False, because a few texts are written sooner than a model is compiled (--compile)")
-    model = distributed.compiled(model, cfg, dist, idx.shape)
-    generator = torch.Generator(dist.device).manual_seed(cfg.seed)
-    for _ in range(cfg.num_samples):
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        write(text)
-        with dist.autocast():
-            for token in generate(
-                model, idx, cfg.max_new_tokens, cfg.temperature, cfg.top_k, generator, tok.vocab_size
-            ):
-                write(decoder.decode(tok.token_bytes(token.item())))
-        write(decoder.decode(b"", final=True) + "\n---------------\n")
+    engine = make_engine(cfg, model, distributed.compiled(model, cfg, dist, (1, 1)), tok, ids)
+    began, count, texts, shown = time.perf_counter(), 0, {}, []  # texts by their rows; those to be shown, in order
+    while len(texts) < cfg.num_samples or shown:
+        n = min(engine.free, cfg.num_samples - len(texts))
+        if n:
+            options = Options.of(cfg, seed=cfg.seed + len(texts))
+            new = {row: Text(Stream(tok, stop), start) for row in engine.add(ids, options, n)}
+            texts |= new
+            shown += new.values()
+        for token in engine.step():
+            count += 1
+            texts[token.row].take(token)
+            if texts[token.row].over:
+                engine.remove(token.row)
+        while shown:
+            write(shown[0].waiting)
+            shown[0].waiting = ""
+            if not shown[0].over:
+                break
+            del shown[0]
+    seconds = time.perf_counter() - began
+    dist.say(f"{count:,} tokens in {seconds:.2f} s, {count / seconds:,.0f} a second")
+
+
+def make_engine(cfg, model, fast, tok, ids):
+    """An Engine with room for all texts, or for as many as memory allows."""
+    length = min(model.config.block_size, len(ids) + cfg.max_new_tokens)
+    a_row = 2 * model.config.n_layer * length * model.config.n_embd * model.transformer.wte.weight.element_size()
+    rows = max(1, min(cfg.num_samples, TOGETHER, CACHE // a_row))
+    return Engine(model, rows, tok.vocab_size, len(ids) + cfg.max_new_tokens, fast=fast)
 
 
 def write(text):
     """To standard output, at once."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -4,6 +4,7 @@ They share an interface, not a base class: `vocab_size`, `encode(text)`, `decode
 `to_json()`. Files are left to data.py, tensors to everyone else.
 """
 
+import codecs
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -113,6 +114,44 @@ class GPT2Tokenizer:
 
     def to_json(self):
         return {"type": "gpt2"}
+
+
+class Stream:
+    """The text of tokens as they come, in pieces that can be shown at once: whole characters, and no stop string.
+
+    stop: strings that end the text, also where they are spread over several tokens. `stopped` tells that one has
+    come; it and what follows is never shown. Of several, the first to be complete counts.
+    """
+
+    def __init__(self, tokenizer, stop=()):
+        self.token_bytes = tokenizer.token_bytes
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.stop = [s for s in stop if s]
+        self.held = ""  # what may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, id):
+        """Take a token: the text that can be shown now, which may be none."""
+        return self._show(self.decoder.decode(self.token_bytes(id)))
+
+    def flush(self):
+        """The text is over: what was held back. Bytes that are no whole character become U+FFFD."""
+        text = self._show(self.decoder.decode(b"", final=True)) + self.held
+        self.held = ""
+        return text
+
+    def _show(self, text):
+        if self.stopped:
+            return ""
+        text = self.held + text
+        found = [(i + len(s), i) for s in self.stop if (i := text.find(s)) >= 0]
+        if found:
+            self.stopped, self.held = True, ""
+            return text[: min(found)[1]]
+        longest = min(len(text), max(map(len, self.stop), default=1) - 1)
+        held = next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stop)), 0)
+        self.held = text[len(text) - held :]
+        return text[: len(text) - held]
 
 
 def from_json(d):

@@ -18,7 +18,7 @@ LAYERS = [
     {"legacy"},
     {"model", "schedule", "data", "tokenizer", "distributed", "shakespeare"},
     {"signals", "health"},
-    {"optim", "generate", "evaluate", "metrics", "checkpoint"},
+    {"optim", "generate", "quantize", "evaluate", "metrics", "checkpoint"},
     {"export"},
     {"start", "trained"},
 ]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt import tokenizer as tok
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, from_json
+from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Stream, from_json
 
 ROOT = Path(__file__).parent.parent
 texts = st.text(st.characters(exclude_categories=["Cs"]))  # a half of a surrogate pair is no text
@@ -221,3 +221,69 @@ def test_gpt2_needs_no_network_and_runs_no_foreign_package(gpt2):
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "[15496, 995] False\n", result.stderr
+
+
+# -- text as it comes
+
+
+class Pieces:
+    """A tokenizer whose token i is the piece i of some bytes."""
+
+    def __init__(self, pieces):
+        self.token_bytes = pieces.__getitem__
+
+
+def cut(data, places):
+    """The pieces of `data`, which is cut at these places."""
+    edges = [0, *sorted({p % (len(data) + 1) for p in places}), len(data)]
+    return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def stream(pieces, stop=()):
+    """What a Stream shows after each piece and at the end, and whether it has stopped."""
+    s = Stream(Pieces(pieces), stop)
+    return [s.push(i) for i in range(len(pieces))] + [s.flush()], s.stopped
+
+
+def until_stop(text, stop):
+    """The text before the stop string that is complete first, character by character."""
+    for end in range(len(text) + 1):
+        complete = [s for s in stop if text[:end].endswith(s)]
+        if complete:
+            return text[: end - max(map(len, complete))], True
+    return text, False
+
+
+@given(texts, st.lists(st.integers(0, 1000)))
+def test_a_stream_shows_whole_characters_and_all_of_them(text, places):
+    shown, stopped = stream(cut(text.encode(), places))
+    assert "".join(shown) == text and not stopped
+
+
+def test_a_character_is_shown_when_it_is_complete():
+    assert stream([b"a\xf0", b"\x9f\x8e", b"\xad", b"b\xc3"])[0] == ["a", "", "🎭", "b", "\ufffd"]
+    assert stream([b"\xff", b"a"])[0] == ["\ufffd", "a", ""]
+
+
+few = st.text("abé", max_size=12)
+
+
+@given(few, st.lists(st.text("abé", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 1000)))
+def test_a_stream_ends_before_a_stop_string_however_it_is_cut(text, stop, places):
+    shown, stopped = stream(cut(text.encode(), places), stop)
+    assert ("".join(shown), stopped) == until_stop(text, stop)
+
+
+@given(few, st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
+def test_a_stream_holds_back_no_more_than_it_must(text, stop):
+    s = Stream(Pieces([c.encode() for c in text]), stop)
+    shown = ""
+    for i in range(len(text)):
+        shown += s.push(i)
+        if not s.stopped:
+            held = text[len(shown) : i + 1]
+            assert not held or any(x.startswith(held) for x in stop)
+
+
+def test_what_may_be_a_stop_string_is_shown_when_it_is_none():
+    assert stream([b"a\n", b"\n", b"b", b"\n"], ["\n\nEND"])[0] == ["a", "", "\n\nb", "", "\n"]
