@@ -12,6 +12,7 @@ from nanogpt import __version__
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("nanogpt.train", "train a GPT from scratch, from a checkpoint or from GPT-2's weights"),
+    "prepare": ("nanogpt.prepare", "make a dataset of any text"),
     "sample": ("nanogpt.sample", "write text with a trained GPT"),
 }
 

@@ -18,7 +18,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt.config import RunFailed, UserError, nearest
+from nanogpt.config import UserError, nearest
 
 BLOCK = 2**20  # bytes that are read, encoded and kept in memory at a time
 HEAD = 2**13  # bytes of a file in a folder that tell whether it is text
@@ -28,6 +28,24 @@ KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "rows"}  # all other
 ROWS_PACKED = 3.0  # the same for Parquet
 SURELY_TEXT = {".txt", ".md", *KINDS}  # in a folder, others are left out where they do not look like text
 STANDARD_INPUT = "standard input"
+
+
+class CannotWrite(UserError):
+    """A full disk, and the like: what has been written is kept, to go on from."""
+
+    def __init__(self, folder, error):
+        super().__init__(
+            f"{folder}: cannot be written to ({error.strerror or error}); when that is mended, the same command goes on"
+        )
+
+
+@contextlib.contextmanager
+def writing_to(folder):
+    """Within, an OSError is a CannotWrite about `folder`."""
+    try:
+        yield
+    except OSError as e:
+        raise CannotWrite(folder, e) from None
 
 
 @dataclass
@@ -277,14 +295,13 @@ def blocks(sources, start, cut, field, longest_line, folder):
     have. folder: for temporary files. Small texts share a block.
     """
     pending, size, done = [], 0, sum(s.size for s in sources[: start[0]])
-    number, offset, line = start
-    for number in range(number, len(sources)):
-        source = sources[number]
+    begin, offset, line = start
+    for number, source in enumerate(sources[begin:], begin):
         pieces = read_rows if source.kind in ("rows", "hf") else read_stream
         for part, data, after, at in pieces(source, offset, line, cut, field, longest_line, folder):
             kind = "jsonl" if source.kind == "jsonl" else "text"
             if pending and (size + len(data) > BLOCK or pending[0][0] != kind):
-                yield pack(pending, [number, *part[:2]] if part[0] else [number, 0, 0], done)
+                yield pack(pending, [number, *part[:2]], done)
                 pending, size = [], 0
             pending.append((kind, [number, *part], data))
             size += len(data)
@@ -372,7 +389,8 @@ def parquet_rows(source, row, field, folder):
         if source.packing:  # its end is read first, so it cannot be read while it is unpacked
             raw = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             while data := stream.read(BLOCK):
-                write_to(raw, data, folder)
+                with writing_to(folder):
+                    raw.write(data)
         try:
             file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK)
             require_field(source, field, file.schema_arrow.names)
@@ -391,25 +409,6 @@ def parquet_rows(source, row, field, folder):
                     before += about.num_rows
         except (pyarrow.ArrowException, OSError) as e:
             raise UserError(f"{source.name}: is no sound Parquet file ({first_line(e)})") from None
-
-
-def write_to(file, data, folder):
-    """Write all of `data`, or raise UserError where the disk is full."""
-    try:
-        file.write(data)
-    except OSError as e:
-        raise no_space(folder, e) from None
-
-
-def no_space(folder, error):
-    """What to raise where the disk refuses: `error`, in a line. What has been written is kept, to go on from."""
-    if error.errno is None:
-        return error
-    failure = RunFailed(
-        f"{folder}: cannot be written to ({error.strerror}); when there is room, the same command goes on where this one stopped"
-    )
-    failure.exit_code = 2
-    return failure
 
 
 def hub_rows(source, row, field, folder):
@@ -458,15 +457,13 @@ def first_line(error):
 # -- text
 
 
-@dataclass
-class Problem:
-    """Something in a source that is no text: `kind` says what, `where` is its place, and there are `count` of them."""
+class Problems(dict):
+    """What in the sources is no text: {(source, kind): [place of the first, what it is, how many]}."""
 
-    source: int
-    kind: str
-    where: int
-    what: str
-    count: int = 1
+    def note(self, source, kind, where, what, count=1):
+        """One more, or several: of a kind that is binary, line or utf8."""
+        first = self.setdefault((source, kind), [where, what, 0])
+        first[2] += count
 
 
 def read_block(kind, parts, data, field, replace):
@@ -474,7 +471,7 @@ def read_block(kind, parts, data, field, replace):
 
     With `replace`, bytes that are no UTF-8 become U+FFFD; the problems then still count them.
     """
-    documents, problems, begin = [], [], 0
+    documents, problems, begin = [], Problems(), 0
     for source, offset, line, size, first in parts:
         raw = data[begin : begin + size]
         begin += size
@@ -495,14 +492,14 @@ def read_text(raw, source, offset, replace, problems):
     if zero >= 0:
         utf16 = offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         what = "; it looks like UTF-16: iconv -f UTF-16 -t UTF-8 converts it" if utf16 else ""
-        problems.append(Problem(source, "binary", offset + zero, what))
+        problems.note(source, "binary", offset + zero, what)
         return ""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
         text = raw.decode("utf-8", "replace")
         count = text.count("\ufffd") - raw.count("\ufffd".encode())
-        problems.append(Problem(source, "utf8", offset + e.start, f"0x{raw[e.start]:02x}", count))
+        problems.note(source, "utf8", offset + e.start, f"0x{raw[e.start]:02x}", count)
         return text if replace else ""
 
 
@@ -523,22 +520,22 @@ def read_lines(raw, source, line, field, replace, documents, problems):
                 found = None
         except (ValueError, RecursionError) as e:
             why = e.msg if isinstance(e, json.JSONDecodeError) else type(e).__name__
-            problems.append(Problem(source, "line", line, f"is no JSON ({why})"))
+            problems.note(source, "line", line, f"is no JSON ({why})")
             continue
         if not isinstance(found, dict):
-            problems.append(Problem(source, "line", line, "expected an object with a field for the text"))
+            problems.note(source, "line", line, "expected an object with a field for the text")
         elif field not in found:
             there = ", ".join(list(found)[:8]) or "nothing"
             hint = nearest(field, list(found))
-            problems.append(Problem(source, "line", line, f"has no field {field!r}, but {there}{hint}"))
+            problems.note(source, "line", line, f"has no field {field!r}, but {there}{hint}")
         elif not isinstance(found[field], str):
             what = "nothing" if found[field] is None else type(found[field]).__name__
-            problems.append(Problem(source, "line", line, f"the field {field!r} holds {what}, not text"))
+            problems.note(source, "line", line, f"the field {field!r} holds {what}, not text")
         elif found[field]:
             text = SURROGATES.sub("\ufffd", found[field])
             if text != found[field]:
                 n = len(SURROGATES.findall(found[field]))
-                problems.append(Problem(source, "utf8", line, "half of a surrogate pair", n))
+                problems.note(source, "utf8", line, "half of a surrogate pair", n)
             documents.append((text, text.encode("utf-8"), True))
 
 
@@ -548,24 +545,16 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 def explain(problems, sources, replace):
     """A line for each source with problems that end the preparation: what is wrong, where, and how often."""
     lines = []
-    for number in dict.fromkeys(p.source for p in problems):
-        name, jsonl = sources[number].name, sources[number].kind == "jsonl"
-        mine = [p for p in problems if p.source == number]
-        binary = [p for p in mine if p.kind == "binary"]
-        wrong = [p for p in mine if p.kind == "line"]
-        broken = [p for p in mine if p.kind == "utf8"]
-        place = "line" if jsonl else "byte"
-        if binary:
+    for number in sorted({source for source, _ in problems}):
+        name, place = sources[number].name, "line" if sources[number].kind == "jsonl" else "byte"
+        if found := problems.get((number, "binary")):
+            lines.append(f"{name}: is not text: {place} {found[0]} is 0x00{found[1]}")
+        elif found := problems.get((number, "line")):
+            more = f" (and {found[2] - 1:,} more lines like that)" if found[2] > 1 else ""
+            lines.append(f"{name}:{found[0]}: {found[1]}{more}")
+        elif (found := problems.get((number, "utf8"))) and not replace:
+            many = f"{found[2]:,} places, the first" if found[2] > 1 else "1 place,"
             lines.append(
-                f"{name}: is not text: {place} {binary[0].where:,} {'has' if jsonl else 'is'} 0x00{binary[0].what}"
-            )
-        elif wrong:
-            more = f" (and {len(wrong) - 1:,} more lines like that)" if len(wrong) > 1 else ""
-            lines.append(f"{name}:{wrong[0].where}: {wrong[0].what}{more}")
-        elif broken and not replace:
-            count = sum(p.count for p in broken)
-            lines.append(
-                f"{name}: is not UTF-8 in {count:,} place{'s' * (count > 1)}, the first at {place} {broken[0].where:,} "
-                f"({broken[0].what}); --errors=replace makes each U+FFFD"
+                f"{name}: is not UTF-8 in {many} at {place} {found[0]} ({found[1]}); --errors=replace makes each U+FFFD"
             )
     return lines

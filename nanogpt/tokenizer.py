@@ -390,6 +390,15 @@ def import_tiktoken():
     return tiktoken
 
 
+def import_tokenizers():
+    """The package, or an ImportError that says what brings it."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ImportError('training BPE needs tokenizers: pip install -e ".[bpe]" brings it') from None
+    return tokenizers
+
+
 def make_encoding(ranks):
     """tiktoken's Encoding of {bytes of a token: id}, with one more id for the end of text."""
     return import_tiktoken().Encoding(
@@ -403,17 +412,11 @@ def make_encoding(ranks):
 
 def train_bpe(texts, size):
     """The bytes of at most `size` tokens, single bytes first, then in the order in which they were merged."""
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError:
-        raise ImportError('training BPE needs tokenizers: pip install -e ".[bpe]" brings it') from None
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False),
-    )
+    hf = import_tokenizers()
+    model = hf.Tokenizer(hf.models.BPE())
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    settings = dict(vocab_size=size, min_frequency=2, initial_alphabet=model.pre_tokenizer.alphabet())
+    model.train_from_iterator(texts, hf.trainers.BpeTrainer(**settings, show_progress=False))
     vocabulary = model.get_vocab()
     merged = sorted((t for t in vocabulary if len(t) > 1), key=vocabulary.get)
     return [bytes([b]) for b in range(256)] + tokens_from(merged)
