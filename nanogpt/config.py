@@ -55,6 +55,7 @@ class TrainConfig:
         True, "False: a checkpoint whose val loss is no improvement gives way to the next one"
     )
     keep_checkpoints: int = setting(2, "the so many newest checkpoints are kept, and the best", low=1)
+    patience: int = setting(0, "end the run when so many evaluations in a row were no improvement; 0: never", low=0)
     init_from: str = setting(
         "scratch", "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder"
     )

@@ -4,16 +4,19 @@ Their results come in the order of the blocks, so that the number of processes c
 processes is JSON and bytes.
 """
 
+import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import queue
 import re
-import signal
+import struct
+import subprocess
 import sys
 import threading
+import traceback
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +32,7 @@ COUNT = np.dtype([("id", "<u4"), ("n", "<u4")])
 TRAINING = 300, 45  # bytes of memory that training BPE takes for each distinct word, and for each byte of it
 SLICE = 2**15  # characters that are given to the training at a time
 WORD = re.compile(r"\w+|[^\w\s]+")  # much like GPT-2's words, to count how many there are
+LENGTHS = struct.Struct("<QQ")  # before each message: of its two parts
 AHEAD = 2  # blocks that a process is given before its first result is taken
 
 
@@ -139,20 +143,12 @@ class Pool:
     """`processes` workers, or none: then this process does their work."""
 
     def __init__(self, processes):
-        context = multiprocessing.get_context("spawn")  # nothing of this process is copied, threads least of all
-        self.workers, self.local, self.peak = [], None, 0
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self.workers.append((process, ours))
+        self.workers, self.local, self.peak = [start_worker() for _ in range(processes)], None, 0
 
     def setup(self, **settings):
         """Give all workers their settings; see Worker."""
-        for _, connection in self.workers:
-            connection.send_bytes(json.dumps(settings).encode())
-            connection.send_bytes(b"")
+        for process in self.workers:
+            send(process.stdin, settings)
         if not self.workers:
             self.local = Worker(settings)
 
@@ -162,113 +158,133 @@ class Pool:
             for block in blocks:
                 yield (block, *self.local.do(task(), block.kind, block.parts, block.data))
             return
-        waiting, number = deque(), 0
-        for block in blocks:
-            worker = self.workers[number % len(self.workers)]
-            number += 1
+        waiting = deque()
+        for number, block in enumerate(blocks):
+            process = self.workers[number % len(self.workers)]
             if len(waiting) == AHEAD * len(self.workers):
                 yield self.take(*waiting.popleft())
             try:
-                worker[1].send_bytes(json.dumps([task(), block.kind, block.parts]).encode())
-                worker[1].send_bytes(block.data)
+                send(process.stdin, [task(), block.kind, block.parts], block.data)
             except OSError:
-                raise died(worker[0]) from None
+                raise died(process) from None
             block.data = b""
-            waiting.append((worker, block))
+            waiting.append((process, block))
         while waiting:
             yield self.take(*waiting.popleft())
 
-    def take(self, worker, block):
+    def take(self, process, block):
         """Wait for the result of a block."""
         try:
-            about = json.loads(worker[1].recv_bytes())
-            if "failed" in about:
-                raise RunFailed(about["failed"])
-            return block, about, [np.frombuffer(worker[1].recv_bytes(), name_to_dtype(d)) for d in about["dtypes"]]
-        except (EOFError, OSError):
-            raise died(worker[0]) from None
+            about, data = receive(process.stdout)
+        except EOFError:
+            raise died(process) from None
+        arrays, data = [], memoryview(data)
+        for name, size in about.pop("arrays"):
+            dtype = {"fragment": FRAGMENT, "count": COUNT}.get(name) or np.dtype(name)
+            arrays.append(np.frombuffer(data, dtype, size))
+            data = data[size * dtype.itemsize :]
+        return block, about, arrays
 
     def close(self):
         """End the workers, and note how much memory they took at most."""
-        for process, connection in self.workers:
-            try:
-                connection.send_bytes(b"null")
-                connection.send_bytes(b"")
-                self.peak += json.loads(connection.recv_bytes())
-            except (EOFError, OSError):
-                pass
-            process.join()
-        self.workers = []
+        for process in self.workers:
+            with contextlib.suppress(OSError, EOFError):
+                send(process.stdin, None)
+                self.peak += receive(process.stdout)[0]
+        self.kill()
 
     def kill(self):
-        """End the workers at once."""
-        for process, connection in self.workers:
-            connection.close()
-            process.terminate()
-            process.join()
+        """End the workers at once; they have nothing to lose."""
+        for process in self.workers:
+            process.kill()
+        for process in self.workers:
+            process.stdout.close()
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            process.wait()
         self.workers = []
+
+
+def run_module(name, **settings):
+    """Start a Python that runs `nanogpt.NAME.main`; the Popen."""
+    path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return subprocess.Popen([sys.executable, "-c", f"from nanogpt.{name} import main; main()"], env=env, **settings)
+
+
+def start_worker():
+    """A worker process. It is apart from the terminal, so that Ctrl-C reaches the first process alone."""
+    return run_module("pool", stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+
+
+def send(pipe, header, data=b""):
+    """Write a message: something as JSON, and bytes."""
+    text = json.dumps(header).encode()
+    pipe.write(LENGTHS.pack(len(text), len(data)) + text)
+    pipe.write(data)
+    pipe.flush()
+
+
+def receive(pipe):
+    """(what was sent as JSON, the bytes). Raises EOFError where nothing comes any more."""
+    lengths = pipe.read(LENGTHS.size)
+    if len(lengths) < LENGTHS.size:
+        raise EOFError
+    text, data = (pipe.read(n) for n in LENGTHS.unpack(lengths))
+    return json.loads(text), data
 
 
 def died(process):
-    process.join(5)
-    why = f"signal {-process.exitcode}" if (process.exitcode or 0) < 0 else f"exit code {process.exitcode}"
+    code = process.wait()
+    why = f"signal {-code}" if code < 0 else f"exit code {code}"
     return RunFailed(
         f"a worker process ended with {why}, perhaps for want of memory; the same command goes on, with fewer "
         "--workers in less memory"
     )
 
 
-def name_to_dtype(name):
-    return {"fragment": FRAGMENT, "count": COUNT}.get(name) or np.dtype(name)
-
-
-def dtype_to_name(dtype):
-    return {FRAGMENT: "fragment", COUNT: "count"}.get(dtype) or dtype.name
-
-
-def serve(connection):
-    """What a worker process does: messages in pairs, of JSON and of bytes, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one ends the others
-    jobs = queue.Queue()
-    threading.Thread(target=receive, args=(connection, jobs), daemon=True).start()
-    worker = None
-    while (job := jobs.get()) is not None:
-        header, data = job
-        try:
-            if header is None:
-                connection.send_bytes(str(peak_memory()).encode())
-                return
-            if isinstance(header, dict):
-                worker = Worker(header)
-                continue
-            about, arrays = worker.do(*header, data)
-            about["dtypes"] = [dtype_to_name(a.dtype) for a in arrays]
-            connection.send_bytes(json.dumps(about).encode())
-            for array in arrays:
-                connection.send_bytes(array.view(np.uint8).data if len(array) else b"")
-        except OSError:
-            return  # nobody listens any more
-        except Exception as e:
-            connection.send_bytes(json.dumps({"failed": f"{type(e).__name__}: {e}"}).encode())
-            raise
-
-
-def receive(connection, jobs):
-    """Take jobs as soon as they are sent, so that neither side ever waits for the other to listen."""
+def main():
+    """What a worker process does: answer messages until there are no more."""
+    read, write = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing that is printed may come between the messages
+    jobs, worker = queue.Queue(), None
+    threading.Thread(target=listen, args=(read, jobs), daemon=True).start()
     try:
+        while (job := jobs.get()) is not None:
+            header, data = job
+            if header is None:
+                send(write, peak_memory())
+            elif isinstance(header, dict):
+                worker = Worker(header)
+            else:
+                answer(write, *worker.do(*header, data))
+    except BrokenPipeError:
+        pass  # nobody listens any more
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # and not in the usual way, which would wait for the thread
+
+
+def answer(pipe, about, arrays):
+    """Send what a Worker's `do` returned."""
+    names = {FRAGMENT: "fragment", COUNT: "count"}
+    about["arrays"] = [(names.get(a.dtype) or a.dtype.name, len(a)) for a in arrays]
+    send(pipe, about, b"".join(a.view(np.uint8).data for a in arrays if len(a)))
+
+
+def listen(pipe, jobs):
+    """Take messages as soon as they are sent, so that neither side ever waits for the other to listen."""
+    with contextlib.suppress(EOFError):
         while True:
-            jobs.put((json.loads(connection.recv_bytes()), connection.recv_bytes()))
-    except (EOFError, OSError):
-        jobs.put(None)
+            jobs.put(receive(pipe))
+    jobs.put(None)
 
 
 def peak_memory():
     """The most bytes of memory that this process has had, as far as the system tells it; else 0."""
-    try:
-        with open("/proc/self/status") as f:
-            return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        pass
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
     try:
         import resource
     except ImportError:

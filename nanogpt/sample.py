@@ -2,6 +2,7 @@
 
 import codecs
 import sys
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -55,6 +56,16 @@ def read_start(start):
         raise UserError(f"--start={start}: {e.strerror}") from None
 
 
+def known(text, tok, dist):
+    """The prompt, with accents composed or decomposed as the vocabulary has them; what it lacks is said."""
+    if getattr(tok, "unknown", None) is None:
+        return text
+    text = min((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))), key=tok.count_unknown)
+    if tok.count_unknown(text):
+        dist.say(f"--start: {tok.about_unknown(text)}; the model sees its token for unknown characters there")
+    return text
+
+
 def encode(text, tok, model, dist):
     """The prompt's ids (1, T), its end where it is longer than the context. UserError where it cannot be encoded."""
     try:
@@ -75,7 +86,7 @@ def sample(cfg, dist):
     text = read_start(cfg.start)
     model, tok = load(cfg, dist)
     model.to(dist.device).eval()
-    idx = encode(text, tok, model, dist)
+    idx = encode(known(text, tok, dist), tok, model, dist)
     if cfg.compile == "auto":
         cfg.compile = False
         dist.say("compile: False, because a few texts are written sooner than a model is compiled (--compile)")

@@ -90,6 +90,10 @@ class CharTokenizer:
         reserved = {} if self.unknown is None else {"unknown": self.unknown, "separated": self.eot is not None}
         return {"type": "char", "chars": self.chars} | reserved
 
+    def count_unknown(self, text):
+        """How many characters of `text` are not in the vocabulary."""
+        return sum(c not in self.ids for c in text)
+
     def about_unknown(self, text):
         """One line about the characters of `text` that are not in the vocabulary, or None."""
         unknown = list(dict.fromkeys(c for c in text if c not in self.ids))
