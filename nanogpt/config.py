@@ -141,6 +141,7 @@ class PrepareConfig:
     ARGUMENTS: ClassVar = "SOURCE"
 
     dataset: str = setting("", "the dataset's name: it is written to data/NAME/", group="Dataset")
+    root: str = setting("data", "the folder that holds the datasets")
     tokenizer: str = setting(
         "char", "char, byte, gpt2, or bpe:N, a vocabulary of N tokens trained on the text, such as bpe:4096"
     )

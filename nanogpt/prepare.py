@@ -35,11 +35,12 @@ FEW = 4 * BLOCK  # bytes of text that this process encodes itself, sooner than o
 MEGABYTE = 10**6
 FIRST, EACH = 110, 90  # megabytes that the first process and each worker take, at most
 LIBRARIES = 250  # and what the libraries for Parquet and the hub take
-TOKENS_PER_BYTE = {"char": 1.0, "byte": 1.0, "gpt2": 0.3, "bpe": 0.35}  # roughly, to see whether the disk has room
+TOKENS = {"char": 1.0, "byte": 1.0, "gpt2": 0.3, "bpe": 0.35}  # for each byte of text, roughly
+LEAST_TOKENS = {"char": 0.25, "byte": 1.0, "gpt2": 0.2, "bpe": 0.2}  # and at least, as to the room on the disk
 
 
-def main(argv, root="data"):
-    """`nanogpt prepare`, given its arguments. `root`: the folder that holds the datasets."""
+def main(argv):
+    """`nanogpt prepare`, given its arguments."""
     cfg = config.load(PrepareConfig, argv, "nanogpt prepare")
     missing = []
     if not cfg.arguments:
@@ -52,7 +53,7 @@ def main(argv, root="data"):
         missing.append(f"--tokenizer={cfg.tokenizer}: {e}")
     if missing:
         raise UserError(*missing)
-    prepare(cfg, Path(root) / cfg.dataset)
+    prepare(cfg, Path(cfg.root) / cfg.dataset)
 
 
 @dataclass
@@ -121,9 +122,17 @@ class Work:
             write_durably(self.folder / "state.json", json.dumps(asdict(state)).encode())
         self.last = time.monotonic()
 
-    def remove(self):
-        """Leave no trace, but of an earlier dataset."""
+    def has_state(self):
+        """Whether an earlier run left something to go on from."""
+        return (self.folder / "state.json").exists()
+
+    def release(self):
+        """Let another process in."""
         self.lock.close()
+
+    def remove(self):
+        """Leave no trace, but of the dataset, new or old."""
+        self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             for folder in reversed(self.made):
@@ -172,13 +181,13 @@ def stoppable(folder):
 
 
 def prepare(cfg, folder):
-    """The whole preparation. UserError leaves no trace, but where the same command can go on."""
+    """The whole preparation. What cannot be prepared leaves no trace; what was only stopped can go on."""
     began = time.monotonic()
     with stoppable(folder):
         check_packages(cfg)
         found, notes = sources.find(cfg.arguments, folder, folder / ".prepare" / "input.txt")
         work = Work(folder)
-        pool = None
+        pool, keep = None, work.has_state()
         try:
             plan = make_plan(cfg, found, work)
             state, line = work.load(plan)
@@ -186,6 +195,7 @@ def prepare(cfg, folder):
                 print(note, flush=True)
             check_disk(cfg, found, state, folder)
             pool = Pool(choose_workers(cfg, found))
+            keep = False
             if state.stage == "tokenizer":
                 make_tokenizer(cfg, found, state, work, pool)
                 work.save(state)
@@ -195,16 +205,16 @@ def prepare(cfg, folder):
                 arrange(cfg, found, state, work)
             pool.close()
             publish(state, work)
-            peak = peak_memory() + max(pool.peak, work.peak)
         except (Stopped, CannotWrite, config.RunFailed):
-            work.lock.close()
+            work.release()
             raise
         except UserError:
-            work.remove()
+            work.release() if keep else work.remove()
             raise
         finally:
             if pool:
                 pool.kill()
+        peak = peak_memory() + max(pool.peak, work.peak)
         work.remove()
         report(cfg, state, folder, peak, time.monotonic() - began)
 
@@ -262,20 +272,17 @@ def is_one_text(found):
     return len(found) == 1 and found[0].kind == "text"
 
 
-def check_disk(cfg, found, state, folder, characters=None):
+def check_disk(cfg, found, state, folder, tokens=None):
     """Raise UserError where the disk has clearly too little room for what is still to be written."""
     kind, size = tokenizer.named(cfg.tokenizer)
-    text = sum(s.text_size() for s in found)
+    tokens = tokens or sum(s.text_size() for s in found) * LEAST_TOKENS[kind]
     width = 4 if size and size > 2**16 else 2
-    tokens = characters or text * TOKENS_PER_BYTE[kind]
-    copies = 1 if is_one_text(found) else 2  # shuffling needs room for another
+    copies = 1 if is_one_text(found) else 2  # one more, out of which documents are drawn
     needed = int(tokens * width * copies) - sum(state.sizes)
     free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: needs about {megabytes(needed)} of disk, and {megabytes(free)} are free"
-            + (" (a larger vocabulary makes fewer tokens: --tokenizer=gpt2)" if kind in ("char", "byte") else "")
-        )
+    if needed > free and state.stage != "publish":
+        hint = "; --tokenizer=gpt2 or bpe:8192 makes fewer tokens" if kind in ("char", "byte") else ""
+        raise UserError(f"{folder}: takes about {megabytes(needed)} of disk, and {megabytes(free)} are free{hint}")
 
 
 def megabytes(n):
@@ -325,7 +332,7 @@ def make_tokenizer(cfg, found, state, work, pool):
     state.counts = [0] * tok.vocab_size
     check_disk(cfg, found, state, work.target, characters)
     width = 2 if tok.vocab_size <= 2**16 else 4
-    expected = sum(s.text_size() for s in found) * TOKENS_PER_BYTE[kind] * width
+    expected = sum(s.text_size() for s in found) * TOKENS[kind] * width
     if any(s.kind == "hf" for s in found):
         expected = math.inf  # nobody knows
     share = cfg.memory * MEGABYTE / 8
@@ -416,13 +423,22 @@ def read(cfg, found, state, work, pool, task, cut):
 def encode(cfg, found, state, work, pool):
     """Turn all text into ids, in buckets, and note now and then what has been done."""
     tok = tokenizer.from_json(state.tokenizer)
-    separate = not is_one_text(found)
+    separate, told = not is_one_text(found), []
+
+    def cut(data):
+        if not (place := tok.cut(data)) and not told:
+            told.append(
+                "a stretch of 1 MB without a space or a change of script is cut in two, which may change its tokens"
+            )
+            print(told[0], flush=True)
+        return place
+
     pool.setup(**worker_settings(cfg, state.tokenizer, separate))
     with writing_to(work.target):
         buckets = open_buckets(state, work)
     counts = np.array(state.counts, dtype=np.int64)
     with contextlib.closing(buckets):
-        for block, about, (ids, fragments, sparse) in read(cfg, found, state, work, pool, "encode", tok.cut):
+        for block, about, (ids, fragments, sparse) in read(cfg, found, state, work, pool, "encode", cut):
             fragments = name_documents(fragments, state.key)
             with writing_to(work.target):
                 buckets.add(ids, fragments)
@@ -602,7 +618,11 @@ def report(cfg, state, folder, peak, seconds):
             "longer contexts: --tokenizer=gpt2 (English) or bpe:8192 (any language) make a third or a quarter as many tokens"
         )
     about = dict(name=folder.name, vocab_size=tok.vocab_size, train_tokens=tokens["train"], val_tokens=tokens["val"])
-    about |= dict(memory=cfg.memory * MEGABYTE - peak_memory(), trial=cfg.trial)
+    advise(**about, memory=cfg.memory * MEGABYTE - peak_memory(), trial=cfg.trial)
+
+
+def advise(**about):
+    """Have advice.py say how to train on the dataset."""
     sys.stdout.flush()
     with contextlib.suppress(KeyboardInterrupt):  # the dataset is there
         run_module("advice", stdin=subprocess.PIPE).communicate(json.dumps(about).encode())

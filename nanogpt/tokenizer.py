@@ -319,7 +319,7 @@ def last_character(data):
     for place in range(len(data) - 1, max(len(data) - 5, 0), -1):
         if data[place] & 0xC0 != 0x80:
             return place
-    return max(len(data) - 1, 0)  # four bytes that go on and none that begins: no UTF-8
+    return len(data) - 1 if len(data) > 4 else 0  # four bytes that go on and none that begins: no UTF-8
 
 
 # A word of GPT-2's pattern ends where a visible character stands before white space: no alternative goes on from
