@@ -166,12 +166,12 @@ def describe(path):
     if inner in (".tar", ".tgz", ".zip"):
         raise UserError(f"{path}: is an archive of files; unpack it and give the folder")
     try:
-        with open(path, "rb") as f:
-            about = os.fstat(f.fileno())
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise UserError(f"{path}: is no regular file; a - in its place reads standard input")
+        open(path, "rb").close()
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
-    if not stat.S_ISREG(about.st_mode):
-        raise UserError(f"{path}: is no regular file; a - in its place reads standard input")
     if about.st_size == 0:
         raise UserError(f"{path}: is empty")
     return Source(str(path), str(path), KINDS.get(inner, "text"), packing, about.st_size, about.st_mtime_ns)
@@ -486,20 +486,20 @@ def read_block(kind, parts, data, field, replace):
     return documents, problems
 
 
-def read_text(raw, source, offset, replace, problems):
-    """The text of raw bytes; what is wrong with them goes to `problems`."""
+def read_text(raw, source, offset, replace, problems, line=None):
+    """The text of raw bytes; what is wrong with them goes to `problems`, with its line or its offset."""
     zero = raw.find(b"\0")
     if zero >= 0:
         utf16 = offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         what = "; it looks like UTF-16: iconv -f UTF-16 -t UTF-8 converts it" if utf16 else ""
-        problems.note(source, "binary", offset + zero, what)
+        problems.note(source, "binary", line or offset + zero, what)
         return ""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
         text = raw.decode("utf-8", "replace")
         count = text.count("\ufffd") - raw.count("\ufffd".encode())
-        problems.note(source, "utf8", offset + e.start, f"0x{raw[e.start]:02x}", count)
+        problems.note(source, "utf8", line or offset + e.start, f"0x{raw[e.start]:02x}", count)
         return text if replace else ""
 
 
@@ -512,7 +512,7 @@ def read_lines(raw, source, line, field, replace, documents, problems):
         try:
             found = json.loads(row)
         except UnicodeDecodeError:
-            if (text := read_text(row, source, line, replace, problems)) == "":
+            if (text := read_text(row, source, 1, replace, problems, line)) == "":
                 continue
             try:
                 found = json.loads(text)
