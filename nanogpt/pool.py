@@ -148,7 +148,7 @@ class Pool:
     def setup(self, **settings):
         """Give all workers their settings; see Worker."""
         for process in self.workers:
-            send(process.stdin, settings)
+            self.give(process, settings)
         if not self.workers:
             self.local = Worker(settings)
 
@@ -163,14 +163,18 @@ class Pool:
             process = self.workers[number % len(self.workers)]
             if len(waiting) == AHEAD * len(self.workers):
                 yield self.take(*waiting.popleft())
-            try:
-                send(process.stdin, [task(), block.kind, block.parts], block.data)
-            except OSError:
-                raise died(process) from None
+            self.give(process, [task(), block.kind, block.parts], block.data)
             block.data = b""
             waiting.append((process, block))
         while waiting:
             yield self.take(*waiting.popleft())
+
+    def give(self, process, header, data=b""):
+        """Send a worker a message."""
+        try:
+            send(process.stdin, header, data)
+        except OSError:
+            raise died(process) from None
 
     def take(self, process, block):
         """Wait for the result of a block."""

@@ -206,12 +206,13 @@ def prepare(cfg, folder):
             pool.close()
             publish(state, work)
         except (Stopped, CannotWrite, config.RunFailed):
-            work.release()
-            raise
+            raise  # the same command goes on
         except UserError:
-            work.release() if keep else work.remove()
+            if not keep:
+                work.remove()
             raise
         finally:
+            work.release()
             if pool:
                 pool.kill()
         peak = peak_memory() + max(pool.peak, work.peak)
@@ -331,14 +332,19 @@ def make_tokenizer(cfg, found, state, work, pool):
     state.tokenizer = tok.to_json()
     state.counts = [0] * tok.vocab_size
     check_disk(cfg, found, state, work.target, characters)
-    width = 2 if tok.vocab_size <= 2**16 else 4
-    expected = sum(s.text_size() for s in found) * TOKENS[kind] * width
-    if any(s.kind == "hf" for s in found):
-        expected = math.inf  # nobody knows
-    share = cfg.memory * MEGABYTE / 8
-    state.bits = min(shuffle.MAX_BITS, math.ceil(math.log2(max(1.0, expected / share)))) if expected < math.inf else 4
-    state.bits = 0 if is_one_text(found) else state.bits
+    state.bits = choose_bits(cfg, found, tok.vocab_size)
     state.stage = "encode"
+
+
+def choose_bits(cfg, found, vocab_size):
+    """Of the number of buckets: each is to be small beside the memory."""
+    if is_one_text(found):
+        return 0
+    if any(s.kind == "hf" for s in found):
+        return 4  # nobody knows how much it is
+    width = 2 if vocab_size <= 2**16 else 4
+    expected = sum(s.text_size() for s in found) * TOKENS[tokenizer.named(cfg.tokenizer)[0]] * width
+    return min(shuffle.MAX_BITS, max(0, math.ceil(math.log2(expected / (cfg.memory * MEGABYTE / 8)))))
 
 
 def survey(cfg, found, work, pool, separate):

@@ -21,15 +21,13 @@ class Buckets:
     """2**bits pairs of files in `folder`: the ids of documents, and their FRAGMENTs."""
 
     def __init__(self, folder, bits, dtype, sizes=None):
-        """Open them, new, or cut to the `sizes` that a commit has noted."""
+        """Open them, new, or cut to the `sizes` that were noted. ValueError or OSError where they have lost something."""
         self.folder, self.bits, self.dtype = Path(folder), bits, np.dtype(dtype)
-        self.files = []
-        for i, size in enumerate(sizes or [0] * (2 << bits)):
-            path = self.path(i // 2, ("ids", "index")[i % 2])
-            f = open(path, "r+b" if sizes else "w+b", buffering=2**17)
-            self.files.append(f)
-            if f.seek(0, os.SEEK_END) < size:
-                raise ValueError(f"{path} has lost what was in it")
+        paths = [self.path(i // 2, ("ids", "index")[i % 2]) for i in range(2 << bits)]
+        if sizes and any(os.path.getsize(path) < size for path, size in zip(paths, sizes, strict=True)):
+            raise ValueError("the buckets have lost something")
+        self.files = [open(path, "r+b" if sizes else "w+b", buffering=2**17) for path in paths]
+        for f, size in zip(self.files, sizes or [0] * len(paths), strict=True):
             f.truncate(size)
             f.seek(size)
 
