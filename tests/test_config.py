@@ -22,6 +22,7 @@ TRAIN_DEFAULTS = dict(
     eval_only=False,
     always_save_checkpoint=True,
     keep_checkpoints=2,
+    patience=0,
     init_from="scratch",
     wandb_log=False,
     wandb_project="owt",
