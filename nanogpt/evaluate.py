@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from nanogpt.distributed import largest_divisor
+
 
 @contextmanager
 def evaluating(model):
@@ -20,18 +22,20 @@ def evaluating(model):
         model.train(was_training)
 
 
-def losses(model, batches, cfg, dist, stop=lambda: False):
+def losses(model, batches, cfg, dist, stop=lambda: False, most=None):
     """Mean loss over the first `eval_iters` batches of each stream: {'train': nats, 'val': nats}.
 
     Always the same batches, so that evaluations compare. Each process takes every world_size-th batch. A split
     with no more windows than that is read once, whole: the loss is then `exact`, and costs less than the estimate.
-    `stop` is asked before each batch; where it answers True, None is returned.
+    `stop` is asked before each batch; where it answers True, None is returned. At most `most` sequences are worked
+    on at a time.
     """
     result = {}
+    size = largest_divisor(cfg.batch_size, most or cfg.batch_size)
     with evaluating(model):
         for split, stream in batches.items():
             if stream.epoch_windows <= cfg.eval_iters * cfg.batch_size:
-                whole = exact(model, stream.dataset, cfg, dist, None, stop, f"{split} loss")
+                whole = exact(model, stream.dataset, cfg, dist, None, stop, most, f"{split} loss")
                 if whole is None:
                     return None
                 result[split] = whole["loss"]
@@ -43,21 +47,23 @@ def losses(model, batches, cfg, dist, stop=lambda: False):
                 i = first + dist.rank
                 if i >= cfg.eval_iters:
                     break
-                x, y = stream.get(i * cfg.batch_size, cfg.batch_size)
-                with dist.autocast():
-                    total += model(x, y)[1]
-            result[split] = dist.sum([total.item()])[0] / cfg.eval_iters
+                for window in range(i * cfg.batch_size, (i + 1) * cfg.batch_size, size):
+                    x, y = stream.get(window, size)
+                    with dist.autocast():
+                        total += model(x, y)[1]
+            result[split] = dist.sum([total.item()])[0] / (cfg.eval_iters * (cfg.batch_size // size))
     return result
 
 
-def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False, what="exact val loss"):
+def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False, most=None, what="exact val loss"):
     """The loss over all of a split, each token predicted once, from windows laid end to end.
 
     `token_bytes`: the UTF-8 length of each token id, or None. Returns a dict: `loss` (nats a token), `tokens`,
     `perplexity`, and with token_bytes `bits_per_byte`. No randomness: the same to the last digit every time.
-    `stop` is asked before each batch; where it answers True, None is returned. `what` names the progress bar.
+    `stop` is asked before each batch; where it answers True, None is returned. At most `most` sequences are
+    worked on at a time. `what` names the progress bar.
     """
-    T, B, n = cfg.block_size, cfg.batch_size, len(dataset.tokens)
+    T, B, n = cfg.block_size, min(cfg.batch_size, most or cfg.batch_size), len(dataset.tokens)
     nats = count = n_bytes = 0
     starts = np.arange(0, n - 1, T)
     rounds = range(0, len(starts), dist.world_size * B)  # in each, every process takes a batch

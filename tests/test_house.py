@@ -17,7 +17,7 @@ LAYERS = [
     {"__init__", "config"},
     {"legacy"},
     {"model", "schedule", "data", "tokenizer", "distributed", "shakespeare"},
-    {"signals", "health"},
+    {"signals", "health", "memory"},
     {"optim", "generate", "evaluate", "metrics", "checkpoint"},
     {"export"},
     {"start"},
