@@ -46,6 +46,8 @@ def setting(default, help, kind=None, *, low=None, above=None, high=None, choice
 class TrainConfig:
     """Settings of `train.py`."""
 
+    auto_batch = False  # whether batch_size was `auto`; its number then says how many sequences an iteration has
+
     out_dir: str = setting("out", "folder for checkpoints, metrics.jsonl and the picture of the losses", group="Run")
     eval_interval: int = setting(2000, "evaluate (and save) every so many iterations", low=1)
     log_interval: int = setting(1, "print a line every so many iterations", low=1)
@@ -64,7 +66,12 @@ class TrainConfig:
     wandb_run_name: str = setting("gpt2", "its run name")
     dataset: str = setting("openwebtext", "a folder in data/ with train.bin, val.bin and meta.json", group="Data")
     gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
-    batch_size: int = setting(12, "sequences in a micro-batch", low=1)
+    batch_size: int | str = setting(
+        12,
+        "sequences in a micro-batch; auto: as many as fit the memory, and in an iteration as many as without",
+        auto=True,
+        low=1,
+    )
     block_size: int = setting(1024, "context length, in tokens", low=1)
     sampling: str = setting(
         "epochs",
@@ -309,7 +316,7 @@ def load(cls, argv, prog, inherit=None):
     result's `sources` maps each setting that is not at its default to where its value came from. `--help`
     prints and exits with 0. Raises UserError with every problem found, not the first alone.
     """
-    values, sources, problems, failed, names = {}, {}, [], set(), {}
+    values, sources, problems, failed, names, autos = {}, {}, [], set(), {}, {}
     known = {f.name: f for f in fields(cls)}
 
     def assign(source, shown, name, value):
@@ -318,10 +325,16 @@ def load(cls, argv, prog, inherit=None):
             problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
             return
         try:
-            values[name], sources[name] = convert(value, known[name].metadata), source
+            value = convert(value, known[name].metadata)
         except ValueError as e:
             problems.append(f"{shown}: expected {e}")
             failed.add(name)
+            return
+        autos.pop(name, None)
+        if (name, value) == ("batch_size", "auto"):
+            autos[name] = source  # the number below it stays
+        else:
+            values[name], sources[name] = value, source
 
     arguments = [a for a in argv if not a.startswith("-") or (a == "-" and hasattr(cls, "ARGUMENTS"))]
     flags = [a for a in argv if a not in arguments and a not in ("-h", "--help")]
@@ -336,16 +349,17 @@ def load(cls, argv, prog, inherit=None):
             example = "True" if known[name].metadata["kind"] is bool else "VALUE"
             problems.append(f"{flag}: a setting is written --{name}={example}, with an equals sign and no spaces")
     cfg = cls(**values)
+    asked = dict(autos)  # a run that goes on has no say in that
     if inherit and not problems:
         inherited, source = inherit(cfg)
         for name, value in inherited.items():
             if name in known and (name not in sources or (name, values[name]) == ("seed", "auto")):
                 assign(source, f"{source}: {name} = {value!r}", name, value)
         cfg = cls(**values)
-    cfg.sources, cfg.arguments = sources, arguments
+    cfg.sources, cfg.auto_batch, cfg.arguments = sources | asked, bool(asked), arguments
     for names, why in cfg.problems():
         if not failed & set(names):
-            name, where = names[0], sources.get(names[0], "default")
+            name, where = names[0], cfg.sources.get(names[0], "default")
             shown = where if where.startswith("-") else f"{where}: {name} = {getattr(cfg, name)!r}"
             problems.append(f"{shown}: {why}")
     if problems:

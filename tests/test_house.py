@@ -17,7 +17,7 @@ LAYERS = [
     {"__init__", "config"},
     {"legacy", "words"},
     {"model", "schedule", "data", "tokenizer", "distributed", "shakespeare", "sources"},
-    {"signals", "health", "pool"},
+    {"signals", "health", "pool", "memory"},
     {"shuffle"},
     {"optim", "generate", "quantize", "evaluate", "metrics", "checkpoint"},
     {"export"},
