@@ -17,6 +17,7 @@ COMMANDS = {  # name: (module, what it does)
     "bench": ("nanogpt.bench", "measure where the time of an iteration goes, for any config"),
     "sample": ("nanogpt.sample", "write text with a trained GPT"),
     "talk": ("nanogpt.talk", "play with a trained GPT in the terminal"),
+    "serve": ("nanogpt.serve", "let programs and browsers write with a trained GPT"),
     "eval": ("nanogpt.eval", "tell how well a trained GPT predicts a text"),
 }
 

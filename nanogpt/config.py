@@ -7,6 +7,7 @@ import ast
 import difflib
 import math
 import operator
+import re
 import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -305,6 +306,41 @@ NOT_A_NAME = "must be the name of a folder in data/, not a path"
 def is_name(dataset):
     """Whether this can be the name of a folder in data/, and of nothing outside it."""
     return dataset not in ("", "..") and dataset == Path(dataset).name and "\0" not in dataset
+
+
+@dataclass
+class ServeConfig:
+    """Settings of `nanogpt serve`."""
+
+    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
+    out_dir: str = setting("out", "folder that a training run wrote")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all that this machine has", group="Server")
+    port: int = setting(8000, "0 takes a free one", low=0, high=65535)
+    api_key_file: str = setting(
+        "", "file with the key that clients must send; NANOGPT_API_KEY in the environment does the same"
+    )
+    allow_origin: str = setting(
+        "", "web pages of this origin may use the server too, such as https://example.org, or *"
+    )
+    max_batch: int = setting(16, "texts that are written at the same time", low=1, group="Limits")
+    max_requests: int = setting(64, "requests at a time, waiting ones included; more are turned away", low=1)
+    max_n: int = setting(8, "texts of one request, all its prompts together", low=1)
+    max_tokens: int = setting(4096, "tokens of one text", low=1)
+    max_prompt: int = setting(16384, "characters of a prompt, and tokens", low=1)
+    max_body: int = setting(2**18, "bytes of a request", low=1024)
+    max_seconds: float = setting(300.0, "time for one request, waiting included", above=0.0)
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True, group="System")
+    dtype: str = setting("auto", "of the weights and products", choices=DTYPES, auto=True)
+    int8: bool | str = setting(
+        "auto", "weights of a byte each, on CPUs; auto: where a large model writes faster so", bool, auto=True
+    )
+
+    def problems(self):
+        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        if self.allow_origin not in ("", "*") and not re.fullmatch(r"https?://[^/\s?#]+", self.allow_origin):
+            yield ("allow_origin",), "must be an origin such as https://example.org, without a path, or *"
+        if self.int8 is True and self.dtype not in ("auto", "float32"):
+            yield ("int8", "dtype"), f"works in float32 beside it, and dtype is {self.dtype}"
 
 
 def load(cls, argv, prog, inherit=None):

@@ -20,7 +20,8 @@ LAYERS = [
     {"signals", "health", "pool", "memory"},
     {"shuffle"},
     {"optim", "generate", "quantize", "evaluate", "metrics", "checkpoint"},
-    {"export"},
+    {"export", "batching"},
+    {"completions"},
     {"start", "trained", "advice"},
 ]
 # Allowed all the same inside a function: GPT.generate and GPT.from_pretrained.

@@ -1,0 +1,244 @@
+"""Many requests, one model: a thread that continues all texts together, token by token.
+
+    handlers (asyncio)                 the thread
+    Batcher.submit(jobs)    ->         they wait for free rows; their prompts are read piece by piece
+    Outbox.take()           <-         after each step, what the step has added to each text
+
+A text joins the batch and leaves it between steps, whatever the others do. Knows no HTTP.
+"""
+
+import asyncio
+import threading
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nanogpt.generate import Token
+from nanogpt.tokenizer import Stream
+
+
+class Part(NamedTuple):
+    """What a step has added to a text."""
+
+    index: int  # by which the request knows the text
+    text: str  # what can be shown now
+    token: Token | None  # None where it only ends the text
+    start: int  # where in the text the token begins
+    finish: str | None  # "stop" or "length" where the text ends here
+
+
+class Outbox:
+    """What has been made for a request and not yet been fetched. It holds no more than the texts' max_tokens."""
+
+    def __init__(self):
+        self.loop = asyncio.get_running_loop()
+        self.parts = deque()
+        self.ready = asyncio.Event()
+        self.awaited = False  # whether somebody waits for `ready`
+
+    def put(self, part):
+        """Add a Part, or an exception, and wake who waits for it. For the thread."""
+        self.parts.append(part)
+        if self.awaited:
+            self.awaited = False
+            try:
+                self.loop.call_soon_threadsafe(self.ready.set)
+            except RuntimeError:
+                pass  # the loop has ended, and nobody waits any more
+
+    async def take(self, deadline):
+        """All parts since the last call, one at least; an exception among them is raised when it is the next one.
+
+        TimeoutError from the time.monotonic() of `deadline` on.
+        """
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        while not self.parts:
+            self.ready.clear()
+            self.awaited = True
+            if self.parts:  # they came just before `awaited` was set
+                break
+            try:
+                await asyncio.wait_for(self.ready.wait(), deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                raise TimeoutError from None
+        taken = []
+        while self.parts and isinstance(self.parts[0], Part):
+            taken.append(self.parts.popleft())
+        if not taken:
+            raise self.parts[0]
+        return taken
+
+
+@dataclass(eq=False)
+class Job:
+    """One prompt and the texts that continue it, which share the reading of the prompt."""
+
+    ids: list  # of the prompt
+    options: object  # generate.Options, with the seed of the first text; each next one's is one more
+    stops: list
+    indices: range  # by which the outbox knows the texts
+    outbox: Outbox
+    cancelled: bool = False
+
+
+@dataclass
+class Writing:
+    """A text in the batch."""
+
+    job: Job
+    index: int
+    stream: Stream
+    shown: int = 0  # characters
+
+
+@dataclass
+class Figures:
+    """What has happened so far."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    steps: int = 0
+    failures: int = 0
+
+
+class Stopping(Exception):
+    """The server ends before the text does."""
+
+
+class Failed(Exception):
+    """The model could not be run."""
+
+
+@dataclass(eq=False)
+class Batcher:
+    """The thread and its batch. Jobs wait for their turn, first come, first served."""
+
+    make_engine: object  # a function that returns a generate.Engine
+    tok: object
+    figures: Figures = field(default_factory=Figures)
+
+    def __post_init__(self):
+        self.waiting, self.running = deque(), {}  # Jobs; {generate.Row: Writing}
+        self.condition = threading.Condition()  # for `waiting` and `stopping`
+        self.stopping = False
+        self.engine = self.make_engine()
+        self.thread = threading.Thread(target=self._run, name="batch", daemon=True)
+        self.thread.start()
+
+    # called by the handlers
+
+    def submit(self, jobs):
+        """Have the jobs of a request done. Raises Stopping when it is too late."""
+        with self.condition:
+            if self.stopping:
+                raise Stopping
+            self.waiting.extend(jobs)
+            self.condition.notify()
+
+    def cancel(self, jobs):
+        """Leave the jobs as they are; their rows are free after the step that is under way."""
+        with self.condition:
+            for job in jobs:
+                job.cancelled = True
+                if job in self.waiting:
+                    self.waiting.remove(job)
+
+    def stop(self):
+        """End all texts, and the thread."""
+        with self.condition:
+            self.stopping = True
+            self.condition.notify()
+
+    # the thread
+
+    def _run(self):
+        try:
+            while self._wait():
+                try:
+                    self._advance()
+                except Exception:  # of any kind, such as a GPU out of memory; the next one may have better luck
+                    traceback.print_exc()
+                    self.figures.failures += 1
+                    self._end_running(Failed())
+                    self.engine = None  # before there is another: it may be the memory that is short
+                    self.engine = self.make_engine()
+        finally:
+            self._end_all()
+
+    def _advance(self):
+        """Let go who is gone, let in who is next, and give every text a token."""
+        for row in [row for row, writing in self.running.items() if writing.job.cancelled]:
+            self.engine.remove(row)
+            del self.running[row]
+        while job := self._next():
+            self._begin(job)  # which costs nothing yet: the engine reads a piece of the prompts in each step
+        if self.running:
+            self._step()
+
+    def _wait(self):
+        """Return when there is something to do; False when the thread is to end."""
+        with self.condition:
+            while not (self.waiting or self.running or self.stopping):
+                self.condition.wait()
+            return not self.stopping
+
+    def _next(self):
+        """The job that has waited longest, if there is room for all its texts."""
+        with self.condition:
+            if self.waiting and len(self.waiting[0].indices) <= self.engine.free:
+                return self.waiting.popleft()
+
+    def _begin(self, job):
+        """Take a job's texts into the batch."""
+        try:
+            rows = self.engine.add(job.ids, job.options, len(job.indices))
+        except Exception:
+            job.outbox.put(Failed())
+            raise
+        for row, index in zip(rows, job.indices, strict=True):
+            self.running[row] = Writing(job, index, Stream(self.tok, job.stops))
+        self.figures.prompt_tokens += len(job.ids)
+
+    def _step(self):
+        """A token for every text whose prompt has been read."""
+        tokens = self.engine.step()
+        self.figures.steps += 1
+        self.figures.tokens += len(tokens)
+        for token in tokens:
+            self._take(token)
+
+    def _take(self, token):
+        """Put what a token adds to its text into the outbox."""
+        row, finish, writing = token.row, token.finish, self.running[token.row]
+        stream, start = writing.stream, writing.shown + len(writing.stream.held)
+        if finish == "stop":  # a token that ends the text is no part of it
+            token, text = None, stream.flush()
+        else:
+            text = stream.push(token.id)
+            if stream.stopped:
+                finish = "stop"
+                self.engine.remove(row)
+            elif finish:
+                text += stream.flush()
+        writing.shown += len(text)
+        if finish:
+            del self.running[row]
+        writing.job.outbox.put(Part(writing.index, text, token, start, finish))
+
+    def _end_running(self, error):
+        """Tell those whose texts are in the batch that they are lost."""
+        outboxes = {writing.job.outbox for writing in self.running.values()}
+        self.running = {}
+        for outbox in outboxes:
+            outbox.put(error)
+
+    def _end_all(self):
+        """The thread ends: tell everybody, those who wait too."""
+        with self.condition:
+            self.stopping, waiting, self.waiting = True, self.waiting, deque()
+        self._end_running(Stopping())
+        for job in waiting:
+            job.outbox.put(Stopping())

@@ -1,0 +1,582 @@
+"""A trained model for programs and browsers: OpenAI's completions interface over HTTP, and a page to play on.
+
+This file is the way from a connection to the batch and back: who is let in, what is refused, how text leaves.
+What a request may say is in completions.py, how texts are continued together in batching.py, the page in page.html.
+"""
+
+import asyncio
+import base64
+import errno
+import hashlib
+import hmac
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import time
+from bisect import bisect_left
+from collections import Counter
+from functools import cached_property, partial
+from pathlib import Path
+
+from nanogpt import batching, config, distributed, metrics, quantize, trained
+from nanogpt.completions import Answer, ApiError, Choice, read_ask
+from nanogpt.config import GPT2_NAMES, ServeConfig, UserError
+from nanogpt.generate import Engine, Options
+from nanogpt.signals import Stopped
+from nanogpt.tokenizer import check_id
+
+PAGE = Path(__file__).with_name("page.html")
+KEY = "NANOGPT_API_KEY"  # the environment variable
+OPEN = ("/", "/health")  # what needs no key
+PATHS = (*OPEN, "/metrics", "/losses", "/v1/models", "/v1/completions")
+GONE = 499  # counted where the client went away before an answer, as nginx does
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STOPPING = "the server is stopping"
+
+CHUNK = 256  # tokens of prompts that are read in one step, at most: the other texts wait that long for their next token
+
+# Seconds.
+PAUSE = 0.015  # between two parts of a stream: what comes meanwhile leaves together, at a fraction of the cost
+BODY_TIME = 10  # for a request's body to arrive
+IDLE_TIME = 15  # for a connection without a request
+STALL_TIME = 10  # for a client to read the last of its answer
+GRACE_TIME = 5  # for the texts that are being written when the server is to end
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the histograms
+
+
+def main(argv):
+    """`nanogpt serve`, given its arguments."""
+    cfg = config.load(ServeConfig, argv, "nanogpt serve")
+    for package in ("fastapi", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'nanogpt serve needs {package}: pip install -e ".[serve]" brings it')
+    key = read_key(cfg)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stopped)
+    with listen(cfg) as sock, distributed.setup(cfg) as dist:  # a port in use is known before a model is loaded
+        serve(cfg, sock, key, dist)
+
+
+def stopped(signum, frame):
+    """What a signal does, at once while the model is loaded, and otherwise when the server has ended."""
+    raise Stopped(f"{signal.Signals(signum).name}: stopped", signum)
+
+
+def read_key(cfg):
+    """The API key that clients must send, or None. Never an argument, which everybody on a machine can read."""
+    source, key = KEY, os.environ.get(KEY)
+    if cfg.api_key_file:
+        source = f"--api_key_file={cfg.api_key_file}"
+        try:
+            key = Path(cfg.api_key_file).read_text(encoding="utf-8")
+        except (OSError, ValueError) as e:
+            raise UserError(f"{source}: cannot be read ({getattr(e, 'strerror', None) or 'it is not text'})") from None
+    if key is None:
+        return None
+    if not re.fullmatch(r"[!-~]+", key.strip()):
+        raise UserError(f"{source}: expected one word of ASCII characters")
+    return key.strip()
+
+
+def listen(cfg):
+    """A socket that listens where `cfg` says. UserError where that cannot be."""
+    where = f"--host={cfg.host}"
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(cfg.host or None, cfg.port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, UnicodeError) as e:
+        code = getattr(e, "errno", None)
+        if code == errno.EADDRINUSE:
+            where, why = f"--port={cfg.port}", "another program listens there; --port=0 takes a free one"
+        elif code == errno.EACCES:
+            where, why = f"--port={cfg.port}", "not allowed; ports from 1024 on are"
+        else:
+            why = f"not an address of this machine ({getattr(e, 'strerror', None) or e})"
+        raise UserError(f"{where}: {why}") from None
+
+
+def serve(cfg, sock, key, dist):
+    """Load the model and serve it until a signal ends that."""
+    found = trained.load(cfg, dist)
+    server = Server(cfg, key, found, dist)
+    host, port = sock.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if host not in LOOPBACK and key is None:
+        dist.say(f"no key: whoever can reach {address} can use the model (--api_key_file)")
+    dist.say(f"serving {server.name} at {address} (Ctrl-C stops)")
+    try:
+        run(server, sock)
+    finally:
+        server.batcher.stop()
+        server.batcher.thread.join(timeout=10)
+
+
+def run_folder(cfg):
+    """Where the model came from, unless it was from elsewhere."""
+    return Path(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
+
+
+def run(server, sock):
+    """Run uvicorn until a signal comes; then let those that are being answered finish, but not for long."""
+    import uvicorn
+
+    class Uvicorn(uvicorn.Server):
+        async def main_loop(self):
+            closing = asyncio.create_task(close_idle(self.server_state.connections))
+            await super().main_loop()
+            closing.cancel()
+
+        async def shutdown(self, sockets=None):
+            if server.open:
+                again = "; once more stops at once"
+                server.dist.say(f"stopping: {server.open} answers may take another {GRACE_TIME} s to finish{again}")
+            asyncio.get_running_loop().call_later(GRACE_TIME, server.batcher.stop)
+            await super().shutdown(sockets)
+
+    settings = dict(loop="asyncio", http="h11", ws="none", lifespan="off", proxy_headers=False)
+    silent = dict(log_config=None, log_level="error", access_log=False, server_header=False)
+    grace = dict(timeout_keep_alive=IDLE_TIME, timeout_graceful_shutdown=GRACE_TIME + 5)
+    Uvicorn(uvicorn.Config(make_app(server), **settings, **silent, **grace)).run([sock])
+
+
+async def close_idle(connections):
+    """Close connections on which nothing is asked: uvicorn waits forever for headers that come a byte at a time."""
+    idle = {}  # {connection: since when}
+    while True:
+        await asyncio.sleep(1)
+        now = time.monotonic()
+        busy = {c for c in connections if c.cycle and not c.cycle.response_complete and not c.transport.is_closing()}
+        idle = {c: idle.get(c, now) for c in connections if c not in busy}
+        for connection, since in idle.items():
+            if now - since > IDLE_TIME:
+                connection.transport.abort()
+
+
+class Server:
+    """What is served, and what all requests share."""
+
+    def __init__(self, cfg, key, found, dist):
+        self.cfg, self.key, self.dist, self.tok = cfg, key, dist, found.tokenizer
+        self.name = cfg.init_from if cfg.init_from in GPT2_NAMES else run_folder(cfg).resolve().name
+        self.created = int(time.time())
+        shape = found.model.config
+        self.info = dict(context=shape.block_size, vocab_size=self.tok.vocab_size, parameters=found.model.num_params())
+        model = quantize.made_ready(found.model, cfg, dist)
+        make_engine = partial(Engine, model, cfg.max_batch, self.tok.vocab_size, chunk=CHUNK)
+        self.batcher = batching.Batcher(make_engine, self.tok)
+        self.open = 0  # completions that are being answered
+        self.requests = Counter()  # {(path, status): how many}
+        self.times = {"first_token": Histogram(), "completion": Histogram()}
+
+    @property
+    def model_body(self):
+        """The model in OpenAI's shape, and what the page wants to know."""
+        shape = dict(id=self.name, object="model", created=self.created, owned_by="nanogpt")
+        limits = dict(max_tokens=self.cfg.max_tokens, max_n=self.cfg.max_n, max_prompt=self.cfg.max_prompt)
+        return shape | self.info | limits
+
+    @cached_property
+    def losses(self):
+        """The run's curve for the page: {"train": [[step, loss], ...], "val": ...}; empty where there is none."""
+        try:
+            records = metrics.read_metrics(run_folder(self.cfg) / "metrics.jsonl")
+        except OSError:
+            records = []
+        curves = {"train": "loss", "val": "val_loss"}
+        found = {
+            k: [[r["step"], round(r[v], 4)] for r in records if isinstance(r.get(v), float)] for k, v in curves.items()
+        }
+        return {k: thinned(points) for k, points in found.items()}
+
+    def check_model(self, name):
+        """Raise ApiError where another model is asked for."""
+        if name not in ("", self.name):
+            message = f"there is no model {name[:80]!r}; this server has {self.name!r}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+
+def thinned(points, most=500):
+    """At most so many of the points, evenly spread, the last one among them."""
+    step = -(-len(points) // most)
+    return points[::-1][:: step or 1][::-1]
+
+
+# -- who is let in, and what every answer carries
+
+
+class Guard:
+    """Around all the rest: checks the host and the key, adds the headers, counts."""
+
+    def __init__(self, app, server):
+        self.app, self.server = app, server
+        self.headers = [(name.encode(), value.encode()) for name, value in security_headers().items()]
+
+    async def __call__(self, scope, receive, send):
+        headers, status = dict(scope["headers"]), GONE
+        shared = self.shared(headers)
+
+        async def reply(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *self.headers, *shared]
+            await send(message)
+
+        try:
+            if shared and scope["method"] == "OPTIONS":
+                await send_start(reply, 204, "text/plain")
+                await send_part(reply, b"", more=False)
+            else:
+                self.check(scope["path"], headers)
+                await self.app(scope, receive, reply)
+        except ApiError as e:
+            await send_error(reply, e)
+        finally:
+            path = scope["path"] if scope["path"] in PATHS else "other"
+            self.server.requests[path, status] += 1
+
+    def check(self, path, headers):
+        """Raise ApiError where the request must not go on."""
+        key = self.server.key
+        if key is None and self.server.cfg.host in LOOPBACK:
+            # A page elsewhere may let its own name point to this machine, and could then read what we answer.
+            host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).strip("[]").lower()
+            if host not in LOOPBACK:
+                raise ApiError(403, "without an API key, this server answers to localhost and 127.0.0.1 only")
+        if key is not None and path not in OPEN:
+            given = headers.get(b"authorization", b"")
+            if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+                why = "wrong API key" if given else "this server wants an API key, as Authorization: Bearer KEY"
+                raise ApiError(401, why, code="invalid_api_key")
+
+    def shared(self, headers):
+        """The headers that let a page of another origin ask and read, where that is allowed."""
+        allowed, origin = self.server.cfg.allow_origin.encode(), headers.get(b"origin")
+        if origin is None or allowed not in (b"*", origin):
+            return []
+        asked = headers.get(b"access-control-request-headers", b"authorization, content-type")
+        return [
+            (b"access-control-allow-origin", allowed),
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-headers", asked),
+            (b"vary", b"origin"),
+        ]
+
+
+def security_headers():
+    """Every answer's: a browser runs the page's own script and no other, and shows the page in no other page."""
+    digests = {"script": [], "style": []}
+    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", PAGE.read_text(encoding="utf-8"), re.S):
+        digest = base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()
+        digests[tag].append(f"'sha256-{digest}'")
+    policy = [
+        "default-src 'none'",
+        "script-src " + " ".join(digests["script"]),
+        "style-src " + " ".join(digests["style"]),
+        "connect-src 'self'",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+    return {
+        "content-security-policy": "; ".join(policy),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-resource-policy": "same-origin",
+        "cache-control": "no-store",
+    }
+
+
+# -- what is answered
+
+
+def make_app(server):
+    """The paths, as an ASGI application."""
+    from fastapi import FastAPI
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+    from starlette.exceptions import HTTPException
+    from starlette.routing import Route
+
+    app = FastAPI(openapi_url=None)  # and so without its pages of documentation, whose scripts lie elsewhere
+    page = PAGE.read_text(encoding="utf-8")
+
+    @app.get("/", response_class=HTMLResponse)
+    async def index():
+        return page
+
+    @app.get("/health")
+    async def health():
+        if not server.batcher.thread.is_alive():
+            raise ApiError(503, "the model cannot be run any more")
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def prometheus():
+        return PlainTextResponse(metrics_text(server), media_type="text/plain; version=0.0.4")
+
+    @app.get("/losses")
+    def losses():  # not async, because it reads a file
+        return server.losses
+
+    @app.get("/v1/models")
+    async def models():
+        return {"object": "list", "data": [server.model_body]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str):
+        server.check_model(name)
+        return server.model_body
+
+    app.router.routes.append(Route("/v1/completions", Completions(server), methods=["POST"]))
+
+    async def refuse(request, error):
+        if isinstance(error, HTTPException):
+            error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+        elif not isinstance(error, ApiError):
+            error = ApiError(500, "the server failed; what it printed says why")
+        return JSONResponse(error.body(), error.status, RETRY.get(error.status))
+
+    for kind in (ApiError, HTTPException, Exception):
+        app.add_exception_handler(kind, refuse)
+    return Guard(app, server)
+
+
+class Gone(Exception):
+    """The client went away."""
+
+
+class Completions:
+    """POST /v1/completions, from the request's first byte to the answer's last."""
+
+    def __init__(self, server):
+        self.server = server
+
+    async def __call__(self, scope, receive, send):
+        server, began = self.server, time.monotonic()
+        if server.open >= server.cfg.max_requests:
+            raise ApiError(429, f"{server.open} requests are being answered already; try again soon")
+        server.open += 1
+        try:
+            body = await asyncio.wait_for(self.body(scope, receive), BODY_TIME)
+            await self.answer(read_ask(body, server.cfg), began, receive, send)
+            server.times["completion"].note(time.monotonic() - began)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the request took longer than {BODY_TIME} s to arrive") from None
+        except Gone:
+            pass
+        finally:
+            server.open -= 1
+
+    async def body(self, scope, receive):
+        """The request's body. Raises ApiError where it is too large, before all of it is here."""
+        limit, headers = self.server.cfg.max_body, dict(scope["headers"])
+        if not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
+            raise ApiError(415, "expected the header Content-Type: application/json")  # a page elsewhere cannot send it
+        declared, body, more = headers.get(b"content-length", b"0"), b"", True
+        while more:
+            if len(body) > limit or int(declared) > limit:
+                raise ApiError(413, f"the request has more than {limit} bytes")
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Gone
+            body, more = body + message["body"], message["more_body"]
+        return body
+
+    async def answer(self, ask, began, receive, send):
+        """Have the texts written and send them, unless the client goes away or stops reading."""
+        reply = Reply(self.server, ask, began)
+        try:
+            self.server.batcher.submit(reply.jobs)
+        except batching.Stopping:
+            raise ApiError(503, STOPPING) from None
+        sending = asyncio.create_task(reply.stream(send) if ask.stream else reply.whole(send))
+        leaving = asyncio.create_task(disconnected(receive))
+        try:
+            time_left = reply.deadline + STALL_TIME - time.monotonic()
+            await asyncio.wait({sending, leaving}, timeout=time_left, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()  # or what it raised
+        finally:
+            self.server.batcher.cancel(reply.jobs)
+            for task in (sending, leaving):
+                task.cancel()
+
+
+async def disconnected(receive):
+    """Return when the client has gone away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Reply:
+    """The answer to one request while it is made."""
+
+    def __init__(self, server, ask, began):
+        self.server, self.ask, self.began = server, ask, began
+        self.deadline = began + server.cfg.max_seconds
+        server.check_model(ask.model)
+        self.outbox = batching.Outbox()
+        self.jobs = [self.job(number, prompt) for number, prompt in enumerate(ask.prompts)]
+        self.shape = Answer(ask, server.name, sum(len(job.ids) for job in self.jobs))
+        self.choices = []
+        for job in self.jobs:
+            prompt = server.tok.decode(job.ids) if ask.echo else ""
+            self.choices += [Choice(index, prompt, ask.logprobs is not None, server.tok) for index in job.indices]
+
+    def job(self, number, prompt):
+        """The batching.Job of prompt so-and-so. Raises ApiError where it is not in the model's vocabulary."""
+        ask, tok = self.ask, self.server.tok
+        try:
+            ids = tok.encode(prompt) if isinstance(prompt, str) else prompt
+            for id in ids:
+                check_id(id, tok.vocab_size)
+        except ValueError as e:
+            raise ApiError(400, f"prompt: {e}", "prompt") from None
+        if len(ids) > self.server.cfg.max_prompt:
+            raise ApiError(
+                400, f"prompt: has {len(ids)} tokens; at most {self.server.cfg.max_prompt} are taken", "prompt"
+            )
+        seed = int.from_bytes(os.urandom(7), "little") if ask.seed is None else ask.seed
+        ends = frozenset([tok.eot] if hasattr(tok, "eot") else [])  # the token that GPT-2 ends a text with
+        indices = range(number * ask.n, (number + 1) * ask.n)
+        settings = (ask.max_tokens, ask.temperature, ask.top_k, ask.top_p, ask.min_p, seed + indices[0])
+        return batching.Job(ids, Options(*settings, ends, ask.logprobs), ask.stop, indices, self.outbox)
+
+    async def parts(self):
+        """Yield {index of a choice: the parts that have come} until all have ended. Raises ApiError."""
+        unfinished, first = len(self.choices), True
+        while unfinished:
+            added = {}
+            for part in await self.take():
+                added.setdefault(part.index, []).append(part)
+                unfinished -= part.finish is not None
+            if first:
+                self.server.times["first_token"].note(time.monotonic() - self.began)
+                first = False
+            yield added
+
+    async def take(self):
+        try:
+            return await self.outbox.take(self.deadline)
+        except TimeoutError:
+            raise ApiError(408, f"the request took longer than {self.server.cfg.max_seconds:g} s") from None
+        except batching.Stopping:
+            raise ApiError(503, STOPPING) from None
+        except batching.Failed:
+            raise ApiError(500, "the model could not be run; what the server printed says why") from None
+
+    async def whole(self, send):
+        """Send it when all of it is there."""
+        parts = {choice.index: [] for choice in self.choices}
+        async for added in self.parts():
+            for index in added:
+                parts[index] += added[index]
+        choices = [choice.body(parts[choice.index]) for choice in self.choices]
+        await send_json(send, 200, self.shape.body(choices, self.tokens))
+
+    async def stream(self, send):
+        """Send it as it is made, as server-sent events; its status when the first token is there."""
+        began, last = False, []
+        try:
+            async for added in self.parts():
+                if not began:
+                    await send_start(send, 200, EVENTS)
+                    began = True
+                choices = [self.choices[index].body(parts) for index, parts in added.items()]
+                told = [self.shape.body([choice]) for choice in choices if choice["text"] or choice["finish_reason"]]
+                await send_part(send, b"".join(map(event, told)))
+                await asyncio.sleep(PAUSE)
+            if self.ask.include_usage:
+                last = [self.shape.body([], self.tokens)]
+        except ApiError as e:
+            if not began:
+                raise
+            last = [e.body()]
+        await send_part(send, b"".join(map(event, last)) + b"data: [DONE]\n\n", more=False)
+
+    @property
+    def tokens(self):
+        return sum(choice.tokens for choice in self.choices)
+
+
+# -- what ASGI wants to hear
+
+JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
+RETRY = {408: {"x-should-retry": "false"}, 429: {"retry-after": "1"}, 503: {"retry-after": "5"}}  # clients heed that
+
+
+def event(value):
+    """A server-sent event."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+async def send_start(send, status, kind, *headers):
+    headers = [("content-type", kind), *headers]
+    encoded = [(name.encode(), value.encode()) for name, value in headers]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
+
+
+async def send_part(send, body, more=True):
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def send_json(send, status, value):
+    body = json.dumps(value).encode()
+    await send_start(send, status, JSON, ("content-length", str(len(body))), *RETRY.get(status, {}).items())
+    await send_part(send, body, more=False)
+
+
+async def send_error(send, error):
+    await send_json(send, error.status, error.body())
+
+
+# -- figures, in Prometheus's text format
+
+
+class Histogram:
+    """How long something took, how often."""
+
+    def __init__(self):
+        self.counts, self.sum = [0] * (len(BUCKETS) + 1), 0.0
+
+    def note(self, seconds):
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+
+    def samples(self, name):
+        total = 0
+        for bound, count in zip([*BUCKETS, "+Inf"], self.counts, strict=True):
+            total += count
+            yield f'{name}_bucket{{le="{bound}"}}', total
+        yield f"{name}_sum", self.sum
+        yield f"{name}_count", total
+
+
+def metrics_text(server):
+    """Everything that is counted."""
+    batcher, figures = server.batcher, server.batcher.figures
+    requests = [(f'{{path="{path}",status="{status}"}}', n) for (path, status), n in sorted(server.requests.items())]
+    simple = [
+        ("requests_total", "counter", "Requests, by path and status; 499: the client went away.", requests),
+        ("prompt_tokens_total", "counter", "Tokens of the prompts that were read.", figures.prompt_tokens),
+        ("tokens_total", "counter", "Tokens that were written.", figures.tokens),
+        ("steps_total", "counter", "Steps of the model; each writes a token of every text.", figures.steps),
+        ("failures_total", "counter", "Steps that failed.", figures.failures),
+        ("texts", "gauge", "Texts that are being written.", len(batcher.running)),
+        ("texts_limit", "gauge", "Texts that can be written at the same time.", server.cfg.max_batch),
+        ("waiting", "gauge", "Prompts that wait for their turn.", len(batcher.waiting)),
+        ("completions", "gauge", "Completions that are being answered.", server.open),
+    ]
+    lines = []
+    for name, kind, help, value in simple:
+        lines += [f"# HELP nanogpt_{name} {help}", f"# TYPE nanogpt_{name} {kind}"]
+        values = value if isinstance(value, list) else [("", value)]
+        lines += [f"nanogpt_{name}{labels} {n}" for labels, n in values]
+    for name, help in (("first_token", "Until the first token was there."), ("completion", "Until all was answered.")):
+        lines += [f"# HELP nanogpt_{name}_seconds {help}", f"# TYPE nanogpt_{name}_seconds histogram"]
+        lines += [f"{sample} {value}" for sample, value in server.times[name].samples(f"nanogpt_{name}_seconds")]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,210 @@
+"""What a request may say and what is answered, without a server: whatever comes, an Ask or one clear ApiError."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from openai.types import Completion
+
+from nanogpt.batching import Part
+from nanogpt.completions import MAX_LOGPROBS, Answer, ApiError, Ask, Choice, read_ask
+from nanogpt.config import ServeConfig
+from nanogpt.generate import Token
+from nanogpt.tokenizer import CharTokenizer
+
+CFG = ServeConfig(max_tokens=100, max_n=4, max_prompt=50)
+
+
+def ask(**given):
+    return read_ask(json.dumps({"prompt": "a"} | given).encode(), CFG)
+
+
+def refused(body, cfg=CFG):
+    with pytest.raises(ApiError) as caught:
+        read_ask(body if isinstance(body, bytes) else json.dumps(body).encode(), cfg)
+    assert caught.value.status == 400 and "\n" not in caught.value.message and len(caught.value.message) < 500
+    return caught.value
+
+
+# What is asked
+
+
+def test_the_defaults_are_openais():
+    found = ask()
+    expected = (16, 1.0, 1.0, 1, None, None, False, False, [])
+    names = ("max_tokens", "temperature", "top_p", "n", "seed", "logprobs", "echo", "stream", "stop")
+    assert tuple(getattr(found, name) for name in names) == expected
+    assert (found.top_k, found.min_p, found.prompts) == (0, 0.0, ["a"])
+
+
+def test_null_is_as_good_as_absent():
+    assert ask(**dict.fromkeys(("max_tokens", "temperature", "n", "stop", "logprobs", "stream_options"))) == ask()
+
+
+@pytest.mark.parametrize(
+    "prompt, prompts",
+    [
+        ("ab", ["ab"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        (["a", [1]], ["a", [1]]),
+    ],
+)
+def test_the_shapes_of_a_prompt(prompt, prompts):
+    assert ask(prompt=prompt).prompts == prompts
+
+
+@pytest.mark.parametrize("stop, stops", [("x", ["x"]), (["x", "yz"], ["x", "yz"]), ([], [])])
+def test_the_shapes_of_stop(stop, stops):
+    assert ask(stop=stop).stop == stops
+
+
+@pytest.mark.parametrize(
+    "field, value, why",
+    [
+        ("max_tokens", 101, "expected an integer from 1 to 100, not 101"),
+        ("max_tokens", 0, "expected an integer from 1 to 100, not 0"),
+        ("max_tokens", True, "expected an integer from 1 to 100, not true"),
+        ("max_tokens", "7", 'expected an integer from 1 to 100, not "7"'),
+        ("n", 5, "expected an integer from 1 to 4, not 5"),
+        ("temperature", 2.1, "expected a number from 0.0 to 2.0, not 2.1"),
+        ("temperature", "hot", 'expected a number from 0.0 to 2.0, not "hot"'),
+        ("top_p", -0.1, "expected a number from 0.0 to 1.0, not -0.1"),
+        ("top_k", -1, "expected an integer from 0"),
+        ("seed", 1.5, "expected an integer from"),
+        ("seed", 2**63, "expected an integer from"),
+        ("logprobs", MAX_LOGPROBS + 1, f"expected an integer from 0 to {MAX_LOGPROBS}"),
+        ("stream", 1, "expected True or False, not 1"),
+        ("model", 5, "expected text, not 5"),
+        ("prompt", None, "is missing"),
+        ("prompt", "", "is empty"),
+        ("prompt", [], "expected 1 to 4 texts"),
+        ("prompt", [""], "is empty"),
+        ("prompt", [[]], "is empty"),
+        ("prompt", {}, "expected text, a list of token ids, or a list of such, not {}"),
+        ("prompt", [True], "expected text"),
+        ("prompt", [1, "a"], "expected text"),
+        ("prompt", [[1.5]], "expected text"),
+        ("prompt", ["a"] * 5, "expected 1 to 4 texts in a request, not 5 prompts x n 1"),
+        ("prompt", "a" * 51, "has 51 characters; at most 50 are taken"),
+        ("prompt", [1] * 51, "has 51 tokens; at most 50 are taken"),
+        ("prompt", "\ud800", "U+D800 is half of a character"),
+        ("stop", 5, "expected a text or up to 4 of them, not 5"),
+        ("stop", [""], "expected 1 to 256 characters, not 0"),
+        ("stop", ["a"] * 5, "expected a text or up to 4 of them"),
+        ("stop", "\udc00", "U+DC00 is half of a character"),
+        ("stream_options", {"include_usage": True}, "is allowed only with stream"),
+        ("logit_bias", {"5": 1}, "is not supported"),
+        ("frequency_penalty", 0.5, "is not supported"),
+        ("presence_penalty", 0.5, "is not supported"),
+        ("suffix", "b", "is not supported"),
+        ("best_of", 3, "is not supported, but for the value of n"),
+    ],
+)
+def test_what_cannot_be_is_named(field, value, why):
+    error = refused({"prompt": "a"} | {field: value})
+    assert error.message.startswith(f"{field}: {why}") and error.param == field
+    assert error.body()["error"] == dict(message=error.message, type="invalid_request_error", param=field, code=None)
+
+
+def test_all_problems_come_at_once():
+    error = refused(dict(prompt="", max_tokens=0, temprature=1))
+    assert [p.split(":")[0] for p in error.message.split("; ") if ":" in p] == ["max_tokens", '"temprature"', "prompt"]
+    assert "did you mean temperature?" in error.message
+
+
+def test_neutral_values_of_what_is_not_supported_are_taken():
+    ask(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, suffix="", best_of=1, user="somebody")
+    ask(n=3, best_of=3)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"[]",
+        b"5",
+        b'"a"',
+        b"null",
+        b'{"prompt": NaN}',
+        b'{"temperature": -Infinity}',
+        b"[" * 100_000,
+    ]
+    + [b'{"seed": ' + b"9" * 5000 + b"}", b'{"a": ' * 50_000],
+)
+def test_what_is_no_json_object_is_refused(body):
+    assert "JSON" in refused(body).message or "seed" in refused(body).message
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+names = st.sampled_from(
+    "model prompt max_tokens temperature top_p n seed stop stream logprobs echo stream_options x".split()
+)
+
+
+@given(st.one_of(st.binary(), st.dictionaries(names, values).map(lambda d: json.dumps(d).encode())))
+@example(b'{"prompt": "a", "stream": true, "stream_options": {"include_usage": 1}}')
+def test_any_body_gives_an_ask_or_one_clear_refusal(body):
+    try:
+        found = read_ask(body, CFG)
+    except ApiError as error:
+        assert error.status == 400 and error.message and json.dumps(error.body())
+    else:
+        assert isinstance(found, Ask) and 0 < len(found.prompts) * found.n <= 4 and found.max_tokens <= 100
+
+
+# What is answered
+
+
+def part(text, id=None, start=0, finish=None, logprob=-1.0, likeliest=()):
+    token = None if id is None else Token(None, id, logprob, likeliest, None)
+    return Part(0, text, token, start, finish)
+
+
+def test_a_choice_has_the_shape_that_the_client_expects():
+    choice = Choice(0, "", True, CharTokenizer("ab€"))
+    parts = [part("a", 0, 0, None, -0.5, ((0, -0.5), (1, -2.0))), part("€", 2, 1, "length", -torch.inf, ((0, -0.1),))]
+    body = Answer(ask(logprobs=1), "m", 3).body([choice.body(parts)], 2)
+    found = Completion.model_validate(json.loads(json.dumps(body, allow_nan=False)))
+    assert found.choices[0].text == "a€" and found.choices[0].finish_reason == "length"
+    logprobs = found.choices[0].logprobs
+    assert (logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset) == (["a", "€"], [-0.5, -9999.0], [0, 1])
+    assert logprobs.top_logprobs == [{"a": -0.5, "b": -2.0}, {"a": -0.1, "€": -9999.0}]
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (3, 2, 5)
+
+
+def test_a_prompt_that_is_echoed_comes_once_and_moves_the_offsets():
+    choice = Choice(0, "ab", True, CharTokenizer("ab"))
+    first, second = choice.body([part("a", 0, 0)]), choice.body([part("b", 1, 1)])
+    assert (first["text"], second["text"]) == ("aba", "b")
+    assert (first["logprobs"]["text_offset"], second["logprobs"]["text_offset"]) == ([2], [3])
+
+
+def test_a_token_is_reported_with_its_text_and_not_before():
+    choice = Choice(0, "", True, CharTokenizer("abc"))
+    held = choice.body([part("a", 0, 0), part("", 1, 1)])  # b may begin a stop string
+    assert held["logprobs"]["tokens"] == ["a"]
+    assert choice.body([part("bc", 2, 2)])["logprobs"] == dict(
+        tokens=["b", "c"], token_logprobs=[-1.0, -1.0], top_logprobs=[{"b": -1.0}, {"c": -1.0}], text_offset=[1, 2]
+    )
+    stopped = choice.body([part("", 1, 3), part("", 2, 4, "stop")])
+    assert stopped["logprobs"]["tokens"] == [] and choice.tokens == 5
+
+
+def test_a_token_that_is_no_whole_character_is_named_by_its_bytes():
+    class Halves:
+        def token_bytes(self, id):
+            return "€".encode()[id : id + 1]
+
+    choice = Choice(0, "", True, Halves())
+    found = choice.body([part("", 0), part("", 1), part("€", 2)])["logprobs"]
+    assert found["tokens"] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"] and found["text_offset"] == [0, 0, 0]

@@ -1,0 +1,234 @@
+"""The page in a real Chromium: a click, a stream, a stop, the colours, a phone's width, the keyboard, the dark."""
+
+import pytest
+from browser import CHROMIUM, DRIVER, Browser
+from serving import Served, write_run
+
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="needs Chromium and its driver: apt-get install chromium chromium-driver"
+)
+
+NAME = "out-<b>'&quot;"  # which is a model's name on the page
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("page")
+    write_run(place / NAME)
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    served = Served(place, f"--out_dir={NAME}")
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module", params=["wide", "narrow and dark"])
+def window(request):
+    browser = Browser() if request.param == "wide" else Browser(390, 844, dark=True)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def page(window, server):
+    """The page, freshly loaded; afterwards nothing may have been refused or gone wrong in it."""
+    window.log()
+    open_page(window, server)
+    yield window
+    assert window.log() == []
+    assert window.run("return document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+
+
+def open_page(window, server):
+    window.open(server.address + "/")
+    window.wait("document.querySelector('#facts').textContent || !document.querySelector('#problem').hidden")
+
+
+def choose(page, **values):
+    """Set sliders and fields as a person's hand would leave them."""
+    for id, value in values.items():
+        page.run(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'))",
+            id,
+            value,
+        )
+
+
+def state(page):
+    return page.run("return document.body.dataset.state")
+
+
+def shown(page, selector):
+    return page.run("return document.querySelector(arguments[0]).textContent", selector)
+
+
+def generate(page, prompt="abc", **values):
+    """Have a text written to its end, and return what is shown."""
+    choose(page, **{"seed": 5, "temperature": 1, "max_tokens": 60} | values)
+    page.run("document.getElementById('prompt').value = ''")
+    page.type("#prompt", prompt)
+    page.click("#go")
+    page.wait("document.body.dataset.state === 'done' || document.body.dataset.state === 'failed'")
+    return shown(page, "#text")
+
+
+def test_a_click_a_stream_a_stop(page, server):
+    choose(page, max_tokens=2000)
+    page.type("#prompt", "abc")
+    page.click("#go")
+    page.wait("tokens.length > 5")
+    page.click("#go")  # which says Stop now
+    page.wait("document.body.dataset.state !== 'writing'")
+    assert state(page) == "stopped" and 5 < page.run("return tokens.length") < 2000
+    assert "tokens" in shown(page, "#stats") and shown(page, "#go") == "Generate"
+    server.until("texts", 0)
+
+
+def test_the_text_is_the_models_whatever_it_looks_like(page, server):
+    text = server.text(seed=5, temperature=1, max_tokens=200)
+    assert "<" in text and "&" in text
+    assert generate(page, max_tokens=200) == "abc" + text
+    assert shown(page, "#name") == NAME
+    assert page.run("return document.querySelectorAll('#text *:not(span), #name *').length") == 0
+
+
+def test_a_prompt_that_looks_like_html_stays_a_text(page):
+    prompt = "<script>abc</script><i a=b>"
+    assert generate(page, prompt).startswith(prompt)
+    assert page.run("return document.querySelectorAll('#text script, #text i').length") == 0
+
+
+def test_colours_and_alternatives_under_the_pointer(page):
+    generate(page)
+    clear = "rgba(0, 0, 0, 0)"
+    colour = "return getComputedStyle(tokens.find(t => Math.exp(t.logprob) < 0.2).span).backgroundColor"
+    assert page.run(colour) == clear and page.run("return document.getElementById('more').hidden")
+    page.click(".switch")
+    assert page.run(colour) != clear
+    page.hover("#text .token:nth-of-type(4)")
+    page.wait("!document.getElementById('more').hidden")
+    rows = page.run("return [...document.querySelectorAll('#more li')].map(li => li.lastChild.textContent)")
+    assert len(rows) in (6, 7) and all(row.endswith(" %") for row in rows)
+    chosen = page.run("return document.querySelector('#more .chosen').firstChild.textContent")
+    assert chosen == page.run("return visible(tokens[2].name)")
+    box = page.run(
+        "const r = document.getElementById('more').getBoundingClientRect(); return [r.left, innerWidth - r.right, r.top]"
+    )
+    assert min(box) >= 0
+    page.click(".switch")
+    assert page.run(colour) == clear and page.run("return document.getElementById('more').hidden")
+
+
+def test_tokens_can_be_looked_at_with_the_keyboard_alone(page):
+    generate(page)
+    page.run("document.getElementById('colours').focus()")
+    page.press(" ", "Tab")
+    assert page.run("return document.activeElement.id") == "text"
+    page.press("Right", "Right", "Right", "Left")
+    assert page.run("return here") == 1
+    assert page.run("return visible(tokens[1].name)") in shown(page, "#said") and "instead" in shown(page, "#said")
+    page.press("Escape")
+    assert page.run("return document.getElementById('more').hidden")
+
+
+def test_writing_with_the_keyboard_alone(page):
+    page.run("document.getElementById('prompt').focus()")
+    page.press("a", "b")
+    page.send("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": [
+        {"type": "keyDown", "value": "\ue009"}, {"type": "keyDown", "value": "\ue007"},
+        {"type": "keyUp", "value": "\ue007"}, {"type": "keyUp", "value": "\ue009"}]}])  # fmt: skip
+    page.wait("tokens.length > 0")
+    assert shown(page, "#text .prompt") == "ab"
+    page.wait("document.body.dataset.state === 'done'")
+
+
+def test_escape_stops(page):
+    choose(page, max_tokens=2000)
+    page.type("#prompt", "abc")
+    page.click("#go")
+    page.wait("tokens.length > 5")
+    page.press("Escape")
+    page.wait("document.body.dataset.state === 'stopped'")
+
+
+def test_go_on_continues_the_text(page):
+    before = generate(page)
+    choose(page, seed=6)
+    page.click("#on")
+    page.wait("document.body.dataset.state === 'done' && tokens.length === 60")
+    assert shown(page, "#text .prompt") == before and len(shown(page, "#text")) > len(before)
+
+
+def test_what_the_server_refuses_is_shown_in_its_words(window, server):
+    open_page(window, server)
+    generate(window, prompt="abcX")
+    assert "'X' (U+0058)" in shown(window, "#problem") and state(window) == "failed"
+    assert window.run("return document.getElementById('problem').getAttribute('role')") == "alert"
+    generate(window)
+    assert window.run("return document.getElementById('problem').hidden")
+    window.log()  # the browser notes the 400
+
+
+def test_the_runs_curve_is_drawn_and_told(page):
+    page.wait("!document.getElementById('curve').hidden")
+    said = page.run("return document.querySelector('#curve svg').getAttribute('aria-label')")
+    assert said == "Validation loss 3.10 at iteration 0, 2.1000 at best, at iteration 20"
+
+
+def test_everything_has_a_name_and_comes_from_here(page, server):
+    unnamed = "return [...document.querySelectorAll('input, textarea')].filter(e => !e.labels.length).length"
+    assert page.run(unnamed) == 0
+    loaded = page.run("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert loaded and all(url.startswith(server.address) for url in loaded)
+
+
+# The contrast of two colours: WCAG 2, "relative luminance" and "contrast ratio". What lies behind may be transparent.
+CONTRAST = """
+const numbers = c => c.match(/[\\d.]+/g).map(Number);
+const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+const behind = e => { let layers = []; for (; e; e = e.parentElement) { layers.push(getComputedStyle(e).backgroundColor); }
+  return layers.reverse().reduce((under, c) => {
+    const parts = numbers(c), [r, g, b] = c.startsWith('color') ? parts.map(v => v * 255) : parts, a = parts[3] ?? 1;
+    return [r, g, b].map((v, i) => a * v + (1 - a) * under[i]); }, [255, 255, 255]); };
+return [...document.querySelectorAll(arguments[0])].filter(e => e.offsetParent && e.textContent.trim()).map(e => {
+  const a = light(numbers(getComputedStyle(e).color)), b = light(behind(e));
+  return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), e.textContent.slice(0, 20)]; });
+"""
+
+
+def test_all_text_can_be_read(page):
+    generate(page)
+    page.click(".switch")
+    page.hover("#text .token:nth-of-type(4)")
+    page.wait("!document.getElementById('more').hidden")
+    found = page.run(
+        CONTRAST, "h1, h2, p, label, button, output, summary, #text .token, #text .prompt, #more span, #legend span"
+    )
+    assert len(found) > 60
+    assert min(found)[0] >= 4.5, min(found)
+
+
+def test_a_locked_server_asks_for_the_key(window, place):
+    served = Served(place, f"--out_dir={NAME}", name="log-locked", env={"NANOGPT_API_KEY": "sesame"})
+    try:
+        open_page(window, served)
+        assert not window.run("return document.getElementById('key').hidden")
+        window.type("#secret", "wrong\ue007")
+        window.wait("document.getElementById('problem').textContent === 'wrong API key'")
+        window.run("document.getElementById('secret').value = ''")
+        window.type("#secret", "sesame\ue007")
+        window.wait("document.getElementById('facts').textContent")
+        assert window.run("return document.getElementById('key').hidden")
+        assert len(generate(window)) > 60
+        window.run("sessionStorage.clear()")
+    finally:
+        served.close()
+    generate_again = "document.getElementById('go').click()"  # and then the server is gone
+    window.run(generate_again)
+    window.wait("document.body.dataset.state === 'failed'")
+    assert "cannot be reached" in shown(window, "#problem")
+    window.log()

@@ -1,0 +1,568 @@
+"""`nanogpt serve` as its clients meet it: a real process, the real OpenAI client, and clients that misbehave."""
+
+import json
+import re
+import signal
+import socket
+import threading
+import time
+
+import openai
+import pytest
+from serving import CHARS, Served, write_run
+
+FOREVER = 4000  # tokens: more than are written while a test looks
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a run in out-tiny/."""
+    place = tmp_path_factory.mktemp("served")
+    write_run(place / "out-tiny")
+    return place
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    """A server with room for 8 texts, which all tests here may use at once."""
+    served = Served(
+        place, "--out_dir=out-tiny", "--max_batch=8", "--max_requests=12", "--max_prompt=1000", "--max_body=4096"
+    )
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def another(place):
+    """another("--max_seconds=1") starts a server for one test alone."""
+    started = []
+
+    def another(*args, **kwargs):
+        started.append(
+            Served(place, "--out_dir=out-tiny", *args, name=f"log-{len(started)}-{time.monotonic_ns()}", **kwargs)
+        )
+        return started[-1]
+
+    yield another
+    for served in started:
+        served.close()
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def ask(client, **options):
+    return client.completions.create(**dict(model="out-tiny", prompt="abc", max_tokens=30, temperature=0) | options)
+
+
+# The OpenAI client
+
+
+def test_the_openai_client_lists_the_model(client):
+    (model,) = client.models.list().data
+    assert (model.id, model.object, model.owned_by) == ("out-tiny", "model", "nanogpt")
+    assert client.models.retrieve("out-tiny").id == "out-tiny"
+
+
+def test_the_openai_client_completes(client):
+    found = ask(client)
+    (choice,) = found.choices
+    assert len(choice.text) == 30 and set(choice.text) <= set(CHARS)
+    assert (choice.finish_reason, choice.index, choice.logprobs, found.model) == ("length", 0, None, "out-tiny")
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (3, 30, 33)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}, {"n": 3, "temperature": 1.0, "seed": 5}])
+def test_a_stream_has_the_text_of_the_whole(client, options):
+    whole = ask(client, **options)
+    texts, reasons, usages = [""] * len(whole.choices), {}, []
+    for part in ask(client, stream=True, stream_options={"include_usage": True}, **options):
+        usages += [part.usage] if part.usage else []
+        for choice in part.choices:
+            texts[choice.index] += choice.text
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    assert texts == [choice.text for choice in whole.choices]
+    assert reasons == dict.fromkeys(range(len(texts)), "length")
+    assert [u.model_dump() for u in usages] == [whole.usage.model_dump()]
+
+
+def test_a_seed_gives_the_same_text_again_and_each_choice_its_own(client):
+    three = [c.text for c in ask(client, temperature=1, seed=7, n=3).choices]
+    assert len(set(three)) == 3
+    assert three[1] == ask(client, temperature=1, seed=8).choices[0].text
+    assert ask(client, temperature=1).choices[0].text != ask(client, temperature=1).choices[0].text
+
+
+def test_several_prompts_are_answered_in_order(client):
+    found = ask(client, prompt=["abc", [1, 2, 3]], n=2)
+    assert [c.index for c in found.choices] == [0, 1, 2, 3]
+    assert found.choices[0].text == found.choices[1].text == ask(client).choices[0].text
+    assert found.choices[2].text == ask(client, prompt=[1, 2, 3]).choices[0].text
+
+
+def test_what_is_asked_for_beyond_openais_reaches_the_model(client):
+    greedy = ask(client).choices[0].text
+    assert ask(client, temperature=1, extra_body={"top_k": 1}).choices[0].text == greedy
+    assert ask(client, temperature=1, extra_body={"min_p": 1.0}).choices[0].text == greedy
+    assert ask(client, temperature=1, top_p=0.0).choices[0].text == greedy
+
+
+def test_logprobs_name_each_token_and_its_alternatives(client):
+    choice = ask(client, logprobs=4).choices[0]
+    found = choice.logprobs
+    assert "".join(found.tokens) == choice.text and found.text_offset == list(range(30))
+    for token, logprob, top in zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True):
+        assert len(top) == 4 and max(top.values()) == top[token] == logprob <= 0  # greedy
+    parts = [c.logprobs for part in ask(client, logprobs=4, stream=True) for c in part.choices if c.logprobs]
+    assert [t for p in parts for t in p.tokens] == found.tokens
+    assert [o for p in parts for o in p.text_offset] == found.text_offset
+
+
+def test_a_stop_string_is_cut_off_wherever_tokens_end(client):
+    text = ask(client, temperature=1, seed=3).choices[0].text
+    stop = text[10:13]
+    for stream in (False, True):
+        found = ask(client, temperature=1, seed=3, stop=["nowhere", stop], stream=stream)
+        parts = list(found) if stream else [found]
+        choices = [c for part in parts for c in part.choices]
+        assert "".join(c.text for c in choices) == text[: text.index(stop)]
+        assert choices[-1].finish_reason == "stop"
+
+
+def test_echo_puts_the_prompt_before_the_text(client):
+    text = ask(client).choices[0].text
+    assert ask(client, echo=True).choices[0].text == "abc" + text
+    assert "".join(c.text for part in ask(client, echo=True, stream=True) for c in part.choices) == "abc" + text
+
+
+def test_the_client_raises_its_own_errors(client):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-4'; this server has 'out-tiny'"):
+        ask(client, model="gpt-4")
+    with pytest.raises(openai.BadRequestError, match=r"max_tokens: expected an integer from 1 to 4096") as caught:
+        ask(client, max_tokens=10**6)
+    assert caught.value.param == "max_tokens"
+
+
+def test_a_model_is_no_path(client):
+    for path in ("../out-tiny", "/etc/passwd", "out-tiny/checkpoints"):
+        with pytest.raises(openai.NotFoundError):
+            ask(client, model=path)
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(path)
+
+
+# Together and alone
+
+
+def test_texts_that_are_written_together_are_what_each_would_be_alone(server):
+    asked = [
+        dict(prompt="abcdefg"[: 1 + i % 7], temperature=i % 3 / 2, seed=i, max_tokens=20 + 3 * i) for i in range(12)
+    ]
+    alone = [server.text(**body) for body in asked]
+    together = [None] * len(asked)
+
+    def one(i):
+        together[i] = server.text(**asked[i])
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_requests_share_the_steps_of_the_model(another):
+    server = another("--max_batch=4")
+    before = server.metric("steps_total")
+    server.complete(max_tokens=50, n=4)
+    assert server.metric("tokens_total") == 200
+    assert server.metric("steps_total") - before < 60
+
+
+def test_a_request_joins_while_another_is_written(server):
+    with server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True)) as slow:
+        assert slow.recv(1000)
+        assert len(server.text(max_tokens=5)) == 5
+        assert server.metric("texts") == 1
+    server.until("texts", 0)
+
+
+def test_text_leaves_as_it_is_made(server):
+    with server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True)) as sock:
+        assert b"data: " in sock.recv(2000) + sock.recv(2000)
+        assert server.metric("completions") == 1  # it is not finished
+    server.until("texts", 0)
+
+
+# Limits
+
+
+def test_a_body_that_is_too_large_is_refused(server):
+    assert server.refused({"prompt": "a" * 5000})[0] == 413
+    status, error = server.refused({"prompt": "a" * 1001})
+    assert (status, error["param"]) == (400, "prompt")
+
+
+def test_a_body_without_an_end_is_refused_before_it_ends(server):
+    with socket.create_connection((server.host, server.port), timeout=60) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        for _ in range(5):
+            sock.sendall(b"400\r\n" + b"a" * 1024 + b"\r\n")
+        assert sock.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"prompt": NaN}', b"[" * 4000])
+def test_a_malformed_body_is_refused(server, body):
+    assert server.refused(body, Content_Type="application/json")[0] == 400
+
+
+def test_a_form_from_a_page_elsewhere_is_refused(server):
+    assert server.refused(b'{"prompt": "a"}', Content_Type="text/plain")[0] == 415
+
+
+@pytest.mark.parametrize(
+    "method, path, status",
+    [("GET", "/v1/completions", 405), ("POST", "/", 405), ("GET", "/nope", 404), ("GET", "/v1/models/x", 404)]
+    + [("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/../page.html", 404), ("GET", "/%2e%2e/x", 404)],
+)
+def test_other_paths_and_methods_are_refused_in_the_same_shape(server, method, path, status):
+    assert server.refused(None, path, method)[0] == status
+
+
+def test_characters_that_the_model_does_not_know_are_named(server):
+    status, error = server.refused({"prompt": "abcX"})
+    assert status == 400 and "'X' (U+0058)" in error["message"] and error["param"] == "prompt"
+    assert "token id 99 lies outside" in server.refused({"prompt": [99]})[1]["message"]
+
+
+def test_a_prompt_longer_than_the_context_is_read_from_its_end(server):
+    assert server.text(prompt="abc" * 300) == server.text(prompt=("abc" * 300)[-16:])
+
+
+def test_more_requests_than_there_is_room_for_are_turned_away(another):
+    server = another("--max_batch=2", "--max_requests=3")
+    socks = [server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True)) for _ in range(3)]
+    server.until("completions", 3)
+    server.until("texts", 2)
+    assert server.metric("waiting") == 1
+    status, headers, body = server.ask("POST", "/v1/completions", {"prompt": "a"})
+    assert (status, headers["Retry-After"]) == (429, "1") and json.loads(body)["error"]["type"] == "rate_limit_error"
+    socks.pop(0).close()  # who waits takes the place, and there is room to wait again
+    server.until("completions", 2)
+    server.until("texts", 2)
+    for sock in socks:
+        sock.close()
+    server.until("completions", 0)
+    assert len(server.text(max_tokens=5)) == 5
+
+
+def test_a_request_that_takes_too_long_is_ended(another):
+    server = another("--max_batch=1", "--max_seconds=1", "--max_tokens=1000000")
+    status, error = server.refused({"prompt": "a", "max_tokens": 1000000})
+    assert (status, error["type"]) == (408, "timeout_error") and "1 s" in error["message"]
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="unused", max_retries=0) as client:
+        text = ""
+        with pytest.raises(openai.APIError, match="took longer than 1 s"):
+            for part in ask(client, max_tokens=1000000, stream=True):
+                text += part.choices[0].text
+    assert text
+    server.until("texts", 0)
+
+
+# Clients that go away, or do not read
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_its_place(server, stream):
+    socks = [server.connect(dict(prompt="a", max_tokens=FOREVER, stream=stream)) for _ in range(4)]
+    server.until("texts", 4)
+    for sock in socks:
+        sock.close()
+    server.until("texts", 0)
+    server.until("completions", 0)
+    assert server.metric("tokens_total") < 4 * FOREVER
+
+
+def test_a_client_that_goes_away_while_it_waits_frees_its_place(another):
+    server = another("--max_batch=1")
+    with server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True)):
+        server.until("texts", 1)
+        waiting = server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True))
+        server.until("waiting", 1)
+        waiting.close()
+        server.until("waiting", 0)
+        assert server.metric("texts") == 1
+
+
+def test_a_client_that_does_not_read_holds_up_nobody(server):
+    body = dict(prompt="a", max_tokens=FOREVER, stream=True, logprobs=20, n=4)  # more than buffers on the way take
+    with server.connect(body, receive_buffer=2048):
+        assert len(server.text(max_tokens=50)) == 50
+        server.until("texts", 0, timeout=120)  # its text is finished though it reads nothing
+        assert server.metric("completions") == 1
+    server.until("completions", 0)
+
+
+def test_headers_that_never_end_are_not_waited_for(another):
+    server = another(before=impatient)
+    with socket.create_connection((server.host, server.port), timeout=60) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: local")
+        assert sock.recv(100) == b""
+    with socket.create_connection((server.host, server.port), timeout=60) as sock:
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+        )
+        assert sock.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def impatient():
+    """Before the server starts, in its process: seconds are short."""
+    import nanogpt.serve
+
+    nanogpt.serve.IDLE_TIME = nanogpt.serve.BODY_TIME = 0.5
+
+
+def test_what_is_no_http_does_not_harm(server):
+    for raw in (
+        b"\x16\x03\x01\x02\x00\x01",
+        b"GET\r\n\r\n",
+        b"\0" * 5000,
+        b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+    ):
+        with socket.create_connection((server.host, server.port), timeout=60) as sock:
+            sock.sendall(raw)
+            assert sock.recv(100).startswith(b"HTTP/1.1 400 ") or sock.recv(100) == b""
+    assert len(server.text(max_tokens=5)) == 5
+
+
+# Keys, hosts, origins
+
+KEY = "a-very-secret-key"
+
+
+@pytest.fixture(scope="module")
+def locked(place):
+    """A server with a key, from a file."""
+    (place / "key.txt").write_text(KEY + "\n")
+    served = Served(
+        place, "--out_dir=out-tiny", "--api_key_file=key.txt", "--allow_origin=https://example.org", name="log-locked"
+    )
+    yield served
+    served.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/metrics", "/losses", "/nope"])
+@pytest.mark.parametrize(
+    "given", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer é"}]
+)
+def test_without_the_key_nothing_is_told(locked, path, given):
+    status, error = locked.refused(None, path, "GET", **given)
+    assert (status, error["code"], error["type"]) == (401, "invalid_api_key", "authentication_error")
+
+
+def test_with_the_key_all_is_told(locked):
+    with openai.OpenAI(base_url=f"{locked.address}/v1", api_key=KEY, max_retries=0) as client:
+        assert len(ask(client).choices[0].text) == 30
+    with openai.OpenAI(base_url=f"{locked.address}/v1", api_key="wrong", max_retries=0) as client:
+        with pytest.raises(openai.AuthenticationError):
+            ask(client)
+    assert locked.ask("GET", "/metrics", Authorization=f"Bearer {KEY}")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/health"])
+def test_the_page_and_the_health_need_no_key(locked, path):
+    assert locked.ask("GET", path)[0] == 200
+
+
+def test_the_key_is_never_printed(locked):
+    assert KEY not in locked.door.printed
+
+
+def test_a_key_from_the_environment(another):
+    server = another(env={"NANOGPT_API_KEY": KEY})
+    assert server.ask("GET", "/v1/models")[0] == 401
+    assert server.ask("GET", "/v1/models", Authorization=f"Bearer {KEY}")[0] == 200
+
+
+def test_a_name_of_somebody_elses_for_this_machine_is_refused(server, locked):
+    assert server.refused(None, "/v1/models", "GET", Host="evil.example:80")[0] == 403
+    for host in ("localhost", "127.0.0.1:1", "[::1]:8000", "LOCALHOST"):
+        assert server.ask("GET", "/v1/models", Host=host)[0] == 200
+    assert locked.ask("GET", "/health", Host="model.example.org")[0] == 200  # the key keeps strangers out
+
+
+def test_pages_elsewhere_may_ask_only_where_that_is_allowed(server, locked):
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    for origin, allowed in (("https://example.org", True), ("https://example.com", False)):
+        status, headers, _ = locked.ask("OPTIONS", "/v1/completions", Origin=origin, **preflight)
+        assert (status == 204) == (headers["Access-Control-Allow-Origin"] == origin) == allowed
+        assert (headers["Access-Control-Allow-Headers"] == "authorization,content-type") == allowed
+        headers = locked.ask("GET", "/health", Origin=origin)[1]
+        assert (headers["Access-Control-Allow-Origin"] == origin) == allowed
+        headers = server.ask("GET", "/health", Origin=origin)[1]
+        assert headers["Access-Control-Allow-Origin"] is None
+
+
+def test_every_answer_tells_browsers_to_trust_nothing(server):
+    for path in ("/", "/health", "/nope", "/v1/models"):
+        headers = server.ask("GET", path)[1]
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
+
+
+# What is watched
+
+
+def test_health_and_metrics(server):
+    assert json.loads(server.ask("GET", "/health")[2]) == {"status": "ok"}
+    server.complete(max_tokens=5)
+    server.ask("GET", "/some/path")
+    status, headers, body = server.ask("GET", "/metrics")
+    assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    for line in body.decode().splitlines():
+        assert re.fullmatch(
+            r'# (HELP|TYPE) nanogpt_\w+ .+|nanogpt_\w+(\{\w+="[^"]*"(,\w+="\d+")?\})? [\d.e+-]+', line
+        ), line
+    assert server.metric('requests_total{path="/v1/completions",status="200"}') >= 1
+    assert server.metric('requests_total{path="other",status="404"}') >= 1
+    assert server.metric('completion_seconds_bucket{le="+Inf"}') == server.metric("completion_seconds_count") >= 1
+    assert server.metric("failures_total") == 0
+
+
+def test_the_runs_curve_is_told(server):
+    curves = json.loads(server.ask("GET", "/losses")[2])
+    assert curves["val"] == [[s, 3.1 - s / 20] for s in range(0, 21, 5)] and len(curves["train"]) == 21
+
+
+# When the model fails, and when the server ends
+
+
+def broken():
+    """Before the server starts, in its process: the model cannot take the token 1 when there are others."""
+    from nanogpt import generate
+
+    step = generate.Engine.step
+
+    def fail(self):
+        if any(row.ids[0] == 1 for row in self.rows):
+            raise RuntimeError("out of memory")
+        return step(self)
+
+    generate.Engine.step = fail
+
+
+def test_a_failure_of_the_model_is_told_and_survived(another):
+    server = another(before=broken)
+    text = server.text(prompt=[2, 3])
+    with server.connect(dict(prompt=[2], max_tokens=FOREVER, stream=True)) as bystander:
+        bystander.recv(1000)
+        assert server.refused({"prompt": [1, 2]})[0] == 500
+        while chunk := bystander.recv(65536):
+            last = chunk
+            if b"[DONE]" in chunk:
+                break
+        assert b'"error"' in last
+    assert server.text(prompt=[2, 3]) == text
+    assert server.metric("failures_total") == 1 and "out of memory" in server.door.printed
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_when_nothing_is_asked(another, signum, code):
+    server = another()
+    server.door.send(signum)
+    assert server.door.end() == code
+    assert server.door.printed.splitlines()[-1] == f"{signum.name}: stopped" and "Traceback" not in server.door.printed
+
+
+def test_who_is_nearly_done_may_finish_and_nobody_else_is_let_in(another):
+    server = another("--max_tokens=100000")
+    with server.connect(dict(prompt="abc", max_tokens=300, stream=True, temperature=0)) as sock:
+        received = sock.recv(1000)
+        server.door.send(signal.SIGTERM)
+        server.door.wait_for("stopping: 1 ")
+        with pytest.raises(OSError):
+            socket.create_connection((server.host, server.port), timeout=5).close()
+        while chunk := sock.recv(65536):
+            received += chunk
+    assert b'"finish_reason":"length"' in received and b"data: [DONE]\n\n" in received
+    assert server.door.end() == 143
+
+
+def test_who_is_not_nearly_done_is_told(another):
+    server = another("--max_tokens=1000000", before=short_grace)
+    with server.connect(dict(prompt="abc", max_tokens=1000000, stream=True)) as sock:
+        received = sock.recv(1000)
+        server.door.send(signal.SIGINT)
+        while chunk := sock.recv(65536):
+            received += chunk
+    assert b"the server is stopping" in received and received.rstrip(b"\r\n0").endswith(b"data: [DONE]")
+    assert server.door.end() == 130 and "Traceback" not in server.door.printed
+
+
+def short_grace():
+    import nanogpt.serve
+
+    nanogpt.serve.GRACE_TIME = 0.2
+
+
+# What cannot be served
+
+
+@pytest.mark.parametrize(
+    "args, expected",
+    [
+        (["--out_dir=elsewhere"], "--out_dir=elsewhere: holds no checkpoint"),
+        (["--port=99999"], "--port=99999: expected an integer from 0 to 65535"),
+        (["--host=203.0.113.1"], "--host=203.0.113.1: not an address of this machine"),
+        (["--host=no such host"], "--host=no such host: not an address of this machine"),
+        (["--max_n=0"], "--max_n=0: expected an integer >= 1"),
+        (["--allow_origin=example.org"], "--allow_origin=example.org: must be an origin such as"),
+        (["--api_key_file=nowhere"], "--api_key_file=nowhere: cannot be read (No such file or directory)"),
+        (["--api_key_file=out-tiny/metrics.jsonl"], "expected one word of ASCII characters"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(place, monkeypatch, capsys, args, expected):
+    from nanogpt import cli
+
+    monkeypatch.chdir(place)
+    keep = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        assert cli.main(["serve", "--device=cpu", "--port=0", "--out_dir=out-tiny", *args]) == 2
+    finally:
+        signal.signal(signal.SIGINT, keep[0]), signal.signal(signal.SIGTERM, keep[1])
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and expected in said and len(said.splitlines()) == 1
+
+
+def test_a_port_in_use_is_said_in_one_line_before_the_model_is_loaded(server, place, monkeypatch, capsys):
+    from nanogpt import cli
+
+    monkeypatch.chdir(place)
+    assert cli.main(["serve", "--device=cpu", f"--port={server.port}", "--out_dir=elsewhere"]) == 2
+    expected = f"error: --port={server.port}: another program listens there; --port=0 takes a free one\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_an_open_door_is_announced(another):
+    server = another("--host=0.0.0.0")
+    assert "no key: whoever can reach" in server.door.printed
+    assert server.ask("GET", "/v1/models", Host="this.machine:80")[0] == 200
+
+
+def test_nothing_listens_elsewhere_unless_told_to(server):
+    assert server.host == "127.0.0.1"
+    others = {a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
+    for address in others:
+        with pytest.raises(OSError):
+            socket.create_connection((address, server.port), timeout=2).close()
