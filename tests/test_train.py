@@ -109,6 +109,15 @@ def test_mixed_precision_learns_the_same(run, dtype):
     assert bool(scaler) == (dtype == "float16")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_modern_model_and_muon_learn_the_same_in_mixed_precision(run, dtype):
+    modern = ["--architecture=qwen3", "--optimizer=muon", "--lr_schedule=linear", "--max_iters=20"]
+    run("--out_dir=a", *modern)
+    run("--out_dir=b", *modern, f"--dtype={dtype}")
+    assert losses("a") != losses("b")
+    assert losses("a")[20] == pytest.approx(losses("b")[20], abs=0.05)
+
+
 def test_float16_gradients_are_unscaled_before_they_are_clipped(run):
     out = run("--dtype=float16", "--max_iters=2", "--eval_interval=100")
     norms = [float(n) for n in re.findall(r"grad norm ([\d.]+)", out)]
