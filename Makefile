@@ -25,7 +25,7 @@ demo: .venv/.installed-demo ## train a small Shakespeare model on this machine a
 	@$(RUN) data/shakespeare_char/prepare.py
 	@set -e; \
 	if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then config=config/train_shakespeare_char.py; else config=config/train_shakespeare_cpu.py; fi; \
+	then config=config/fast_shakespeare_char.py; else config=config/fast_shakespeare_cpu.py; fi; \
 	echo "sh train.py $$config $(DEMO_ARGS)"; \
 	$(RUN) train.py $$config $(DEMO_ARGS); \
 	echo "sh sample.py --out_dir=$(OUT) --num_samples=1 --max_new_tokens=500"; \
@@ -33,7 +33,7 @@ demo: .venv/.installed-demo ## train a small Shakespeare model on this machine a
 	echo; \
 	echo "The loss curve:  $(OUT)/loss.png"; \
 	echo "More text:       sh sample.py --out_dir=$(OUT) --start='ROMEO:'"; \
-	echo "Another model:   sh train.py $$config --n_layer=2 --out_dir=out-small"; \
+	echo "A better model:  sh train.py config/fast_shakespeare_char.py"; \
 	echo "Every setting:   sh train.py --help"
 
 test: .venv/.installed-test ## run the tests (PYTEST_ARGS='-x -k name' reaches pytest)

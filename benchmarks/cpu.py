@@ -23,7 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nanogpt.distributed import prepare_device  # noqa: E402
+from nanogpt.distributed import Dist, prepare_device  # noqa: E402
+from nanogpt.metrics import products_rate  # noqa: E402
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
 
 COMMAND = (
@@ -34,26 +35,9 @@ SHAPE = dict(block_size=64, n_layer=4, n_head=4, n_embd=128, vocab_size=65, bias
 TOKENS = 12 * 64
 
 
-def yardstick(repeats=100):
-    """FLOP/s of one iteration's matrix products alone, forward and backward, each on its own buffers.
-
-    Buffers of their own, because in a real iteration no product finds its operands in the cache either.
-    """
-    layers = [m for m in GPT(GPTConfig(**SHAPE)).modules() if isinstance(m, torch.nn.Linear)]
-    sizes = [(m.in_features, m.out_features) for m in layers]
-    x = [torch.randn(TOKENS, k) for k, _ in sizes]
-    w = [torch.randn(n, k) for k, n in sizes]
-    g = [torch.randn(TOKENS, n) for _, n in sizes]
-    flops = sum(3 * 2 * TOKENS * k * n for k, n in sizes)
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        for xi, wi in zip(x, w, strict=True):
-            xi @ wi.t()
-        for xi, wi, gi in zip(x, w, g, strict=True):
-            gi @ wi, gi.t() @ xi
-        times.append(time.perf_counter() - begin)
-    return flops / statistics.median(times)
+def yardstick():
+    """FLOP/s of one iteration's matrix products alone, forward and backward."""
+    return products_rate(GPT(GPTConfig(**SHAPE)), Dist(torch.device("cpu"), torch.float32), TOKENS, repeats=100)
 
 
 def run(max_iters):
@@ -88,11 +72,8 @@ def main():
     args = parser.parse_args()
     prepare_device(torch.device("cpu"))
     gflop = GPT(GPTConfig(**SHAPE)).flops_per_token() * TOKENS / 1e9
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
     print(
-        f"commit {commit}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {cpu()}"
+        f"commit {commit()}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, {cpu()}"
     )
     print(f"`python train.py {' '.join(COMMAND)}` with max_iters {args.max_iters}; {gflop:.2f} GFLOP an iteration\n")
     print(
@@ -112,6 +93,12 @@ def main():
 def print_row(name, row):
     rate, ms, share, loss, first, seconds = row
     print(f"| {name} | {rate:.0f} | {ms:.2f} | {share:.0%} | {loss:.4f} | {first:.2f} | {seconds:.1f} |", flush=True)
+
+
+def commit():
+    """The commit that is measured."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def cpu():

@@ -13,6 +13,8 @@ from nanogpt import __version__
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("nanogpt.train", "train a GPT from scratch, from a checkpoint or from GPT-2's weights"),
+    "prepare": ("nanogpt.prepare", "make a dataset of any text"),
+    "bench": ("nanogpt.bench", "measure where the time of an iteration goes, for any config"),
     "sample": ("nanogpt.sample", "write text with a trained GPT"),
     "talk": ("nanogpt.talk", "play with a trained GPT in the terminal"),
     "serve": ("nanogpt.serve", "let programs and browsers write with a trained GPT"),

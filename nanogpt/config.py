@@ -11,6 +11,7 @@ import re
 import textwrap
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 DTYPES = ("float32", "bfloat16", "float16")
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -55,6 +56,7 @@ class TrainConfig:
         True, "False: a checkpoint whose val loss is no improvement gives way to the next one"
     )
     keep_checkpoints: int = setting(2, "the so many newest checkpoints are kept, and the best", low=1)
+    patience: int = setting(0, "end the run when so many evaluations in a row were no improvement; 0: never", low=0)
     init_from: str = setting(
         "scratch", "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder"
     )
@@ -138,8 +140,17 @@ class TrainConfig:
         for name in ("dropout", "beta1", "beta2", "muon_momentum"):
             if getattr(self, name) == 1.0:
                 yield (name,), "must be below 1"
-        if self.dataset in ("", "..") or self.dataset != Path(self.dataset).name:
-            yield ("dataset",), "must be the name of a folder in data/, not a path"
+        if not is_name(self.dataset):
+            yield ("dataset",), NOT_A_NAME
+
+
+@dataclass
+class BenchConfig(TrainConfig):
+    """Settings of `bench.py`: those of a training run, of which it measures some iterations."""
+
+    iters: int = setting(20, "iterations to measure", low=1, group="Benchmark")
+    warmup: int = setting(5, "iterations before them", low=0)
+    vocab_size: int = setting(65, "of the model and the random tokens; 50304 for GPT-2's", low=2)
 
 
 @dataclass
@@ -238,8 +249,8 @@ class EvalConfig:
         """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
         if self.text and self.dataset:
             yield ("dataset", "text"), "either a text or a dataset can be evaluated on, and --text is given too"
-        if self.dataset == ".." or self.dataset != Path(self.dataset).name:
-            yield ("dataset",), "must be the name of a folder in data/, not a path"
+        if self.dataset and not is_name(self.dataset):
+            yield ("dataset",), NOT_A_NAME
         if self.init_from in GPT2_NAMES and not self.text and not self.dataset:
             yield ("init_from", "text", "dataset"), "--text=FILE or --dataset=NAME says what to evaluate it on"
         if "auto" not in (self.stride, self.block_size) and self.stride > self.block_size:
@@ -281,10 +292,55 @@ class ServeConfig:
             yield ("int8", "dtype"), f"works in float32 beside it, and dtype is {self.dtype}"
 
 
+@dataclass
+class PrepareConfig:
+    """Settings of `nanogpt prepare`, and the SOURCEs that stand beside them, in `arguments`."""
+
+    ARGUMENTS: ClassVar = "SOURCE"
+
+    dataset: str = setting("", "the dataset's name: it is written to data/NAME/", group="Dataset")
+    root: str = setting("data", "the folder that holds the datasets")
+    tokenizer: str = setting(
+        "char", "char, byte, gpt2, or bpe:N, a vocabulary of N tokens trained on the text, such as bpe:4096"
+    )
+    val_fraction: float | str = setting(
+        "auto", "part that is validated on; auto: a tenth, and of large texts 2 million tokens",
+        float, above=0.0, high=0.5, auto=True,
+    )  # fmt: skip
+    seed: int = setting(1337, "of the order of the documents", low=0, high=2**63 - 1)
+    shard_tokens: int = setting(10**9, "tokens in a file; a larger split gets several", low=10**4)
+    field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME", group="Text")
+    errors: str = setting(
+        "strict",
+        "bytes that are no UTF-8: strict refuses them, replace makes each U+FFFD",
+        choices=("strict", "replace"),
+    )
+    drop_duplicates: bool = setting(False, "of documents that are equal byte for byte, take one")
+    memory: int = setting(1024, "megabytes that may be used, by all processes together", low=256, group="Machine")
+    workers: int | str = setting(
+        "auto", "processes beside the first; auto: one a core, as far as memory allows; 0: none", int, low=0, auto=True
+    )
+    trial: bool = setting(True, "train for a moment, to tell how long a run will take")
+
+    def problems(self):
+        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        if self.dataset and not is_name(self.dataset):
+            yield ("dataset",), NOT_A_NAME
+
+
+NOT_A_NAME = "must be the name of a folder in data/, not a path"
+
+
+def is_name(dataset):
+    """Whether this can be the name of a folder in data/, and of nothing outside it."""
+    return dataset not in ("", "..") and dataset == Path(dataset).name and "\0" not in dataset
+
+
 def load(cls, argv, prog, inherit=None):
     """Read config files and `--key=value` arguments into a checked `cls`.
 
-    Files come first, in order; flags override them wherever they stand. `inherit`, given the config so far,
+    Files come first, in order; flags override them wherever they stand. A class that has ARGUMENTS takes no files:
+    what is no flag is kept in the result's `arguments`. `inherit`, given the config so far,
     returns settings for what neither names, and where they are from: a run that goes on keeps its own. The
     result's `sources` maps each setting that is not at its default to where its value came from. `--help`
     prints and exits with 0. Raises UserError with every problem found, not the first alone.
@@ -303,8 +359,9 @@ def load(cls, argv, prog, inherit=None):
             problems.append(f"{shown}: expected {e}")
             failed.add(name)
 
-    flags = [a for a in argv if a.startswith("-") and a not in ("-h", "--help")]
-    for path in (a for a in argv if not a.startswith("-")):
+    arguments = [a for a in argv if not a.startswith("-") or (a == "-" and hasattr(cls, "ARGUMENTS"))]
+    flags = [a for a in argv if a not in arguments and a not in ("-h", "--help")]
+    for path in arguments if not hasattr(cls, "ARGUMENTS") else ():
         for line, name, value in read_config_file(path, names, problems):
             assign(f"{path}:{line}", f"{path}:{line}: {name} = {value!r}", name, value)
     for flag in flags:
@@ -321,7 +378,7 @@ def load(cls, argv, prog, inherit=None):
             if name in known and (name not in sources or (name, values[name]) == ("seed", "auto")):
                 assign(source, f"{source}: {name} = {value!r}", name, value)
         cfg = cls(**values)
-    cfg.sources = sources
+    cfg.sources, cfg.arguments = sources, arguments
     for names, why in cfg.problems():
         if not failed & set(names):
             name, where = names[0], sources.get(names[0], "default")
@@ -512,8 +569,11 @@ def _bounded(value):
 
 def help_text(cfg, prog):
     """Every setting with its present value, meaning, type, default, and where the value came from."""
-    lines = [f"usage: {prog} [config/FILE.py ...] [--key=value ...]", ""]
-    lines += ["Config files hold plain assignments; a flag overrides them. Each setting, with its present value:"]
+    if hasattr(cfg, "ARGUMENTS"):
+        lines = [f"usage: {prog} {cfg.ARGUMENTS} ... [--key=value ...]", "", "Each setting, with its present value:"]
+    else:
+        lines = [f"usage: {prog} [config/FILE.py ...] [--key=value ...]", ""]
+        lines += ["Config files hold plain assignments; a flag overrides them. Each setting, with its present value:"]
     for f in fields(cfg):
         meta, came = f.metadata, cfg.sources.get(f.name)
         if meta["group"]:

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,12 +62,51 @@ def measured_peak(dist):
     return 2 * n**3 / fastest
 
 
+def products_rate(model, dist, tokens, repeats=50):
+    """FLOP/s of the model's matrix products alone, forward and backward, with so many tokens: the yardstick.
+
+    Each product has buffers of its own, because in a real iteration none finds its operands in the cache either.
+    """
+    layers = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    new = partial(torch.randn, device=dist.device, dtype=dist.operand_dtype)
+    x, w, g = [new(tokens, k) for k, _ in layers], [new(n, k) for k, n in layers], [new(tokens, n) for _, n in layers]
+    times, began = [], time.perf_counter()
+    while len(times) < repeats and (len(times) < 3 or time.perf_counter() - began < 5):
+        synchronize(dist.device)
+        begin = time.perf_counter()
+        for xi, wi in zip(x, w, strict=True):
+            xi @ wi.t()
+        for xi, wi, gi in zip(x, w, g, strict=True):
+            gi @ wi, gi.t() @ xi
+        synchronize(dist.device)
+        times.append(time.perf_counter() - begin)
+    return sum(3 * 2 * tokens * k * n for k, n in layers) / statistics.median(times)
+
+
+def peak_memory(device):
+    """The most bytes that were in use at once: on a GPU by tensors, otherwise by the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
+
+
 def synchronize(device):
     """Wait until the device has done everything it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def expected_seconds(steps, flops_per_iter, peak, layers):
+    """About how long so many steps take, through so many blocks each: a guess to within a factor of two or so.
+
+    Small models reach a third of the device's peak, and no block is done in less than a millisecond.
+    """
+    return steps * max(flops_per_iter / peak * 3, layers * 1e-3)
 
 
 class Log:
@@ -102,14 +143,10 @@ class Log:
             self.dist.say(line)
 
     def seconds_ahead(self, steps, layers):
-        """About how long so many steps take, through so many blocks each: a guess to within a factor of two or so.
-
-        Small models reach a third of the device's peak, and no block is done in less than a millisecond. On other
-        than the main process it is 0, so that the sum over all is the main one's.
-        """
+        """`expected_seconds` of so many steps; 0 on other than the main process, so that the sum is the main one's."""
         if not self.dist.is_main or not math.isfinite(self.peak):
             return 0.0
-        return steps * max(self.flops_per_iter / self.peak * 3, layers * 1e-3)
+        return expected_seconds(steps, self.flops_per_iter, self.peak, layers)
 
     def step(self, step, lr, loss, grad_norm, spike):
         """Report update number `step`; loss, grad_norm and spike are tensors, perhaps still being computed.

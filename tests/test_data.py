@@ -272,6 +272,21 @@ def test_a_dataset_prepared_anew_changes_nothing_for_a_run_that_reads_the_old_on
     assert dataset.tokens[:].tolist() == list(range(100))
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be told")
+def test_what_the_next_step_reads_is_announced(make, dist, monkeypatch):
+    dataset = open_dataset(shard(make(range(100)), 50))
+    batches, announced, read = Batches(dataset, "train", 1, 4, dist, per_step=6), set(), set()
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: read.add((file, at, size)) or pread(file, size, at))
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, at, size, advice: announced.add((file, at, size)))
+    batches.get(2, 3)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "pread", lambda file, size, at: read.add((file, at, size)) or pread(file, size, at))
+    read.clear()
+    batches.get(8, 3)
+    assert announced == read != set()
+
+
 def test_files_are_closed_with_their_dataset(make):
     folder = shard(make(range(100)), 10, 20, 30)
     gc.collect()

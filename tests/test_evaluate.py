@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.data import Batches, Dataset, write_dataset
+from nanogpt.data import Batches, Dataset, Documents, find_documents, write_dataset
 from nanogpt.evaluate import evaluating, exact, losses
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import CharTokenizer
@@ -146,6 +146,36 @@ def test_the_shares_of_the_estimate_make_the_whole(model, open_text, dist):
         shares.append(losses(model, batches, config(), dist))
     for split in whole:
         assert sum(share[split] for share in shares) == pytest.approx(whole[split], rel=1e-6)
+
+
+def test_in_the_estimate_of_documents_each_target_counts_the_same(model, open_text, dist, tokenizer):
+    dataset = open_text(TEXT)
+    separator = tokenizer.ids["日"]
+    dataset.documents = Documents(find_documents(dataset.tokens, separator), T, shared=True)
+    stream = Batches(dataset, "eval val", 1, T, dist)
+    found = losses(model, {"val": stream}, config(batch_size=3, eval_iters=4), dist)["val"]
+    model.eval()
+    x, y = stream.get(0, 12)
+    assert len(set((y >= 0).sum(1).tolist())) > 1
+    assert found == pytest.approx(model(x, y)[1].item(), rel=1e-5)
+
+
+def test_the_exact_loss_of_documents_gives_no_token_context_from_another(model, open_text, dist, tokenizer):
+    dataset, separator = open_text(TEXT), tokenizer.ids["日"]
+    dataset.documents = Documents(find_documents(dataset.tokens, separator), T, shared=True)
+    ids, nats = dataset.tokens[:].tolist(), 0.0
+    model.eval()
+    for i in range(1, len(ids)):
+        begin = max([0] + [j for j in range(i) if ids[j] == separator])
+        start = begin + (i - 1 - begin) // T * T
+        with torch.no_grad():
+            nats -= model(torch.tensor([ids[start:i]]))[0][0, -1].double().log_softmax(-1)[ids[i]].item()
+    found = exact(model, dataset, config(), dist, None, each=True)
+    assert (found["loss"], found["tokens"]) == (pytest.approx(nats / (len(ids) - 1), rel=1e-6), len(ids) - 1)
+    assert len(found["documents"]) == ids.count(separator) + (ids[0] != separator)
+    told = [d for d in found["documents"] if d]
+    assert sum(d["loss"] * d["tokens"] for d in told) == pytest.approx(nats, rel=1e-6)
+    assert exact(model, dataset, config(), dist, None)["loss"] == pytest.approx(found["loss"], rel=1e-6)
 
 
 # The mode

@@ -16,11 +16,12 @@ FRONT_DOORS = {path.stem for path in ROOT.glob("*.py")}
 LAYERS = [
     {"__init__", "config"},
     {"legacy"},
-    {"model", "schedule", "data", "tokenizer", "distributed", "shakespeare"},
-    {"signals", "health"},
+    {"model", "schedule", "data", "tokenizer", "distributed", "shakespeare", "sources", "completions"},
+    {"signals", "health", "pool"},
+    {"shuffle"},
     {"optim", "generate", "quantize", "evaluate", "metrics", "checkpoint"},
-    {"export"},
-    {"start", "trained"},
+    {"export", "batching"},
+    {"start", "trained", "advice"},
 ]
 # Allowed all the same inside a function: GPT.generate and GPT.from_pretrained.
 UPWARDS = {("model", "generate"), ("model", "export")}

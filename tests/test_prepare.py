@@ -1,255 +1,662 @@
-import importlib.util
+"""`nanogpt prepare` as a person uses it: any text, any size, stopped at any moment, and fed with anything."""
+
+import errno
+import io
 import json
 import os
-import runpy
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nanogpt import shakespeare
-from nanogpt.tokenizer import GPT2Tokenizer, from_json, gpt2_file
+from nanogpt import pool, prepare, sources
+from nanogpt.config import PrepareConfig, UserError, load
+from nanogpt.tokenizer import from_json
 
 ROOT = Path(__file__).parent.parent
-CHAR, BPE, OWT = (f"data/{name}/prepare.py" for name in ("shakespeare_char", "shakespeare", "openwebtext"))
-TINY = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
+END = "<|endoftext|>"
+DRAW = random.Random(1)
+TEXT = "".join(f"Line {i}: Größe, 世界, жизнь, {'lamp ' * (i % 7)}\n" for i in range(400))
+DOCUMENTS = [f"Document {i}: " + " ".join(DRAW.choices(TEXT.split(), k=i % 40 + 3)) for i in range(300)]
 
-has_gpt2 = bool(importlib.util.find_spec("tiktoken") and gpt2_file())
-needs_gpt2 = pytest.mark.skipif(not has_gpt2, reason="GPT-2's tokenizer is not installed")
-needs_datasets = pytest.mark.skipif(not importlib.util.find_spec("datasets"), reason="datasets is not installed")
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """An empty folder, and no advice at the end: it imports PyTorch in another process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "advise", lambda **about: None)
+    return tmp_path
 
 
 @pytest.fixture
-def prepare(monkeypatch, capsys):
-    """Runs a prepare script in this process, which spares it the import of torch; offline."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def run(capsys):
+    """run("a.txt") prepares the dataset `own` in this process and returns what was printed."""
 
-    def run(script, *args):
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+    def run(*args):
         capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, end.value.code, out, err)
+        prepare.main([*map(str, args), "--dataset=own"])
+        return capsys.readouterr().out
 
     return run
 
 
-def program(*command, cwd=ROOT, **env):
-    """Runs a command as a user does."""
-    env = os.environ | env
-    return subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+def write(name, text):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return name
 
 
-def read(folder, split):
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return np.fromfile(folder / f"{split}.bin", dtype=meta["dtype"]), meta
+def jsonl(name, texts):
+    return write(name, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def meta(folder="data/own"):
+    return json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
+
+
+def ids(split, folder="data/own"):
+    about = meta(folder)
+    names = about.get("files", {}).get(split, [f"{split}.bin"])
+    return np.concatenate([np.fromfile(Path(folder) / name, about["dtype"]) for name in names])
+
+
+def text(split):
+    return from_json(meta()["tokenizer"]).decode(ids(split))
+
+
+def documents(split):
+    """The documents of a split; each begins with the separator."""
+    begin, *found = text(split).split(END)
+    assert begin == ""
+    return found
+
+
+def contents(folder="data/own"):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def problems(*args, dataset="own"):
+    with pytest.raises(UserError) as caught:
+        prepare.main([*args, f"--dataset={dataset}"])
+    assert all("\n" not in line for line in caught.value.problems) and caught.value.exit_code == 2
+    return list(caught.value.problems)
+
+
+def problem(*args, **kwargs):
+    (only,) = problems(*args, **kwargs)
+    return only
+
+
+# -- one text
+
+
+@pytest.mark.parametrize("name", ["char", "byte", "gpt2", "bpe:300"])
+def test_a_text_is_all_there_and_its_end_is_validated_on(run, name):
+    if name == "gpt2":
+        pytest.importorskip("tiktoken")
+    write("a.txt", TEXT)
+    printed = run("a.txt", f"--tokenizer={name}")
+    t = from_json(meta()["tokenizer"])
+    train, val = ids("train").tolist(), ids("val").tolist()
+    assert t.decode(train + val) == TEXT and train + val == t.encode(TEXT)
+    assert len(train) == int(0.9 * len(train + val))
+    assert meta() == {"tokenizer": t.to_json(), "vocab_size": t.vocab_size, "dtype": "uint16"}
+    assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"]
+    assert f"{len(train):,} tokens to train on, {len(val):,} to validate on: the last 10.0% of the text" in printed
+
+
+def test_the_characters_are_those_of_the_text_and_one_for_all_others(run):
+    run(write("a.txt", TEXT))
+    t = from_json(meta()["tokenizer"])
+    assert t.chars == sorted({*TEXT, "\ufffd"}) and t.unknown == "\ufffd"
+
+
+def test_as_much_is_validated_on_as_asked(run):
+    write("a.txt", "x" * 10_000)
+    run("a.txt", "--val_fraction=0.25")
+    assert (len(ids("train")), len(ids("val"))) == (7500, 2500)
+
+
+def test_of_a_large_text_enough_is_validated_on(run, monkeypatch):
+    monkeypatch.setattr(prepare, "VAL_TOKENS", 300)
+    run(write("a.txt", TEXT))
+    assert len(ids("val")) == 300
+
+
+def test_standard_input(run, monkeypatch):
+    write("a.txt", TEXT)
+    run("a.txt")
+    expected = contents()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    run("-")
+    assert contents() == expected
+
+
+def test_broken_utf8_is_replaced_on_request(run):
+    raw = TEXT.encode() + b"\xff\xfe" + TEXT.encode()
+    write("a.txt", raw)
+    assert "a.txt: is not UTF-8 in 2 places, the first at byte" in problem("a.txt")
+    printed = run("a.txt", "--errors=replace")
+    assert text("train") + text("val") == raw.decode("utf-8", "replace")
+    assert "replaced: 2 places" in printed
+
+
+def test_what_is_told(run):
+    write("a.txt", "a" * 600 + "b" * 300 + "\n" * 100)
+    printed = run("a.txt")
+    assert "tokenizer: char, 4 tokens in its vocabulary; 1.00 bytes a token" in printed
+    assert r"commonest tokens: 'a' 60.0%, 'b' 30.0%, '\n' 10.0%" in printed
+    assert "took " in printed and "of memory, of 1024 MB" in printed
+
+
+# -- many documents
+
+
+@pytest.mark.parametrize("name", ["char", "byte", "bpe:300"])
+def test_each_document_is_there_once_behind_a_separator(run, name):
+    jsonl("d.jsonl", DOCUMENTS)
+    printed = run("d.jsonl", f"--tokenizer={name}")
+    train, val = documents("train"), documents("val")
+    assert sorted(train + val) == sorted(DOCUMENTS)
+    assert meta()["separator"] == from_json(meta()["tokenizer"]).eot == ids("train")[0]
+    assert not set(train) & set(val)
+    assert 0.07 < len(ids("val")) / len(ids("train")) < 0.15
+    assert f"{len(val)} of {len(DOCUMENTS)} documents, drawn at random" in printed
+    assert train != [d for d in DOCUMENTS if d in train]  # shuffled
+
+
+def test_the_seed_decides_about_order_and_split(run):
+    jsonl("d.jsonl", DOCUMENTS)
+    drawn = []
+    for seed in (1, 1, 2):
+        run("d.jsonl", f"--seed={seed}")
+        drawn.append((documents("train"), documents("val")))
+    assert drawn[0] == drawn[1] and drawn[0][1] != drawn[2][1]
+
+
+def test_neither_the_order_of_files_nor_their_packing_changes_anything(run):
+    jsonl("a.jsonl", DOCUMENTS[:100])
+    jsonl("b.jsonl", DOCUMENTS[100:])
+    run("a.jsonl", "b.jsonl")
+    expected = contents()
+    for i, d in enumerate(DOCUMENTS):
+        write(f"folder/{i}.txt", d)
+    for names in (["b.jsonl", "a.jsonl"], ["folder"]):
+        run(*names)
+        assert contents() == expected
+
+
+@pytest.mark.parametrize("bits, block", [(0, 700), (3, 2**20), (6, 700)])
+def test_neither_blocks_nor_buckets_change_anything(run, bits, block, monkeypatch):
+    long = [DOCUMENTS[0] * 100, TEXT, *DOCUMENTS]
+    jsonl("d.jsonl", long)
+    run("d.jsonl")
+    expected = contents()
+    for module in (sources, pool):
+        monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(prepare, "choose_bits", lambda *args: bits)
+    run("d.jsonl")
+    assert sorted(documents("train") + documents("val")) == sorted(long)
+    if block == 2**20:
+        assert contents() == expected
+
+
+def test_processes_change_nothing(run):
+    jsonl("d.jsonl", [TEXT * 30, *DOCUMENTS * 4])
+    write("a.txt", TEXT * 150)
+    for args in (["d.jsonl"], ["a.txt"], ["a.txt", "d.jsonl", "--tokenizer=bpe:300", "--drop_duplicates=True"]):
+        run(*args, "--workers=0")
+        expected = contents()
+        run(*args, "--workers=3")
+        assert contents() == expected
+
+
+def test_equal_documents_are_in_one_split_and_are_dropped_on_request(run):
+    repeated = [d for d in DOCUMENTS for _ in range(2)]
+    jsonl("d.jsonl", [*repeated, TEXT * 2, TEXT * 2, TEXT])
+    run("d.jsonl", "--val_fraction=0.3")
+    assert not set(documents("train")) & set(documents("val"))
+    assert len(documents("train") + documents("val")) == 603
+    printed = run("d.jsonl", "--val_fraction=0.3", "--drop_duplicates=True")
+    assert sorted(documents("train") + documents("val")) == sorted({*DOCUMENTS, TEXT * 2, TEXT})
+    assert "duplicates: 301 documents dropped" in printed
+
+
+def test_long_documents_that_begin_alike_are_no_duplicates(run, monkeypatch):
+    for module in (sources, pool):
+        monkeypatch.setattr(module, "BLOCK", 1000)
+    alike = [TEXT + "a", TEXT + "b", TEXT + "a"]
+    jsonl("d.jsonl", alike + DOCUMENTS)
+    run("d.jsonl", "--drop_duplicates=True")
+    found = documents("train") + documents("val")
+    assert sorted(found) == sorted({*alike, *DOCUMENTS})
+
+
+def test_of_few_large_documents_the_ends_are_validated_on(run):
+    for i in range(3):
+        write(f"book{i}.txt", f"Book {i} " + TEXT)
+    printed = run("book0.txt", "book1.txt", "book2.txt")
+    train, val = documents("train"), documents("val")
+    assert len(train) == len(val) == 3
+    for a, b in zip(train, val, strict=True):
+        assert a + b in [f"Book {i} " + TEXT for i in range(3)] and 0.08 < len(b) / len(a + b) < 0.12
+    assert "the last 10.0% of each document" in printed
+
+
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=30, max_size=60),
+    share=st.floats(0.05, 0.5),
+    drop=st.booleans(),
+)
+def test_whatever_the_documents_none_is_lost(here, texts, share, drop):
+    texts = [f"{i % 25} {t.replace(END, '')} {'x' * 20}" for i, t in enumerate(texts)]
+    jsonl("d.jsonl", texts)
+    try:
+        prepare.main(["d.jsonl", "--dataset=own", f"--val_fraction={share}", f"--drop_duplicates={drop}"])
+    except UserError as e:
+        assert "too little text" in str(e)
+        return
+    train, val = documents("train"), documents("val")
+    whole = sorted(set(texts)) if drop else sorted(texts)
+    if len(train) == len(val) == len(whole):
+        train, val = [a + b for a, b in zip(train, val, strict=True)], []
+    assert sorted(train + val) == whole
+    assert not set(train) & set(val)
+
+
+# -- any vocabulary, any size
+
+
+def test_a_large_vocabulary_takes_four_bytes_an_id(run):
+    chars = "".join(chr(c) for c in range(0x20, 0x12000) if not 0xD800 <= c < 0xE000)
+    write("a.txt", chars * 2)
+    run("a.txt")
+    assert meta()["dtype"] == "uint32" and meta()["vocab_size"] > 2**16
+    assert text("train") + text("val") == chars * 2
+
+
+@pytest.mark.parametrize("name", ["a.txt", "d.jsonl"])
+def test_a_large_split_is_in_several_files(run, name):
+    write("a.txt", TEXT * 4)
+    jsonl("d.jsonl", DOCUMENTS * 4)
+    run(name)
+    expected = ids("train").tolist(), ids("val").tolist()
+    run(name, "--shard_tokens=10000")
+    files = meta()["files"]
+    assert files["train"][:2] == ["train.bin", "train-00001.bin"] and len(files["train"]) > 3
+    assert {os.path.getsize(f"data/own/{n}") for n in files["train"][:-1]} == {20_000}
+    assert (ids("train").tolist(), ids("val").tolist()) == expected
+    run(name)
+    assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"]  # the old shards are gone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["one long line", "documents", "one file of lines"])
+def test_memory_stays_within_its_bound(kind, here, figure):
+    """A corpus of several times the bound; all processes together."""
+    psutil = pytest.importorskip("psutil")
+    block = (TEXT * 60).encode()
+    with open("a.txt" if kind != "documents" else "a.jsonl", "wb") as f:
+        for i in range(1000 * 2**20 // len(block)):
+            piece = block.replace(b"\n", b" ") if kind == "one long line" else block
+            if kind == "documents":
+                piece = "".join(json.dumps({"text": f"{i} {d}"}) + "\n" for d in DOCUMENTS * 40).encode()
+            f.write(piece)
+    command = [sys.executable, "-m", "nanogpt.cli", "prepare", f.name, "--dataset=own", "--memory=300", "--trial=False"]
+    code = "import sys; from nanogpt import prepare; prepare.advise = print; prepare.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *command[4:]]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        top, peak = psutil.Process(process.pid), 0
+        while process.poll() is None:
+            try:
+                peak = max(peak, sum(p.memory_info().rss for p in [top, *top.children(recursive=True)]))
+            except psutil.Error:
+                pass
+            time.sleep(0.05)
+    assert process.returncode == 0
+    figure(f"memory of 300 MB, a corpus of 1 GB, {kind}", f"{peak / 1e6:.0f} MB")
+    assert peak < 300e6
+
+
+# -- stopped, and going on
+
+CODE = """
+import sys, nanogpt.prepare as p, nanogpt.sources as s, nanogpt.pool as l
+p.COMMIT, s.BLOCK, l.BLOCK, p.advise = 0.0, 20000, 20000, lambda **about: None
+from nanogpt import cli
+sys.exit(cli.main(["prepare", *sys.argv[1:]]))
+"""
+
+
+def start(*args, dataset="own"):
+    """The program in a process of its own, which notes after every small block what it has done."""
+    command = [sys.executable, "-c", CODE, *args, f"--dataset={dataset}"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+
+
+def finish(*args, **kwargs):
+    process = start(*args, **kwargs)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def wait_for_progress(process, dataset="own", timeout=60):
+    """Until some blocks, but not all, have been noted."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            state = json.loads(Path(f"data/{dataset}/.prepare/state.json").read_text())
+            if state["stage"] == "encode" and state["tokens"] > 0:
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.001)
+
+
+RESUMED = [
+    ["a.txt"],
+    ["d.jsonl.gz", "a.txt", "--tokenizer=byte"],
+    ["d.jsonl.gz", "--workers=2", "--drop_duplicates=True"],
+]
 
 
 @pytest.fixture
-def text(tmp_path):
-    """A file of 1000 characters of 27 kinds."""
-    path = tmp_path / "text.txt"
-    path.write_text("".join(chr(97 + i * i % 26) if i % 7 else " " for i in range(999)) + "!", encoding="utf-8")
-    return path
+def large(here):
+    """Sources of 2 MB, and some that are packed."""
+    import gzip
+
+    write("a.txt", TEXT * 100)
+    lines = "".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS * 20)
+    write("d.jsonl.gz", gzip.compress(lines.encode(), 1))
 
 
-def fails(result, *parts):
-    """It ended as bad input must: one line to stderr that has these parts, and exit code 2."""
-    assert (result.returncode, result.stdout) == (2, ""), result.stderr
-    assert result.stderr.startswith("prepare.py: ") and result.stderr.count("\n") == 1, result.stderr
-    for part in parts:
-        assert part in result.stderr
-    return True
+@pytest.mark.parametrize("args", RESUMED, ids=["text", "several", "workers"])
+def test_killed_and_started_again_it_makes_the_same_bytes(large, args):
+    assert finish(*args, dataset="whole")[0] == 0
+    for _ in range(2):
+        process = start(*args)
+        wait_for_progress(process)
+        process.kill()
+        process.communicate()
+        assert not Path("data/own/meta.json").exists()
+    code, out, err = finish(*args)
+    assert (code, err) == (0, "") and "going on where the last run stopped" in out
+    assert contents() == contents("data/whole")
 
 
-# -- the Shakespeares
+@pytest.mark.slow
+@pytest.mark.parametrize("args", RESUMED, ids=["text", "several", "workers"])
+def test_killed_at_ten_random_moments_it_makes_the_same_bytes(large, args, figure):
+    began = time.monotonic()
+    assert finish(*args, dataset="whole")[0] == 0
+    seconds, draw, kills = time.monotonic() - began, random.Random(7), 0
+    for _ in range(10):
+        process = start(*args)
+        try:
+            process.wait(draw.uniform(0.0, seconds))
+            process.communicate()
+            shutil.rmtree("data/own")  # it had ended, so it begins again
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+        assert Path("data/own/meta.json").exists() <= (contents() == contents("data/whole"))
+    assert finish(*args)[0] == 0
+    assert contents() == contents("data/whole")
+    figure(f"prepare {' '.join(args)}, killed at random", f"{kills} kills, the same bytes")
 
 
-@pytest.mark.parametrize("shell", ["sh", "bash", sys.executable])
-def test_shells_and_python_run_it(tmp_path, text, shell):
-    folder = tmp_path / "a b" / "new"
-    result = program(shell, CHAR, f"--input={text}", f"--out={folder}")
-    assert (result.returncode, result.stderr) == (0, "")
-    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_says_how_to_go_on(large, signum, code):
+    process = start("a.txt", "--workers=2")
+    wait_for_progress(process)
+    process.send_signal(signum)
+    out, err = process.communicate()
+    assert process.returncode == code
+    assert err.strip() == "stopped; data/own is as it was, and the same command goes on from here"
+    assert not Path("data/own/meta.json").exists()
+    assert "going on where the last run stopped" in finish("a.txt")[1]
 
 
-@needs_gpt2
-def test_from_another_folder(tmp_path, text):
-    result = program("sh", ROOT / BPE, "--input", "text.txt", "--out", "out", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.endswith(" in out\n") and (tmp_path / "out" / "meta.json").exists()
+@pytest.fixture
+def stopped(run, monkeypatch):
+    """stopped("a.txt"): the preparation ended after some blocks, as if it had been killed."""
+
+    def stopped(*args):
+        add, done = prepare.shuffle.Buckets.add, []
+
+        def stop(self, *args):
+            done.append(1)
+            if len(done) > 5:
+                raise MemoryError
+            return add(self, *args)
+
+        monkeypatch.setattr(prepare, "COMMIT", 0.0)
+        monkeypatch.setattr(prepare.shuffle.Buckets, "add", stop)
+        for module in (sources, pool):
+            monkeypatch.setattr(module, "BLOCK", 1000)
+        with pytest.raises(MemoryError):
+            run(*args)
+        monkeypatch.setattr(prepare.shuffle.Buckets, "add", add)
+
+    return stopped
 
 
-def test_errors_reach_the_shell(tmp_path):
-    result = program("sh", CHAR, "--input", tmp_path / "none", "--out", tmp_path / "out")
-    assert fails(result, f"{tmp_path / 'none'}: cannot be read: No such file")
+def test_a_source_that_changed_in_between_is_noticed(run, stopped):
+    stopped(write("a.txt", TEXT))
+    write("a.txt", TEXT.replace("lamp", "lump"))
+    assert "starting again, not where the last run stopped: a.txt has changed" in run("a.txt")
+    assert text("train") + text("val") == TEXT.replace("lamp", "lump")
 
 
-def test_characters(prepare, tmp_path, text):
-    result = prepare(CHAR, f"--input={text}", f"--out={tmp_path / 'out'}")
-    (train, meta), (val, _) = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
-    tokenizer = from_json(meta["tokenizer"])
-    assert tokenizer.chars == sorted(set(text.read_text()))
-    assert (len(train), len(val)) == (900, 100)
-    assert tokenizer.decode(train) + tokenizer.decode(val) == text.read_text()
-    assert result.stdout.startswith(f"1,000 characters, {tokenizer.vocab_size} different ones: ' !a")
+def test_other_settings_and_namesare_noticed(run, stopped):
+    write("b.txt", TEXT)
+    stopped(write("a.txt", TEXT))
+    assert "starting again, not where the last run stopped: another --seed" in run("a.txt", "--seed=5")
+    stopped("a.txt")
+    assert "starting again, not where the last run stopped: the sources are others" in run("b.txt")
 
 
-@needs_gpt2
-def test_gpt2_tokens(prepare, tmp_path, text):
-    prepare(BPE, f"--input={text}", f"--out={tmp_path / 'out'}")
-    (train, meta), (val, _) = read(tmp_path / "out", "train"), read(tmp_path / "out", "val")
-    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ({"type": "gpt2"}, 50257, "uint16")
-    tokenizer, whole = GPT2Tokenizer(), text.read_text()
-    assert train.tolist() == tokenizer.encode(whole[:900])
-    assert val.tolist() == tokenizer.encode(whole[900:])
+def test_standard_input_goes_on_too(run, stopped, monkeypatch):
+    for expected in ("", "going on", ""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+        if expected:
+            assert expected in run("-")
+        else:
+            stopped("-")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode() + b"more")))
+    assert "standard input has changed" in run("-")
 
 
-@pytest.mark.skipif(not TINY.exists(), reason="needs tiny Shakespeare")
-def test_tiny_shakespeare(prepare, tmp_path):
-    result = prepare(CHAR, f"--input={TINY}", f"--out={tmp_path / 'char'}")
-    assert "1,115,394 characters, 65 different ones: " in result.stdout
-    assert "1,003,854 tokens in train.bin, 111,540 in val.bin" in result.stdout
-    assert [len(read(tmp_path / "char", split)[0]) for split in ("train", "val")] == [1_003_854, 111_540]
-    if has_gpt2:
-        result = prepare(BPE, f"--input={TINY}", f"--out={tmp_path / 'bpe'}")
-        assert "301,966 tokens in train.bin, 36,059 in val.bin" in result.stdout
+def test_what_the_disk_lost_is_made_again(run, stopped):
+    stopped(write("a.txt", TEXT))
+    os.truncate("data/own/.prepare/bucket-00.ids", 100)
+    run("a.txt")
+    assert text("train") + text("val") == TEXT
 
 
-def test_the_text_in_the_folder_is_taken(prepare, tmp_path, text):
-    (tmp_path / "input.txt").write_bytes(text.read_bytes())
-    result = prepare(CHAR, f"--out={tmp_path}")
-    assert "1,000 characters" in result.stdout, result.stderr
+@pytest.mark.parametrize("fails", range(1, 9))
+def test_killed_while_the_files_take_their_places(run, fails, monkeypatch):
+    """A dataset is whole or absent at every moment, and it can be made whole."""
+    run(write("old.txt", "old " * 1000))
+    old = contents()
+    jsonl("d.jsonl", DOCUMENTS)
+    replace, calls = os.replace, []
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == fails:
+            raise MemoryError
+        return replace(*args)
+
+    monkeypatch.setattr(os, "replace", killed)
+    ended = False
+    try:
+        run("d.jsonl")
+        ended = True
+    except MemoryError:
+        pass
+    monkeypatch.setattr(os, "replace", replace)
+    left = {name: data for name, data in contents().items() if name in old}
+    assert ended or left == old or "meta.json" not in left
+    run("d.jsonl")
+    assert sorted(documents("train") + documents("val")) == sorted(DOCUMENTS)
+    assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"]
 
 
-@needs_gpt2
-def test_the_text_next_door_is_taken(prepare, tmp_path, text):
-    (tmp_path / "shakespeare_char").mkdir()
-    (tmp_path / "shakespeare_char" / "input.txt").write_bytes(text.read_bytes())
-    result = prepare(BPE, f"--out={tmp_path / 'shakespeare'}")
-    assert "1,000 characters" in result.stdout, result.stderr
+def test_two_at_once_are_refused(run, large):
+    process = start("a.txt")
+    wait_for_progress(process)
+    process.send_signal(signal.SIGSTOP)
+    assert problem("a.txt") == "data/own: another `nanogpt prepare` is at work there"
+    process.send_signal(signal.SIGCONT)
+    process.communicate()
+    assert process.returncode == 0
 
 
-@pytest.mark.parametrize("script", [CHAR, pytest.param(BPE, marks=needs_gpt2)])
+def test_a_dead_worker_ends_it_and_the_same_command_goes_on(large, run, monkeypatch):
+    died = []
+
+    class Deadly(pool.Pool):
+        def take(self, process, block):
+            if len(died) == 1:
+                process.kill()
+            died.append(1)
+            return super().take(process, block)
+
+    monkeypatch.setattr(prepare, "Pool", Deadly)
+    with pytest.raises(UserError, match="a worker process ended with signal 9.*the same command goes on"):
+        run("a.txt", "--workers=2")
+    monkeypatch.setattr(prepare, "Pool", pool.Pool)
+    run("a.txt", "--workers=2")
+    assert text("train") + text("val") == TEXT * 100
+
+
+# -- what is refused: a line, and no trace
+
+
 @pytest.mark.parametrize(
-    "data, complaint",
+    "name, data, complaint",
     [
-        (None, "cannot be read: No such file"),
-        (b"", "is empty"),
-        (b"a lamp \xe4 and more of it", "is not UTF-8 text: byte 7 is 0xe4"),
-        (b"too short", "9 characters are too few to split"),
+        ("none.txt", None, "none.txt: there is no such file or folder"),
+        ("a.txt", b"", "a.txt: is empty"),
+        ("a.txt", b"\n" * 0 + b"\xef\xbb\xbf", "too little text"),
+        ("a.txt", b"x" * 5000 + b"\0", "a.txt: is not text: byte 5000 is 0x00"),
+        ("a.txt", TEXT.encode("latin-1", "replace"), "a.txt: is not UTF-8 in "),
+        ("a.jsonl", b'{"body": "x"}\n', "a.jsonl:1: has no field 'text', but body"),
+        ("a.txt.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\x03K", "a.txt.gz: is cut short"),
+        ("a.txt", b"too short", "a.txt: too little text: 8 tokens to train on, of 9, are less than"),
+        (
+            "a.txt",
+            b"x" * 600,
+            "a.txt: too little text: 60 tokens to validate on, of 600, are less than one window of 64",
+        ),
     ],
 )
-def test_bad_input_changes_nothing(prepare, tmp_path, script, data, complaint):
-    own = tmp_path / "own.txt"
+@pytest.mark.parametrize("earlier", [False, True])
+def test_bad_input_changes_nothing(run, name, data, complaint, earlier):
+    if earlier:
+        run(write("earlier.txt", TEXT))
+    before = contents() if earlier else None
     if data is not None:
-        own.write_bytes(data)
-    result = prepare(script, "--input", own, "--out", tmp_path / "out")
-    assert fails(result, f"{own}: ", complaint)
-    assert not (tmp_path / "out").exists()
+        write(name, data)
+    assert complaint in problem(name)
+    assert contents() == before if earlier else not Path("data").exists()
 
 
-def test_a_failure_keeps_the_dataset_that_was_there(prepare, tmp_path, text):
-    prepare(CHAR, f"--input={text}", f"--out={tmp_path / 'out'}")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    text.write_bytes(b"\xff")
-    assert fails(prepare(CHAR, f"--input={text}", f"--out={tmp_path / 'out'}"))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+def test_a_text_of_just_one_window_is_enough(run):
+    assert "a text of 650 tokens would do" in problem(write("a.txt", "x" * 640))
+    run(write("a.txt", "x" * 650))
+    assert len(ids("val")) == 65
 
 
-def test_without_network(prepare, tmp_path):
-    result = prepare(CHAR, f"--out={tmp_path / 'out'}")
-    assert fails(result, "cannot be reached", "pip cannot fetch", "--input=FILE")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "..", "."])
+def test_a_name_that_would_leave_data(name):
+    write("a.txt", TEXT)
+    expected = f"--dataset={name}: must be the name of a folder in data/, not a path"
+    assert problem("a.txt", dataset=name) == expected
+    assert sorted(p.name for p in Path().iterdir()) == ["a.txt"]
 
 
-def test_download_of_other_bytes(prepare, tmp_path, monkeypatch):
-    wrong = tmp_path / "wrong.txt"
-    wrong.write_text("something else")
-    monkeypatch.setattr(shakespeare, "URL", wrong.as_uri())
-    result = prepare(CHAR, "--out", tmp_path / "out")
-    assert fails(result, wrong.as_uri(), "wrong SHA-256: expected 86c4e6aa", "got ")
-    assert not (tmp_path / "out").exists()
+def test_everything_that_is_missing_comes_at_once():
+    with pytest.raises(UserError) as caught:
+        prepare.main(["--tokenizer=gtp2"])
+    assert [line.split(":")[0] for line in caught.value.problems] == [
+        "nothing to prepare",
+        "the dataset needs a name",
+        "--tokenizer=gtp2",
+    ]
+    assert "did you mean gpt2?" in caught.value.problems[2]
 
 
-@pytest.mark.parametrize("script", [CHAR, BPE, OWT])
-def test_mistyped_flags(prepare, tmp_path, script):
-    result = prepare(script, "--inptu=x", "--out", tmp_path / "out")
-    assert result.returncode == 2 and "--inptu" in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
+def test_standard_input_that_is_empty(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert problem("-") == "standard input: is empty"
+    assert not Path("data").exists()
 
 
-def test_without_tiktoken(prepare, tmp_path, text, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    result = prepare(BPE, f"--input={text}", f"--out={tmp_path / 'out'}")
-    assert fails(result, 'pip install -e ".[gpt2]"')
-    assert not (tmp_path / "out").exists()
+def test_a_disk_that_is_too_small_is_noticed_first(run, monkeypatch):
+    write("a.txt", "x" * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
+    assert problem("a.txt").startswith("data/own: takes about 0.5 MB of disk, and 0.0 MB are free")
+    assert not Path("data").exists()
 
 
-# -- OpenWebText
+def test_a_disk_that_gets_full_can_be_mended(run, monkeypatch):
+    write("a.txt", TEXT)
+    for module in (sources, pool):
+        monkeypatch.setattr(module, "BLOCK", 1000)
+    add = prepare.shuffle.Buckets.add
+
+    def full(self, *args):
+        if self.files[0].tell() > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return add(self, *args)
+
+    monkeypatch.setattr(prepare, "COMMIT", 0.0)
+    monkeypatch.setattr(prepare.shuffle.Buckets, "add", full)
+    expected = "data/own: cannot be written to (No space left on device); when that is mended, the same command goes on"
+    assert problem("a.txt") == expected
+    assert not Path("data/own/meta.json").exists()
+    monkeypatch.setattr(prepare.shuffle.Buckets, "add", add)
+    assert "going on where the last run stopped" in run("a.txt")
+    assert text("train") + text("val") == TEXT
 
 
-@pytest.fixture
-def documents(tmp_path):
-    path = tmp_path / "documents.jsonl"
-    lines = [json.dumps({"text": f"Document {i}.{' lamp' * (i % 9)}"}) for i in range(2500)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return path
-
-
-@needs_gpt2
-@needs_datasets
-def test_documents(tmp_path, documents):
-    out, cache = tmp_path / "out", str(tmp_path / "cache")
-    result = program("sh", OWT, f"--source={documents}", f"--out={out}", "--num_proc=2", HF_HOME=cache)
-    assert result.returncode == 0, result.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
-    (train, meta), (val, _) = read(out, "train"), read(out, "val")
-    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ({"type": "gpt2"}, 50257, "uint16")
-    tokenizer = GPT2Tokenizer()
-    train, val = (tokenizer.decode(ids).split("<|endoftext|>") for ids in (train, val))
-    assert train.pop() == val.pop() == ""  # each document is followed by the token, the last one too
-    assert len(val) == 2  # 0.05 %, rounded up
-    written = [json.loads(line)["text"] for line in documents.read_text().splitlines()]
-    assert sorted(train + val) == sorted(written)
-    assert val == [written[i] for i in np.random.default_rng(2357).permutation(2500)[:2]]
-
-
-@needs_gpt2
-@needs_datasets
 @pytest.mark.parametrize(
-    "name, content, complaint",
-    [
-        ("d.jsonl", '{"body": "a"}\n{"body": "b"}\n', "expected a column text; it has body"),
-        ("d.jsonl", '{"text": 1}\n{"text": 2}\n', "expected text in the column text, not int64"),
-        ("d.jsonl", '{"text": "a"}\n', "1 documents are too few"),
-        ("d.jsonl", "no JSON", "cannot be loaded"),
-        ("e", None, "cannot be loaded"),
-    ],
+    "name, package, extra",
+    [("gpt2", "tiktoken", "gpt2"), ("bpe:500", "tiktoken", "gpt2"), ("bpe:500", "tokenizers", "bpe")],
 )
-def test_bad_sources(prepare, tmp_path, monkeypatch, name, content, complaint):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    if content:
-        (tmp_path / name).write_text(content)
-    out = tmp_path / "out"
-    result = prepare(OWT, f"--source={tmp_path / name}", f"--out={out}")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    message = result.stderr.splitlines()[-1]
-    assert message.startswith(f"prepare.py: --source={tmp_path / name}: ") and complaint in message
-    assert not out.exists()
+def test_a_missing_package(name, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    write("a.txt", TEXT)
+    said = problem("a.txt", f"--tokenizer={name}")
+    assert said.startswith(f"--tokenizer={name}: ") and f'pip install -e ".[{extra}]"' in said
 
 
-@needs_gpt2
-def test_without_datasets(prepare, tmp_path, documents, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    result = prepare(OWT, f"--source={documents}", f"--out={tmp_path / 'out'}")
-    assert fails(result, 'pip install -e ".[data]"')
-    assert not (tmp_path / "out").exists()
+def test_more_workers_than_memory_allows(run):
+    write("a.txt", TEXT)
+    assert "--workers=50: take up to" in problem("a.txt", "--workers=50")
+
+
+def test_a_mistyped_setting():
+    assert (
+        problem("a.txt", "--tokeniser=char")
+        == "--tokeniser=char: there is no setting 'tokeniser'; did you mean tokenizer?"
+    )
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        load(PrepareConfig, ["--help"], "nanogpt prepare")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: nanogpt prepare SOURCE ... [--key=value ...]\n")

@@ -1,3 +1,4 @@
+import codecs
 import json
 import subprocess
 import sys
@@ -5,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt import tokenizer as tok
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Stream, from_json
+from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Stream, from_json, named
 
 ROOT = Path(__file__).parent.parent
 texts = st.text(st.characters(exclude_categories=["Cs"]))  # a half of a surrogate pair is no text
@@ -68,6 +69,278 @@ def test_char_id_outside_the_vocabulary(id):
         t.token_bytes(id)
 
 
+def test_char_has_a_token_for_unknown_characters():
+    t = CharTokenizer(["a", "b", tok.UNKNOWN], unknown=tok.UNKNOWN)
+    assert t.encode("abßa世") == [0, 1, 2, 0, 2]
+    assert t.encode_numpy("abßa世").tolist() == [0, 1, 2, 0, 2]
+    assert t.decode([0, 2]) == "a\ufffd" and t.decode(t.encode("a\ufffd")) == "a\ufffd"
+    assert "'ß' (U+00DF), '世' (U+4E16); the first at position 2 " in t.about_unknown("abßa世")
+    assert t.about_unknown("abba") is None and t.count_unknown("aßß") == 2
+
+
+def test_char_without_such_a_token_is_as_it_always_was():
+    t = CharTokenizer(["a", "b"])
+    assert t.to_json() == {"type": "char", "chars": ["a", "b"]}
+    assert (t.vocab_size, t.eot, t.unknown) == (2, None, None)
+    with pytest.raises(ValueError, match="U\\+00DF"):
+        t.encode_numpy("aß")
+
+
+def test_char_with_an_end_of_text():
+    t = CharTokenizer(["a", tok.UNKNOWN], unknown=tok.UNKNOWN, separated=True)
+    assert (t.eot, t.vocab_size) == (2, 3)
+    assert t.decode([0, 2]) == "a<|endoftext|>" and t.token_bytes(2) == b"<|endoftext|>"
+    assert from_json(json.loads(json.dumps(t.to_json()))).eot == 2
+
+
+# -- any text: what is encoded is decoded, by each tokenizer, from arrays too, and after JSON
+
+SCRIPTS = "aZ09 '\"\n\t\r\u00a0\u0301ßéЖш世界、。한글עבאبहिन्दी👩\u200d🚀🏽\ufeff\ufffd\x00"
+any_text = st.one_of(texts, st.text(st.sampled_from(SCRIPTS)))
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("tiktoken")
+    return BPETokenizer.train([Path(__file__).read_text(encoding="utf-8")] * 2, 600)
+
+
+def goes_round(t, text):
+    ids = t.encode(text)
+    assert t.decode(ids) == text
+    assert b"".join(map(t.token_bytes, ids)) == text.encode()
+    assert t.encode_numpy(text).tolist() == ids
+    assert all(0 <= i < t.vocab_size for i in ids) and t.eot not in ids
+
+
+@given(any_text)
+def test_round_trip_of_characters(text):
+    goes_round(CharTokenizer(sorted({*text, tok.UNKNOWN}), unknown=tok.UNKNOWN, separated=True), text)
+
+
+@given(any_text)
+def test_round_trip_of_bytes(text):
+    goes_round(ByteTokenizer(), text)
+
+
+@given(any_text)
+def test_round_trip_of_gpt2(gpt2, text):
+    goes_round(gpt2, text)
+
+
+@given(any_text)
+def test_round_trip_of_trained_bpe(bpe, text):
+    goes_round(bpe, text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["char", "byte", "gpt2", "bpe"])
+def test_a_hundred_thousand_texts_go_round(name, gpt2, bpe, figure):
+    failures = []
+
+    @settings(max_examples=100_000, database=None)
+    @given(any_text)
+    def check(text):
+        chars = CharTokenizer(sorted({*text, tok.UNKNOWN}), unknown=tok.UNKNOWN)
+        t = dict(char=chars, byte=ByteTokenizer(), gpt2=gpt2, bpe=bpe)[name]
+        if t.decode(t.encode_numpy(text)) != text:
+            failures.append(text)
+
+    check()
+    figure(f"round trip of any text, {name}", f"{len(failures)} failures in 100,000")
+    assert not failures
+
+
+def test_a_character_that_is_several_tokens_appears_when_it_is_whole():
+    """As sample.py writes it, token by token."""
+    text, decoder = "né 👩\u200d🚀", codecs.getincrementaldecoder("utf-8")("replace")
+    t = ByteTokenizer()
+    assert "".join(decoder.decode(t.token_bytes(i)) for i in t.encode(text)) == text
+
+
+def test_bytes():
+    t = ByteTokenizer()
+    assert (t.vocab_size, t.eot, t.encode("é")) == (257, 256, [0xC3, 0xA9])
+    assert t.decode([0xC3]) == "\ufffd" and t.token_bytes(256) == b"<|endoftext|>"
+    assert isinstance(from_json(t.to_json()), ByteTokenizer)
+    with pytest.raises(ValueError, match="outside"):
+        t.decode([257])
+
+
+# -- trained BPE
+
+
+def test_trained_bpe_is_hugging_faces(bpe):
+    """The same tokens as `tokenizers` itself finds with the vocabulary that it trained."""
+    import tokenizers as hf
+
+    text = Path(__file__).read_text(encoding="utf-8")
+    model = hf.Tokenizer(hf.models.BPE())
+    model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = hf.pre_tokenizers.ByteLevel.alphabet()
+    model.train_from_iterator(
+        [text] * 2,
+        hf.trainers.BpeTrainer(vocab_size=599, min_frequency=2, initial_alphabet=alphabet, show_progress=False),
+    )
+    theirs = [bytes(tok.BYTE_OF[c] for c in token) for token in model.encode(text).tokens]
+    assert [bpe.token_bytes(i) for i in bpe.encode(text)] == theirs
+
+
+def test_trained_bpe_is_as_large_as_asked_and_always_the_same(bpe):
+    assert (bpe.vocab_size, bpe.eot) == (600, 599)
+    again = BPETokenizer.train(iter([Path(__file__).read_text(encoding="utf-8")] * 2), 600)
+    assert again.to_json() == bpe.to_json()
+    assert BPETokenizer.train(["abab"], 4096).vocab_size == 256 + 1 + 1  # ab; abab occurs once
+
+
+def test_bpe_json_round_trip(bpe):
+    again = from_json(json.loads(json.dumps(bpe.to_json())))
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert again.encode(text) == bpe.encode(text) and again.vocab_size == bpe.vocab_size
+
+
+@pytest.mark.parametrize(
+    "change, complaint",
+    [
+        (lambda tokens: None, "expected a list of texts, not NoneType"),
+        (lambda tokens: tokens[1:], "the byte 0x00 is missing"),
+        (lambda tokens: [*tokens, tokens[300]], "occurs twice"),
+        (lambda tokens: [*tokens, ""], "is empty"),
+        (lambda tokens: [*tokens, 5], "5 spells no bytes"),
+        (lambda tokens: [*tokens, "世"], "'世' spells no bytes"),
+    ],
+)
+def test_bad_bpe_json(bpe, change, complaint):
+    with pytest.raises(ValueError, match=complaint) as e:
+        from_json({"type": "bpe", "tokens": change(bpe.to_json()["tokens"])})
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "bad, complaint",
+    [
+        ({"type": "char", "chars": ["a"], "unknown": "b"}, "unknown: expected one of the chars, not 'b'"),
+        ({"type": "char", "chars": ["a"], "unknown": ["a"]}, "unknown: expected one of the chars"),
+        ({"type": "char", "chars": ["a"], "separated": 1}, "separated: expected true or false, not 1"),
+    ],
+)
+def test_bad_reserved_tokens(bad, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        from_json(bad)
+
+
+def test_without_tokenizers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[bpe\]"'):
+        BPETokenizer.train(["a"], 300)
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [("char", ("char", None)), ("byte", ("byte", None)), ("gpt2", ("gpt2", None)), ("bpe:4096", ("bpe", 4096))],
+)
+def test_names_of_tokenizers(name, found):
+    assert named(name) == found
+
+
+@pytest.mark.parametrize(
+    "name, complaint",
+    [
+        ("chars", "did you mean char"),
+        ("bpe", "expected bpe:N"),
+        ("bpe:256", "from 257"),
+        ("bpe:x", "expected bpe:N"),
+        ("bpe:99999999", "expected bpe:N"),
+        ("gpt2:5", "expected char, byte, gpt2 or bpe:N"),
+        ("", "expected char"),
+    ],
+)
+def test_names_of_no_tokenizers(name, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        named(name)
+
+
+# -- a text in parts
+
+WORDS = st.text(st.sampled_from("a'sté9 \n\t\r\u00a0\u3000!日本語。、x'llve\u0301𝒳½Ⅷ👍\u1680\u200b"), max_size=60)
+
+PHRASES = [
+    "\n    ",
+    "\n        ",
+    "\n\n",
+    "  ",
+    " ",
+    "'s",
+    "'ll",
+    "don't",
+    "def",
+    " return",
+    "日本",
+    "。",
+    "12",
+    "é",
+    "e\u0301",
+    "(",
+]
+WORDS |= st.lists(st.sampled_from(PHRASES)).map("".join)
+
+
+def in_parts(t, data, size):
+    """Ids of the parts into which `cut` divides the bytes, each at most `size`; what has no cut stays whole."""
+    parts = []
+    while len(data) > size and (place := t.cut(data[:size])):
+        parts.append(data[:place])
+        data = data[place:]
+    return [i for part in [*parts, data] for i in t.encode_numpy(part.decode()).tolist()], len(parts)
+
+
+@settings(max_examples=1000)
+@given(WORDS, st.integers(5, 40))
+def test_cutting_never_changes_the_tokens(gpt2, bpe, text, size):
+    chars = CharTokenizer(sorted({*text, tok.UNKNOWN}), unknown=tok.UNKNOWN)
+    for t in (gpt2, bpe, ByteTokenizer(), chars):
+        assert in_parts(t, text.encode(), size)[0] == t.encode(text), t
+
+
+@given(texts, st.integers(5, 40))
+def test_cutting_never_changes_the_tokens_of_any_text(gpt2, text, size):
+    assert in_parts(gpt2, text.encode(), size)[0] == gpt2.encode(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["two words", "end.\nnext", "日本。語", "abc123", "don't", "(x", "x)y", "mit Größe", "а б", "é\u0301e"],
+)
+def test_there_is_a_place_to_cut(gpt2, text):
+    assert 0 < gpt2.cut(text.encode()) < len(text.encode())
+
+
+@pytest.mark.parametrize("text", ["word", "    ", "日本語", "\n\n", "'s", ""])
+def test_there_is_none_within_a_word(gpt2, text):
+    assert gpt2.cut(text.encode()) == 0
+
+
+@given(st.binary(max_size=40))
+def test_bytes_that_are_no_text_can_be_cut_too(gpt2, data):
+    """And decoding the parts gives what decoding the whole gives."""
+    for t in (gpt2, ByteTokenizer()):
+        if place := t.cut(data):
+            parts = data[:place].decode("utf-8", "replace") + data[place:].decode("utf-8", "replace")
+            assert parts == data.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("run", [" ", "\n", " \n"])
+def test_long_white_space_is_no_problem(gpt2, run, monkeypatch):
+    """tiktoken's regular expression gives up on a million of it."""
+    text = "x" + run * (1_200_000 // len(run)) + "y"
+    assert gpt2.decode(gpt2.encode(text)) == text
+    assert gpt2.encode_numpy(text).tolist() == gpt2.encode(text)
+    monkeypatch.setattr(tok, "LONGEST_RUN", 10)
+    assert tok.without_long_runs("a" + " " * 25 + "b") == ["a" + " " * 10, " " * 10, " " * 5 + "b"]
+    assert tok.without_long_runs("a b" * 100) == ["a b" * 100]
+
+
 # -- JSON
 
 
@@ -91,7 +364,7 @@ def test_gpt2_json_round_trip(gpt2):
         ({}, "expected an object with a type"),
         ({"type": ["char"]}, "expected an object with a type"),
         ({"type": "chars"}, "not 'chars'; did you mean char?"),
-        ({"type": "x" * 10**6}, "expected the type char or gpt2"),
+        ({"type": "x" * 10**6}, "expected the type char, byte, gpt2 or bpe, not"),
         ({"type": "char"}, "expected a list of characters, not NoneType"),
         ({"type": "char", "chars": {"a": 0}}, "expected a list of characters, not dict"),
         ({"type": "char", "chars": []}, "empty"),

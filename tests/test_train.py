@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from nanogpt import checkpoint, data, train
 from nanogpt.config import UserError
+from nanogpt.data import write_dataset
+from nanogpt.tokenizer import CharTokenizer
 
 
 def final_weights(out_dir="out"):
@@ -357,3 +359,16 @@ def test_a_resumed_run_tells_each_end_of_an_epoch_once(run, tiny):
 def test_documents_of_a_dataset_without_a_separator_are_refused(run, tmp_path, capsys):
     assert "names no separator" in refused(capsys, "--documents=True")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vocabulary_of_100_000_is_read_from_shards_and_trained(run, tiny):
+    chars = [chr(i) for i in range(0x10000, 0x10000 + 100_000)]
+    ids = [i * 7919 % 100_000 for i in range(3000)]
+    write_dataset(tiny, CharTokenizer(chars), ids, ids[:300])
+    raw = (tiny / "train.bin").read_bytes()
+    assert len(raw) == 4 * len(ids)
+    (tiny / "train.bin").write_bytes(raw[:4000])
+    (tiny / "train-00001.bin").write_bytes(raw[4000:])
+    meta = json.loads((tiny / "meta.json").read_text())
+    (tiny / "meta.json").write_text(json.dumps(meta | {"files": {"train": ["train.bin", "train-00001.bin"]}}))
+    assert "exact val loss 11." in run("--max_iters=1", "--eval_iters=1")  # ln 100,000 = 11.5

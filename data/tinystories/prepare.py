@@ -1,0 +1,26 @@
+#!/bin/sh
+""":"
+# TinyStories, short stories for small models, in 4096 tokens of their own: train.bin, val.bin and meta.json here.
+#
+#     sh data/tinystories/prepare.py [SOURCE ...] [--key=value ...]
+#
+# The room to read is nanogpt/prepare.py, whose settings it takes; SOURCEs are read instead of the download.
+# A shell reads these lines, finds a Python, and starts this file once more with it; for Python they are text.
+python="$(dirname "$0")/../../.venv/bin/python"
+[ -x "$python" ] || python=python3
+exec "$python" "$0" "$@"
+":"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))  # works without the package being installed
+
+from nanogpt.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    source = [] if any(not a.startswith("-") for a in given) else ["hf:roneneldan/TinyStories"]
+    settings = [f"--dataset={HERE.name}", f"--root={HERE.parent}", "--tokenizer=bpe:4096"]
+    sys.exit(main(["prepare", *source, *settings, *given]))

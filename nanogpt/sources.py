@@ -1,0 +1,560 @@
+"""Where text comes from: files, folders, globs, standard input and Hugging Face datasets, as documents.
+
+One process lists the sources (`find`) and reads them as blocks of raw bytes (`blocks`); any process can turn a block
+into text (`read_block`). A block says where the next one begins, so that reading can go on there another time.
+"""
+
+import contextlib
+import difflib
+import glob
+import gzip
+import json
+import lzma
+import os
+import re
+import stat
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanogpt.config import UserError, nearest
+
+BLOCK = 2**20  # bytes that are read, encoded and kept in memory at a time
+HEAD = 2**13  # bytes of a file in a folder that tell whether it is text
+BOM = b"\xef\xbb\xbf"  # the mark that some editors put before UTF-8; it is not text
+PACKED = {".gz": 3.5, ".zst": 4.0, ".xz": 5.0}  # and how much larger text is unpacked, roughly
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "rows"}  # all others: text, one document a file
+ROWS_PACKED = 3.0  # the same for Parquet
+SURELY_TEXT = {".txt", ".md", *KINDS}  # in a folder, others are left out where they do not look like text
+STANDARD_INPUT = "standard input"
+
+
+class CannotWrite(UserError):
+    """A full disk, and the like: what has been written is kept, to go on from."""
+
+    def __init__(self, folder, error):
+        super().__init__(
+            f"{folder}: cannot be written to ({error.strerror or error}); when that is mended, the same command goes on"
+        )
+
+
+@contextlib.contextmanager
+def writing_to(folder):
+    """Within, an OSError is a CannotWrite about `folder`."""
+    try:
+        yield
+    except OSError as e:
+        raise CannotWrite(folder, e) from None
+
+
+@dataclass
+class Source:
+    """A file to read, or a dataset of the hub: `kind` is text, jsonl, rows (Parquet) or hf."""
+
+    name: str  # as messages call it
+    path: str
+    kind: str
+    packing: str = ""
+    size: int = 0  # on disk
+    mtime: int = 0  # in nanoseconds
+
+    def text_size(self):
+        """How many bytes of text it holds, roughly; 0 where nobody knows."""
+        return int(self.size * PACKED.get(self.packing, 1.0) * (ROWS_PACKED if self.kind == "rows" else 1.0))
+
+
+@dataclass
+class Block:
+    """Raw bytes, and what they are.
+
+    `kind` is text or jsonl. `parts` are [source, offset, line, bytes, first]: a document or a part of one, with its
+    place in the source (a row's number, for Parquet and hf), or many lines of a .jsonl. `first`: a document begins.
+    """
+
+    kind: str
+    parts: list
+    data: bytes
+    next: list  # where the following block begins: [source, offset, line]
+    done: int  # bytes of the sources on disk that have been read
+
+
+# -- which files
+
+
+def find(arguments, target, standard_input):
+    """(sources, notes) for the arguments of the command line; UserError with all that is wrong with them.
+
+    `target`: the folder that is written to, where nothing is read. `standard_input`: the file that it is copied to.
+    """
+    sources, notes, problems, seen = [], [], [], set()
+    for argument in arguments:
+        try:
+            if argument == "-":
+                found = [Source(STANDARD_INPUT, str(standard_input), "text")]
+            elif argument.startswith("hf:"):
+                found = [Source(argument, argument[3:], "hf")]
+            else:
+                found = list(find_files(argument, target, notes))
+        except UserError as e:
+            problems += e.problems
+            continue
+        for source in found:
+            key = os.path.realpath(source.path) if source.kind != "hf" else source.name
+            if key in seen:
+                notes.append(f"{source.name}: was named twice, and is read once")
+            else:
+                sources.append(source)
+            seen.add(key)
+    if problems:
+        raise UserError(*problems)
+    return sources, notes
+
+
+def find_files(argument, target, notes):
+    """Yield the Sources that a path or a glob names."""
+    path = Path(argument)
+    if os.path.lexists(argument):
+        paths = [path]
+    elif glob.has_magic(argument):
+        paths = [Path(p) for p in sorted(glob.glob(argument, recursive=True))]
+        if not paths:
+            raise UserError(f"{argument}: matches no file")
+    else:
+        raise UserError(f"{argument}: there is no such file or folder{nearest_path(path)}")
+    for path in paths:
+        if path.is_dir():
+            yield from find_in_folder(path, target, notes)
+        elif not (len(paths) > 1 and is_inside(path, target)):
+            yield describe(path)
+
+
+def find_in_folder(folder, target, notes):
+    """Yield the Sources in a folder and those below it, in the order of their names, but hidden ones."""
+    found, left_out = 0, []
+    for here, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(here) / name for name in sorted(names) if not name.startswith(".")):
+            if not path.is_file() or is_inside(path, target) or path.stat().st_size == 0:
+                continue
+            source = describe(path)
+            if looks_like_text(source):
+                found += 1
+                yield source
+            else:
+                left_out.append(path.suffix or path.name)
+    if left_out:
+        kinds = ", ".join(sorted(set(left_out))[:5])
+        notes.append(f"{folder}: left out {len(left_out):,} files that are not text ({kinds})")
+    if not found:
+        raise UserError(f"{folder}: holds no text")
+
+
+def refuse(error):
+    """What os.walk does with a folder that cannot be read."""
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
+def is_inside(path, folder):
+    return Path(folder).resolve() in path.resolve().parents
+
+
+def describe(path):
+    """The Source that a file is. UserError where it cannot be read, is empty or an archive of several files."""
+    packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    inner = path.with_suffix("").suffix.lower() if packing else path.suffix.lower()
+    if inner in (".tar", ".tgz", ".zip"):
+        raise UserError(f"{path}: is an archive of files; unpack it and give the folder")
+    try:
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode):
+            raise UserError(f"{path}: is no regular file; a - in its place reads standard input")
+        open(path, "rb").close()
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    if about.st_size == 0:
+        raise UserError(f"{path}: is empty")
+    return Source(str(path), str(path), KINDS.get(inner, "text"), packing, about.st_size, about.st_mtime_ns)
+
+
+def looks_like_text(source):
+    """Whether a file in a folder is to be read: by its name, otherwise by how it begins."""
+    path = Path(source.path.removesuffix(source.packing))
+    if path.suffix.lower() in SURELY_TEXT:
+        return True
+    try:
+        with opened(source) as (stream, _):
+            head = read_full(stream, HEAD)
+        head[: last_whole(head)].decode("utf-8")
+    except (UserError, UnicodeDecodeError):
+        return False
+    return b"\0" not in head
+
+
+def last_whole(data):
+    """The length of `data` without a last character that may be cut in two."""
+    return next((i for i in range(len(data) - 1, max(len(data) - 5, 0), -1) if data[i] & 0xC0 != 0x80), len(data))
+
+
+def nearest_path(path):
+    """'; did you mean FILE?' for a mistyped path, or nothing."""
+    try:
+        close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.5)
+    except OSError:
+        return ""
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def check_unchanged(source):
+    """Raise UserError where a file is not any more what it was when it was found."""
+    if source.kind == "hf":
+        return
+    try:
+        about = os.stat(source.path)
+    except OSError as e:
+        raise UserError(f"{source.name}: cannot be read any more: {e.strerror}") from None
+    if (about.st_size, about.st_mtime_ns) != (source.size, source.mtime):
+        raise UserError(f"{source.name}: was changed while it was read; start again")
+
+
+# -- raw bytes
+
+
+@contextlib.contextmanager
+def opened(source):
+    """(a stream of the unpacked bytes, the raw file) of a Source; what goes wrong within is a UserError about it."""
+    try:
+        with open(source.path, "rb") as raw:
+            with unpacked(source, raw) as stream:
+                yield stream, raw
+    except EOFError:
+        raise UserError(f"{source.name}: is cut short: the archive ends before its text does") from None
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error) as e:
+        raise UserError(f"{source.name}: is no sound {source.packing} archive ({e})") from None
+    except OSError as e:
+        raise UserError(f"{source.name}: cannot be read: {e.strerror or e}") from None
+
+
+@contextlib.contextmanager
+def unpacked(source, raw):
+    """The stream of bytes that are packed in the file `raw`."""
+    if source.packing == ".gz":
+        with gzip.GzipFile(fileobj=raw) as stream:
+            yield stream
+    elif source.packing == ".xz":
+        with lzma.LZMAFile(raw) as stream:
+            yield stream
+    elif source.packing == ".zst":
+        zstd = import_zstd(source)
+        try:
+            with zstd.ZstdFile(raw) as stream:
+                yield stream
+        except zstd.ZstdError as e:
+            raise UserError(f"{source.name}: is no sound .zst archive ({e})") from None
+    else:
+        yield raw
+
+
+def import_zstd(source):
+    """Python's own module where it has one (3.14), otherwise the backport of it."""
+    try:
+        from compression import zstd
+    except ImportError:
+        try:
+            from backports import zstd
+        except ImportError:
+            raise UserError(f'{source.name}: reading .zst takes pip install -e ".[data]"') from None
+    return zstd
+
+
+def read_full(stream, size):
+    """`size` bytes, or fewer where the stream ends."""
+    data = stream.read(size)
+    if len(data) == size or not data:
+        return data
+    parts = [data]
+    size -= len(data)
+    while size and (data := stream.read(size)):
+        parts.append(data)
+        size -= len(data)
+    return b"".join(parts)
+
+
+def skip(stream, source, offset):
+    """Go to `offset` in the unpacked bytes."""
+    if not source.packing:
+        stream.seek(offset)
+    while source.packing and offset:
+        offset -= len(read_full(stream, min(offset, BLOCK))) or offset  # at its end there is nothing left to skip
+
+
+def blocks(sources, start, cut, field, longest_line, folder):
+    """Yield the Blocks of all sources, from the position `start` = [source, offset, line] on.
+
+    cut: finds the last place where the bytes of a text can be cut. longest_line: bytes that a line of .jsonl may
+    have. folder: for temporary files. Small texts share a block.
+    """
+    pending, size, done = [], 0, sum(s.size for s in sources[: start[0]])
+    begin, offset, line = start
+    for number, source in enumerate(sources[begin:], begin):
+        pieces = read_rows if source.kind in ("rows", "hf") else read_stream
+        for part, data, after, at in pieces(source, offset, line, cut, field, longest_line, folder):
+            kind = "jsonl" if source.kind == "jsonl" else "text"
+            if pending and (size + len(data) > BLOCK or pending[0][0] != kind):
+                yield pack(pending, [number, *part[:2]], done)
+                pending, size = [], 0
+            pending.append((kind, [number, *part], data))
+            size += len(data)
+            if size >= BLOCK // 2:
+                yield pack(pending, [number, *after], done + at)
+                pending, size = [], 0
+        check_unchanged(source)
+        done += source.size
+        offset = line = 0
+    if pending:
+        yield pack(pending, [len(sources), 0, 0], done)
+
+
+def pack(pending, after, done):
+    return Block(pending[0][0], [part for _, part, _ in pending], b"".join(data for _, _, data in pending), after, done)
+
+
+def read_stream(source, offset, line, cut, field, longest_line, folder):
+    """Yield ([offset, line, bytes, first], bytes, [offset, line] after it, bytes on disk read) of a text or .jsonl."""
+    with opened(source) as (stream, raw):
+        skip(stream, source, offset)
+        jsonl = source.kind == "jsonl"
+        for data in line_pieces(stream, source, line, longest_line) if jsonl else text_pieces(stream, cut):
+            first, at = offset == 0 or jsonl, offset
+            part = [at, line, len(data), first]
+            offset += len(data)
+            line += data.count(b"\n") if jsonl else 0
+            yield part, data, [offset, line], raw.tell() if source.packing else offset
+
+
+def text_pieces(stream, cut):
+    """Yield the bytes of a text, cut where `cut` says so, and where it knows no place, after a whole character."""
+    rest = b""
+    while True:
+        data = rest + read_full(stream, BLOCK - len(rest))
+        if len(data) < BLOCK:
+            break
+        place = cut(data) or last_whole(data)
+        yield data[:place]
+        rest = data[place:]
+    if data:
+        yield data
+
+
+def line_pieces(stream, source, line, longest):
+    """Yield the bytes of whole lines, about a block at a time. UserError where a line is longer than `longest`."""
+    rest, size = [], 0
+    while data := stream.read(BLOCK):
+        end = data.rfind(b"\n") + 1
+        if end:
+            yield b"".join([*rest, data[:end]])
+            line += sum(part.count(b"\n") for part in rest) + data.count(b"\n", 0, end)
+            rest, size = [], 0
+        rest.append(data[end:])
+        size += len(rest[-1])
+        if size > longest:
+            raise UserError(
+                f"{source.name}:{line + 1}: the line is longer than {longest / 1e6:,.0f} MB, which is as much as "
+                "--memory lets a line take; a larger --memory allows longer ones"
+            )
+    if size:
+        yield b"".join(rest)
+
+
+def read_rows(source, row, line, cut, field, longest_line, folder):
+    """Yield the same for each row of a Parquet file or a dataset of the hub; its number is the offset."""
+    rows = hub_rows if source.kind == "hf" else parquet_rows
+    for text, at in rows(source, row, field, folder):
+        if not isinstance(text, str):
+            what = "holds nothing" if text is None else f"holds {type(text).__name__}, not text"
+            raise UserError(f"{source.name}: row {row + 1}: the field {field!r} {what}")
+        data = text.encode("utf-8", "surrogatepass")
+        row += 1
+        yield [row - 1, 0, len(data), True], data, [row, 0], at
+
+
+def parquet_rows(source, row, field, folder):
+    """Yield (value, bytes of the file read) from a row of a Parquet file on."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f'{source.name}: reading .parquet takes pip install -e ".[data]"') from None
+    with opened(source) as (stream, raw), contextlib.ExitStack() as stack:
+        if source.packing:  # its end is read first, so it cannot be read while it is unpacked
+            raw = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+            while data := stream.read(BLOCK):
+                with writing_to(folder):
+                    raw.write(data)
+        try:
+            file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK)
+            require_field(source, field, file.schema_arrow.names)
+            total = max(file.metadata.num_rows, 1)
+            before = 0
+            for group in range(file.num_row_groups):
+                about = file.metadata.row_group(group)
+                if before + about.num_rows > row:
+                    size = max(1, min(1024, BLOCK * about.num_rows // max(about.total_byte_size, 1)))
+                    for batch in file.iter_batches(size, row_groups=[group], columns=[field]):
+                        for value in batch.column(0).to_pylist():
+                            before += 1
+                            if before > row:
+                                yield value, source.size * before // total
+                else:
+                    before += about.num_rows
+        except (pyarrow.ArrowException, OSError) as e:
+            raise UserError(f"{source.name}: is no sound Parquet file ({first_line(e)})") from None
+
+
+def hub_rows(source, row, field, folder):
+    """Yield (value, 0) from a row of a dataset of the Hugging Face hub on, or of a folder in its format; streamed."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f'{source.name}: reading it takes pip install -e ".[data]"') from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, once
+    name, _, config = source.path.partition(":")
+    try:
+        found = stream_dataset(datasets, name, config or None)
+        first = next(iter(found), None)
+        require_field(source, field, list(first or {field: None}))
+        for example in found.skip(row):
+            yield example[field], 0
+    except UserError:
+        raise
+    except Exception as e:  # every kind of dataset raises its own
+        cause = e.__cause__ or e
+        raise UserError(f"{source.name}: cannot be loaded: {type(cause).__name__}: {first_line(cause)}") from None
+
+
+def stream_dataset(datasets, name, config):
+    """The rows of the split `train`. No loading script of a dataset is run: `datasets` has not done so since 4.0."""
+    try:
+        return datasets.load_dataset(name, config, split="train", streaming=True)
+    except (RuntimeError, ValueError) as e:
+        if "script" not in str(e) and "trust_remote_code" not in str(e):
+            raise
+    print(f"Using the hub's conversion of {name} to Parquet, since the original needs a script to load it.")
+    return datasets.load_dataset(name, config, revision="refs/convert/parquet", split="train", streaming=True)
+
+
+def require_field(source, field, names):
+    if field not in names:
+        raise UserError(
+            f"--field={field}: {source.name} has no such column; it has {', '.join(names)}{nearest(field, names)}"
+        )
+
+
+def first_line(error):
+    return " ".join(str(error).split())[:200]
+
+
+# -- text
+
+
+class Problems(dict):
+    """What in the sources is no text: {(source, kind): [place of the first, what it is, how many]}."""
+
+    def note(self, source, kind, where, what, count=1):
+        """One more, or several: of a kind that is binary, line or utf8."""
+        first = self.setdefault((source, kind), [where, what, 0])
+        first[2] += count
+
+
+def read_block(kind, parts, data, field, replace):
+    """(documents, problems) of a block: documents are (text, its raw bytes, whether it begins one).
+
+    With `replace`, bytes that are no UTF-8 become U+FFFD; the problems then still count them.
+    """
+    documents, problems, begin = [], Problems(), 0
+    for source, offset, line, size, first in parts:
+        raw = data[begin : begin + size]
+        begin += size
+        if offset == 0:
+            raw = raw.removeprefix(BOM)
+        if kind == "jsonl":
+            read_lines(raw, source, line, field, replace, documents, problems)
+        else:
+            text = read_text(raw, source, offset, replace, problems)
+            if text:
+                documents.append((text, raw, first))
+    return documents, problems
+
+
+def read_text(raw, source, offset, replace, problems, line=None):
+    """The text of raw bytes; what is wrong with them goes to `problems`, with its line or its offset."""
+    zero = raw.find(b"\0")
+    if zero >= 0:
+        utf16 = offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        what = "; it looks like UTF-16: iconv -f UTF-16 -t UTF-8 converts it" if utf16 else ""
+        problems.note(source, "binary", line or offset + zero, what)
+        return ""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        text = raw.decode("utf-8", "replace")
+        count = text.count("\ufffd") - raw.count("\ufffd".encode())
+        problems.note(source, "utf8", line or offset + e.start, f"0x{raw[e.start]:02x}", count)
+        return text if replace else ""
+
+
+def read_lines(raw, source, line, field, replace, documents, problems):
+    """The same for lines of JSON: objects with a field that is text."""
+    for row in raw.split(b"\n"):
+        line += 1
+        if not row.strip():
+            continue
+        try:
+            found = json.loads(row)
+        except UnicodeDecodeError:
+            if (text := read_text(row, source, 1, replace, problems, line)) == "":
+                continue
+            try:
+                found = json.loads(text)
+            except (ValueError, RecursionError):
+                found = None
+        except (ValueError, RecursionError) as e:
+            why = e.msg if isinstance(e, json.JSONDecodeError) else type(e).__name__
+            problems.note(source, "line", line, f"is no JSON ({why})")
+            continue
+        if not isinstance(found, dict):
+            problems.note(source, "line", line, "expected an object with a field for the text")
+        elif field not in found:
+            there = ", ".join(list(found)[:8]) or "nothing"
+            hint = nearest(field, list(found))
+            problems.note(source, "line", line, f"has no field {field!r}, but {there}{hint}")
+        elif not isinstance(found[field], str):
+            what = "nothing" if found[field] is None else type(found[field]).__name__
+            problems.note(source, "line", line, f"the field {field!r} holds {what}, not text")
+        elif found[field]:
+            text = SURROGATES.sub("\ufffd", found[field])
+            if text != found[field]:
+                n = len(SURROGATES.findall(found[field]))
+                problems.note(source, "utf8", line, "half of a surrogate pair", n)
+            documents.append((text, text.encode("utf-8"), True))
+
+
+SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def explain(problems, sources, replace):
+    """A line for each source with problems that end the preparation: what is wrong, where, and how often."""
+    lines = []
+    for number in sorted({source for source, _ in problems}):
+        name, place = sources[number].name, "line" if sources[number].kind == "jsonl" else "byte"
+        if found := problems.get((number, "binary")):
+            lines.append(f"{name}: is not text: {place} {found[0]} is 0x00{found[1]}")
+        elif found := problems.get((number, "line")):
+            more = f" (and {found[2] - 1:,} more lines like that)" if found[2] > 1 else ""
+            lines.append(f"{name}:{found[0]}: {found[1]}{more}")
+        elif (found := problems.get((number, "utf8"))) and not replace:
+            many = f"{found[2]:,} places, the first" if found[2] > 1 else "1 place,"
+            lines.append(
+                f"{name}: is not UTF-8 in {many} at {place} {found[0]} ({found[1]}); --errors=replace makes each U+FFFD"
+            )
+    return lines

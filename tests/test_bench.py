@@ -1,0 +1,60 @@
+"""bench.py: what it prints, and that it leaves nothing behind."""
+
+import re
+
+import pytest
+import torch
+
+from nanogpt import bench, metrics
+from nanogpt.config import BenchConfig
+from nanogpt.model import GPT, GPTConfig
+
+SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=2", "--device=cpu"]
+SMALL += ["--gradient_accumulation_steps=2", "--iters=3", "--warmup=1", "--compile=False"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        bench.main([*SMALL, *flags])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_phases_make_up_the_iteration(run, tmp_path):
+    out = run("--optimizer=muon", "--architecture=qwen3")
+    rows = {name: float(ms) for name, ms in re.findall(r"^(\w+) +([\d.]+) +\d+%$", out, re.M)}
+    assert set(rows) == set(bench.PHASES)
+    whole = float(re.search(r"^iteration +([\d.]+)$", out, re.M)[1])
+    assert sum(rows.values()) == pytest.approx(whole, rel=0.5)
+    for name in ("speed", "MFU", "yardstick", "of that", "memory"):
+        assert re.search(rf"^{name} +[\d,.]+", out, re.M), name
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_dataset_the_tokens_are_random_and_one_line_says_so(run):
+    assert re.search(r"^data: 65 kinds of random tokens \(--vocab_size\); --dataset=openwebtext", run(), re.M)
+
+
+def test_a_prepared_dataset_is_read(run, tmp_path):
+    from nanogpt.data import write_dataset
+    from nanogpt.tokenizer import CharTokenizer
+
+    tok = CharTokenizer.train("abc")
+    write_dataset(tmp_path / "data" / "d", tok, tok.encode("abc" * 50), tok.encode("abc" * 50))
+    assert "random tokens" not in run("--dataset=d")
+
+
+def test_the_yardstick_counts_the_operations_of_the_linear_layers(dist):
+    model = GPT(GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=16, bias=False))
+    assert metrics.products_rate(model, dist, tokens=64, repeats=2) > 1e6
+    assert metrics.peak_memory(torch.device("cpu")) > 2**24
+
+
+def test_what_a_run_is_expected_to_take():
+    assert metrics.expected_seconds(100, flops_per_iter=1e12, peak=3e12, layers=4) == pytest.approx(100)
+    assert metrics.expected_seconds(100, flops_per_iter=1e3, peak=3e12, layers=4) == pytest.approx(0.4)
+    assert BenchConfig().iters > 0

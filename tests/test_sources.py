@@ -1,0 +1,366 @@
+"""Where text comes from: files of all kinds, in any packing, in blocks that begin anywhere again."""
+
+import gzip
+import json
+import lzma
+import os
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt import sources
+from nanogpt.config import UserError
+from nanogpt.sources import Problems, blocks, explain, find, read_block
+from nanogpt.tokenizer import last_character
+
+TEXT = "".join(f"Line {i} of a text with Größe and 世界.\n" for i in range(200))
+
+
+def zstd(data):
+    try:
+        from compression import zstd
+    except ImportError:
+        zstd = pytest.importorskip("backports.zstd")
+    return zstd.compress(data)
+
+
+PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "BLOCK", 1000)
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name, data):
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    with open(name, "wb") as f:
+        f.write(data.encode() if isinstance(data, str) else data)
+    return name
+
+
+def listed(*arguments):
+    return find(arguments, "data/own", "stdin.txt")[0]
+
+
+def documents(found, start=(0, 0, 0), field="text", replace=False, longest=10**6):
+    """[text of each document], the Problems, and where each block ended."""
+    texts, problems, ends = [], Problems(), []
+    for block in blocks(found, list(start), last_character, field, longest, "."):
+        got, noted = read_block(block.kind, block.parts, block.data, field, replace)
+        for text, raw, first in got:
+            assert replace or raw.decode() == text
+            if first:
+                texts.append("")
+            elif not texts:
+                texts.append("...")
+            texts[-1] += text
+        for key, (where, what, count) in noted.items():
+            problems.note(*key, where, what, count)
+        ends.append(block.next)
+    return texts, problems, ends
+
+
+def refused(*arguments, **settings):
+    with pytest.raises(UserError) as caught:
+        found = listed(*arguments)
+        _, problems, _ = documents(found, **settings)
+        raise UserError(*explain(problems, found, False))
+    return list(caught.value.problems)
+
+
+def parquet(name, columns, rows_in_group=1000):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), name, row_group_size=rows_in_group)
+    return name
+
+
+# -- what is read
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.py", "a", "A.TXT"])
+def test_a_file_is_one_document(name, packing):
+    assert documents(listed(write(name + packing, PACK[packing](TEXT.encode()))))[0] == [TEXT]
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_each_line_of_a_jsonl_is_one(packing):
+    texts = [f"document {i} " + "世" * i for i in range(100)]
+    lines = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts))
+    assert documents(listed(write(f"a.jsonl{packing}", PACK[packing](lines.encode()))))[0] == texts
+    without_end = lines.rstrip("\n").replace("\n", "\r\n\n")
+    assert documents(listed(write(f"b.jsonl{packing}", PACK[packing](without_end.encode()))))[0] == texts
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_each_row_of_a_parquet_is_one(packing):
+    texts = [f"document {i} " + "世" * i for i in range(100)]
+    parquet("a.parquet", {"id": list(range(100)), "text": texts}, rows_in_group=30)
+    with open("a.parquet", "rb") as f:
+        write(f"b.parquet{packing}", PACK[packing](f.read()))
+    assert documents(listed(f"b.parquet{packing}"))[0] == texts
+
+
+def test_another_field():
+    write("a.jsonl", json.dumps({"text": "no", "body": "yes"}))
+    assert documents(listed("a.jsonl"), field="body")[0] == ["yes"]
+    parquet("a.parquet", {"text": ["no"], "body": ["yes"]})
+    assert documents(listed("a.parquet"), field="body")[0] == ["yes"]
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_what_is_no_text_is_left_out():
+    for name in ("f/b.txt", "f/a/z.py", "f/a/y.md", "f/c.jsonl"):
+        write(name, json.dumps({"text": name}) if "json" in name else name)
+    write("f/.hidden.txt", "x")
+    write("f/.git/config", "x")
+    write("f/picture.png", b"\x89PNG\r\n\x1a\n\0\0\0")
+    write("f/latin.log", "größe".encode("latin-1"))
+    write("f/empty.txt", "")
+    found, notes = find(["f"], "data/own", None)
+    assert documents(found)[0] == ["f/b.txt", "f/c.jsonl", "f/a/y.md", "f/a/z.py"]
+    assert notes == ["f: left out 2 files that are not text (.log, .png)"]
+
+
+def test_the_dataset_itself_is_not_read():
+    write("data/own/meta.json", "{}")
+    write("data/text.txt", "text")
+    assert [s.name for s in listed("data")] == ["data/text.txt"]
+
+
+def test_globs_and_several_sources():
+    for name in ("b.txt", "a.txt", "f/c.txt", "f/g/d.txt"):
+        write(name, name)
+    assert documents(listed("*.txt"))[0] == ["a.txt", "b.txt"]
+    assert documents(listed("b.txt", "f"))[0] == ["b.txt", "f/c.txt", "f/g/d.txt"]
+    assert documents(listed("**/*.txt"))[0] == ["a.txt", "b.txt", "f/c.txt", "f/g/d.txt"]
+    found, notes = find(["a.txt", "./a.txt", "*.txt"], "data/own", None)
+    assert [s.name for s in found] == ["a.txt", "b.txt"]
+    assert notes == ["a.txt: was named twice, and is read once"] * 2
+
+
+def test_a_name_with_brackets_is_a_name():
+    assert documents(listed(write("a[1].txt", "text")))[0] == ["text"]
+
+
+def test_a_mark_at_the_beginning_is_no_text():
+    write("a.txt", b"\xef\xbb\xbftext")
+    write("b.jsonl", b'\xef\xbb\xbf{"text": "more"}')
+    assert documents(listed("a.txt", "b.jsonl"))[0] == ["text", "more"]
+
+
+def test_a_dataset_in_hugging_faces_format(tmp_path, monkeypatch):
+    """hf:NAME, from a local folder; what is different with the hub's is only where the files come from."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = [f"document {i}" for i in range(300)]
+    os.makedirs("hub")
+    parquet("hub/train-0.parquet", {"id": list(range(200)), "text": texts[:200]})
+    parquet("hub/train-1.parquet", {"id": list(range(100)), "text": texts[200:]})
+    found = listed("hf:hub")
+    got, _, ends = documents(found)
+    assert got == texts
+    assert documents(found, ends[1])[0] == texts[ends[1][1] :]
+    assert "hf:hub has no such column; it has id, text; did you mean text?" in refused("hf:hub", field="txt")[0]
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert refused("hf:nobody/nothing")[0].startswith("hf:nobody/nothing: cannot be loaded: ")
+
+
+# -- blocks
+
+
+kinds = st.lists(
+    st.tuples(
+        st.sampled_from(["a.txt", "b.txt.gz", "c.jsonl", "d.jsonl.xz"]), st.lists(st.integers(0, 3000), max_size=6)
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(kinds, st.integers(0, 100))
+def test_reading_goes_on_from_the_end_of_any_block(plan, seed):
+    draw, expected, names = random.Random(seed), [], []
+    for i, (name, sizes) in enumerate(plan):
+        texts = ["".join(draw.choices("abc \nß世🚀", k=n)) for n in sizes]
+        jsonl = "jsonl" in name
+        content = "".join(json.dumps({"text": t}) + "\n" for t in texts) if jsonl else "".join(texts)
+        names.append(
+            write(
+                f"{i}{name}",
+                PACK[os.path.splitext(name)[1] if name[-3:] in (".gz", ".xz") else ""](content.encode() or b"\n"),
+            )
+        )
+        expected += [t for t in texts if t] if jsonl else [content or "\n"]
+    found = listed(*names)
+    whole, _, ends = documents(found)
+    assert whole == expected
+    for end in ends:
+        rest = documents(found, end)[0]
+        joined = "".join(rest).removeprefix("...")
+        assert "".join(whole).endswith(joined)
+        assert rest[1:] == whole[len(whole) - len(rest) + 1 :] if rest else True
+
+
+def test_a_block_holds_many_small_documents_and_no_large_one():
+    for i in range(100):
+        write(f"f/{i:03}.txt", "x" * 90)
+    write("g.txt", TEXT)
+    found = listed("f", "g.txt")
+    sizes = [len(b.data) for b in blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")]
+    assert max(sizes) <= 1000 and len(sizes) < 35
+
+
+def test_a_block_knows_how_much_has_been_read():
+    found = listed(write("a.txt", TEXT), write("b.txt.gz", gzip.compress(TEXT.encode())))
+    done = [b.done for b in blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")]
+    assert done == sorted(done) and done[-1] == sum(s.size for s in found)
+
+
+def test_a_file_that_changes_meanwhile_is_noticed():
+    found = listed(write("a.txt", TEXT))
+    reading = blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")
+    next(reading)
+    write("a.txt", TEXT + "more")
+    with pytest.raises(UserError, match="a.txt: was changed while it was read"):
+        list(reading)
+
+
+# -- what is refused, in a line
+
+
+def test_what_is_not_there_and_what_is_empty_comes_at_once():
+    write("story.txt", "text")
+    write("empty.txt", "")
+    os.makedirs("folder")
+    assert refused("stoy.txt", "empty.txt", "folder", "*.csv", "no/such/file") == [
+        "stoy.txt: there is no such file or folder; did you mean story.txt?",
+        "empty.txt: is empty",
+        "folder: holds no text",
+        "*.csv: matches no file",
+        "no/such/file: there is no such file or folder",
+    ]
+
+
+def test_archives_and_devices():
+    write("a.tar.gz", gzip.compress(b"x"))
+    os.mkfifo("pipe")
+    assert refused("a.tar.gz", "pipe") == [
+        "a.tar.gz: is an archive of files; unpack it and give the folder",
+        "pipe: is no regular file; a - in its place reads standard input",
+    ]
+
+
+def test_a_binary_file_with_its_offset():
+    write("a.bin", b"text" * 600 + b"\0" + b"\0\xff" * 100)
+    assert refused("a.bin") == ["a.bin: is not text: byte 2400 is 0x00"]
+
+
+def test_utf16_gets_a_hint():
+    write("a.txt", TEXT.encode("utf-16"))
+    assert refused("a.txt") == [
+        "a.txt: is not text: byte 3 is 0x00; it looks like UTF-16: iconv -f UTF-16 -t UTF-8 converts it"
+    ]
+
+
+def test_broken_utf8_is_counted_over_all_files():
+    write("a.txt", b"x" * 1500 + b"\xff more \xe4\n" + b"y" * 3000 + b"\xc3")
+    write("b.txt", "größe".encode("latin-1"))
+    assert refused("a.txt", "b.txt") == [
+        "a.txt: is not UTF-8 in 3 places, the first at byte 1500 (0xff); --errors=replace makes each U+FFFD",
+        "b.txt: is not UTF-8 in 2 places, the first at byte 2 (0xf6); --errors=replace makes each U+FFFD",
+    ]
+
+
+def test_broken_utf8_can_be_replaced():
+    raw = b"x" * 1500 + b"\xff more \xe4\n" + b"y" * 3000 + b"\xc3"
+    texts, problems, _ = documents(listed(write("a.txt", raw)), replace=True)
+    assert texts == [raw.decode("utf-8", "replace")]
+    assert [count for _, _, count in problems.values()] == [3]
+
+
+@given(st.binary(min_size=1, max_size=5000))
+def test_any_bytes_are_text_or_a_problem(raw):
+    found = listed(write("any.txt", raw))
+    texts, problems, _ = documents(found, replace=True)
+    lines = explain(problems, found, True)
+    assert lines or "".join(texts) == raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
+    assert len(lines) == (b"\0" in raw)
+    try:
+        raw.removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError:
+        assert len(explain(documents(found)[1], found, False)) == 1
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ('{"body": "x", "id": 1}', "has no field 'text', but body, id"),
+        ('{"texts": "x"}', "has no field 'text', but texts; did you mean texts?"),
+        ('{"text": 5}', "the field 'text' holds int, not text"),
+        ('{"text": null}', "the field 'text' holds nothing, not text"),
+        ('["text"]', "expected an object with a field for the text"),
+        ('{"text": "x"', "is no JSON (Expecting ',' delimiter)"),
+        ("[" * 100_000, "is no JSON (RecursionError)"),
+    ],
+)
+def test_a_bad_line_has_its_number(line, complaint):
+    good = json.dumps({"text": "x" * 50}) + "\n"
+    write("a.jsonl", good * 40 + line + "\n" + good * 40)
+    assert refused("a.jsonl") == [f"a.jsonl:41: {complaint}"]
+    write("b.jsonl", (good * 40 + line + "\n") * 3)
+    assert refused("b.jsonl") == [f"b.jsonl:41: {complaint} (and 2 more lines like that)"]
+
+
+def test_broken_utf8_and_half_pairs_in_a_line():
+    write("a.jsonl", b'{"text": "good"}\n{"text": "gr\xf6\xdfe"}\n{"text": "\\ud83d"}\n')
+    assert refused("a.jsonl") == [
+        "a.jsonl: is not UTF-8 in 3 places, the first at line 2 (0xf6); --errors=replace makes each U+FFFD"
+    ]
+    texts, _, _ = documents(listed("a.jsonl"), replace=True)
+    assert texts == ["good", "gr\ufffd\ufffde", "\ufffd"]
+
+
+def test_a_line_too_long_for_the_memory():
+    write("a.jsonl", json.dumps({"text": "x"}) + "\n" + json.dumps({"text": "x" * 50_000}))
+    assert documents(listed("a.jsonl"))[0] == ["x", "x" * 50_000]
+    (line,) = refused("a.jsonl", longest=20_000)
+    assert line.startswith("a.jsonl:2: the line is longer than 0 MB, which is as much as --memory lets a line take")
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
+def test_a_truncated_archive(packing):
+    whole = PACK[packing](os.urandom(3000).hex().encode())
+    write(f"a.txt{packing}", whole[: len(whole) // 2])
+    assert refused(f"a.txt{packing}") == [f"a.txt{packing}: is cut short: the archive ends before its text does"]
+
+
+@pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
+def test_what_is_no_archive(packing):
+    write(f"a.txt{packing}", "not packed at all")
+    (line,) = refused(f"a.txt{packing}")
+    assert line.startswith(f"a.txt{packing}: is no sound {packing} archive (")
+
+
+def test_bad_parquet():
+    parquet("a.parquet", {"body": ["x"]})
+    assert refused("a.parquet") == ["--field=text: a.parquet has no such column; it has body"]
+    parquet("a.parquet", {"text": [1]})
+    assert refused("a.parquet") == ["a.parquet: row 1: the field 'text' holds int, not text"]
+    parquet("a.parquet", {"text": ["x", None]})
+    assert refused("a.parquet") == ["a.parquet: row 2: the field 'text' holds nothing"]
+    write("a.parquet", "no parquet at all")
+    assert refused("a.parquet")[0].startswith("a.parquet: is no sound Parquet file (")
+
+
+@pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("hf:x", "datasets")])
+def test_a_missing_package_says_what_brings_it(name, package, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    if not name.startswith("hf:"):
+        write(name, "x")
+    assert refused(name) == [f'{name}: reading {"it" if "hf" in name else ".parquet"} takes pip install -e ".[data]"']
