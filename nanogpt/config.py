@@ -47,6 +47,8 @@ def setting(default, help, kind=None, *, low=None, above=None, high=None, choice
 class TrainConfig:
     """Settings of `train.py`."""
 
+    auto_batch = False  # whether batch_size was `auto`; its number then says how many sequences an iteration has
+
     out_dir: str = setting("out", "folder for checkpoints, metrics.jsonl and the picture of the losses", group="Run")
     eval_interval: int = setting(2000, "evaluate (and save) every so many iterations", low=1)
     log_interval: int = setting(1, "print a line every so many iterations", low=1)
@@ -65,7 +67,12 @@ class TrainConfig:
     wandb_run_name: str = setting("gpt2", "its run name")
     dataset: str = setting("openwebtext", "a folder in data/ with train.bin, val.bin and meta.json", group="Data")
     gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
-    batch_size: int = setting(12, "sequences in a micro-batch", low=1)
+    batch_size: int | str = setting(
+        12,
+        "sequences in a micro-batch; auto: as many as fit the memory, and in an iteration as many as without",
+        auto=True,
+        low=1,
+    )
     block_size: int = setting(1024, "context length, in tokens", low=1)
     sampling: str = setting(
         "epochs",
@@ -258,41 +265,6 @@ class EvalConfig:
 
 
 @dataclass
-class ServeConfig:
-    """Settings of `nanogpt serve`."""
-
-    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
-    out_dir: str = setting("out", "folder that a training run wrote")
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all that this machine has", group="Server")
-    port: int = setting(8000, "0 takes a free one", low=0, high=65535)
-    api_key_file: str = setting(
-        "", "file with the key that clients must send; NANOGPT_API_KEY in the environment does the same"
-    )
-    allow_origin: str = setting(
-        "", "web pages of this origin may use the server too, such as https://example.org, or *"
-    )
-    max_batch: int = setting(16, "texts that are written at the same time", low=1, group="Limits")
-    max_requests: int = setting(64, "requests at a time, waiting ones included; more are turned away", low=1)
-    max_n: int = setting(8, "texts of one request, all its prompts together", low=1)
-    max_tokens: int = setting(4096, "tokens of one text", low=1)
-    max_prompt: int = setting(16384, "characters of a prompt, and tokens", low=1)
-    max_body: int = setting(2**18, "bytes of a request", low=1024)
-    max_seconds: float = setting(300.0, "time for one request, waiting included", above=0.0)
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True, group="System")
-    dtype: str = setting("auto", "of the weights and products", choices=DTYPES, auto=True)
-    int8: bool | str = setting(
-        "auto", "weights of a byte each, on CPUs; auto: where a large model writes faster so", bool, auto=True
-    )
-
-    def problems(self):
-        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
-        if self.allow_origin not in ("", "*") and not re.fullmatch(r"https?://[^/\s?#]+", self.allow_origin):
-            yield ("allow_origin",), "must be an origin such as https://example.org, without a path, or *"
-        if self.int8 is True and self.dtype not in ("auto", "float32"):
-            yield ("int8", "dtype"), f"works in float32 beside it, and dtype is {self.dtype}"
-
-
-@dataclass
 class PrepareConfig:
     """Settings of `nanogpt prepare`, and the SOURCEs that stand beside them, in `arguments`."""
 
@@ -336,6 +308,41 @@ def is_name(dataset):
     return dataset not in ("", "..") and dataset == Path(dataset).name and "\0" not in dataset
 
 
+@dataclass
+class ServeConfig:
+    """Settings of `nanogpt serve`."""
+
+    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
+    out_dir: str = setting("out", "folder that a training run wrote")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all that this machine has", group="Server")
+    port: int = setting(8000, "0 takes a free one", low=0, high=65535)
+    api_key_file: str = setting(
+        "", "file with the key that clients must send; NANOGPT_API_KEY in the environment does the same"
+    )
+    allow_origin: str = setting(
+        "", "web pages of this origin may use the server too, such as https://example.org, or *"
+    )
+    max_batch: int = setting(16, "texts that are written at the same time", low=1, group="Limits")
+    max_requests: int = setting(64, "requests at a time, waiting ones included; more are turned away", low=1)
+    max_n: int = setting(8, "texts of one request, all its prompts together", low=1)
+    max_tokens: int = setting(4096, "tokens of one text", low=1)
+    max_prompt: int = setting(16384, "characters of a prompt, and tokens", low=1)
+    max_body: int = setting(2**18, "bytes of a request", low=1024)
+    max_seconds: float = setting(300.0, "time for one request, waiting included", above=0.0)
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True, group="System")
+    dtype: str = setting("auto", "of the weights and products", choices=DTYPES, auto=True)
+    int8: bool | str = setting(
+        "auto", "weights of a byte each, on CPUs; auto: where a large model writes faster so", bool, auto=True
+    )
+
+    def problems(self):
+        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        if self.allow_origin not in ("", "*") and not re.fullmatch(r"https?://[^/\s?#]+", self.allow_origin):
+            yield ("allow_origin",), "must be an origin such as https://example.org, without a path, or *"
+        if self.int8 is True and self.dtype not in ("auto", "float32"):
+            yield ("int8", "dtype"), f"works in float32 beside it, and dtype is {self.dtype}"
+
+
 def load(cls, argv, prog, inherit=None):
     """Read config files and `--key=value` arguments into a checked `cls`.
 
@@ -345,7 +352,7 @@ def load(cls, argv, prog, inherit=None):
     result's `sources` maps each setting that is not at its default to where its value came from. `--help`
     prints and exits with 0. Raises UserError with every problem found, not the first alone.
     """
-    values, sources, problems, failed, names = {}, {}, [], set(), {}
+    values, sources, problems, failed, names, autos = {}, {}, [], set(), {}, {}
     known = {f.name: f for f in fields(cls)}
 
     def assign(source, shown, name, value):
@@ -354,10 +361,16 @@ def load(cls, argv, prog, inherit=None):
             problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
             return
         try:
-            values[name], sources[name] = convert(value, known[name].metadata), source
+            value = convert(value, known[name].metadata)
         except ValueError as e:
             problems.append(f"{shown}: expected {e}")
             failed.add(name)
+            return
+        autos.pop(name, None)
+        if (name, value) == ("batch_size", "auto"):
+            autos[name] = source  # the number below it stays
+        else:
+            values[name], sources[name] = value, source
 
     arguments = [a for a in argv if not a.startswith("-") or (a == "-" and hasattr(cls, "ARGUMENTS"))]
     flags = [a for a in argv if a not in arguments and a not in ("-h", "--help")]
@@ -372,16 +385,17 @@ def load(cls, argv, prog, inherit=None):
             example = "True" if known[name].metadata["kind"] is bool else "VALUE"
             problems.append(f"{flag}: a setting is written --{name}={example}, with an equals sign and no spaces")
     cfg = cls(**values)
+    asked = dict(autos)  # a run that goes on has no say in that
     if inherit and not problems:
         inherited, source = inherit(cfg)
         for name, value in inherited.items():
             if name in known and (name not in sources or (name, values[name]) == ("seed", "auto")):
                 assign(source, f"{source}: {name} = {value!r}", name, value)
         cfg = cls(**values)
-    cfg.sources, cfg.arguments = sources, arguments
+    cfg.sources, cfg.auto_batch, cfg.arguments = sources | asked, bool(asked), arguments
     for names, why in cfg.problems():
         if not failed & set(names):
-            name, where = names[0], sources.get(names[0], "default")
+            name, where = names[0], cfg.sources.get(names[0], "default")
             shown = where if where.startswith("-") else f"{where}: {name} = {getattr(cfg, name)!r}"
             problems.append(f"{shown}: {why}")
     if problems:

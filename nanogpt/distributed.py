@@ -245,11 +245,11 @@ def keep_memory():
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def share_batch(cfg, world_size):
+def share_batch(cfg, world_size, most=None):
     """How each process works through its part of the global batch: (micro-steps, sequences in each).
 
     The global batch is gradient_accumulation_steps * batch_size whatever the number of processes. A micro-step
-    holds at most batch_size sequences. UserError where the processes do not divide it.
+    holds at most `most` sequences, or batch_size. UserError where the processes do not divide it.
     """
     total = cfg.gradient_accumulation_steps * cfg.batch_size
     if total % world_size:
@@ -259,8 +259,21 @@ def share_batch(cfg, world_size):
             f"{total} sequences; these numbers would: {', '.join(map(str, fitting))}"
         )
     mine = total // world_size
-    micro_batch = max(b for b in range(1, min(cfg.batch_size, mine) + 1) if mine % b == 0)
-    return mine // micro_batch, micro_batch
+    size = largest_divisor(mine, most or cfg.batch_size)
+    return mine // size, size
+
+
+def largest_divisor(n, most):
+    """The largest divisor of n that is at most `most`."""
+    return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
+
+
+def out_of_memory(error):
+    """Whether an exception says that the device, or on a CPU this process, got no more memory."""
+    words = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")  # PyTorch's, C++'s, cuBLAS's
+    words += ("could not create a primitive", "could not create a memory")  # oneDNN's
+    said = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 COMPILE_PAYS = {"cuda": 60, "cpu": 1800}  # from so many seconds of work on; docs/speed.md has the figures
@@ -284,7 +297,7 @@ def compiled(model, cfg, dist, eval_shape, train_shape=None, seconds=0.0):
     """`torch.compile` of the model where `compile` says so, tried out on batches of these shapes; the same weights.
 
     `train_shape`: of a batch whose backward pass is needed too. `seconds`: how much training lies ahead, about.
-    Where compilation fails, one line says so, and the model runs uncompiled.
+    Where compilation fails, one line says so, and the model runs uncompiled; but not where the memory runs out.
     """
     if not choose_compile(cfg, dist.device, dist.say, seconds):
         return model
@@ -303,9 +316,12 @@ def compiled(model, cfg, dist, eval_shape, train_shape=None, seconds=0.0):
         with torch.no_grad(), dist.autocast():
             fast(idx, idx if train_shape else None)
     except Exception as e:  # of any kind: a compiler, its driver, or PyTorch's own
+        if out_of_memory(e):
+            raise
         errors.note(e)
-    model.train(train_shape is not None)
-    model.zero_grad(set_to_none=True)
+    finally:
+        model.train(train_shape is not None)
+        model.zero_grad(set_to_none=True)
     if errors.reasons:
         dist.say(f"compile: failed, going on without it ({errors.reasons[0]})")
         return model

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nanogpt.data import Documents
+from nanogpt.distributed import largest_divisor
 
 
 @contextmanager
@@ -23,18 +24,20 @@ def evaluating(model):
         model.train(was_training)
 
 
-def losses(model, batches, cfg, dist, stop=lambda: False):
+def losses(model, batches, cfg, dist, stop=lambda: False, most=None):
     """Mean loss over the first `eval_iters` batches of each stream: {'train': nats, 'val': nats}.
 
     Always the same batches, so that evaluations compare. Each process takes every world_size-th batch. A split
     with no more windows than that is read once, whole: the loss is then `exact`, and costs less than the estimate.
-    `stop` is asked before each batch; where it answers True, None is returned.
+    `stop` is asked before each batch; where it answers True, None is returned. At most `most` sequences are worked
+    on at a time.
     """
     result = {}
+    size = largest_divisor(cfg.batch_size, most or cfg.batch_size)
     with evaluating(model):
         for split, stream in batches.items():
             if stream.epoch_windows <= cfg.eval_iters * cfg.batch_size:
-                whole = exact(model, stream.dataset, cfg, dist, None, stop, what=f"{split} loss")
+                whole = exact(model, stream.dataset, cfg, dist, None, stop, most, what=f"{split} loss")
                 if whole is None:
                     return None
                 result[split] = whole["loss"]
@@ -46,25 +49,37 @@ def losses(model, batches, cfg, dist, stop=lambda: False):
                 i = first + dist.rank
                 if i >= cfg.eval_iters:
                     break
-                x, y = stream.get(i * cfg.batch_size, cfg.batch_size)
-                with dist.autocast():
-                    total += model(x, y)[1] * stream.filled(i * cfg.batch_size, cfg.batch_size)
+                for window in range(i * cfg.batch_size, (i + 1) * cfg.batch_size, size):
+                    x, y = stream.get(window, size)
+                    with dist.autocast():
+                        total += model(x, y)[1] * stream.filled(window, size)
             filled = stream.filled(0, cfg.eval_iters * cfg.batch_size)  # so that each target counts the same
-            result[split] = dist.sum([total.item()])[0] / (cfg.eval_iters * filled)
+            result[split] = dist.sum([total.item()])[0] / (cfg.eval_iters * (cfg.batch_size // size) * filled)
     return result
 
 
-def exact(model, dataset, cfg, dist, token_bytes, stop=lambda: False, layout=None, each=False, what="exact val loss"):
+def exact(
+    model,
+    dataset,
+    cfg,
+    dist,
+    token_bytes,
+    stop=lambda: False,
+    most=None,
+    layout=None,
+    each=False,
+    what="exact val loss",
+):
     """The loss over all of a split, each token predicted once, from windows laid end to end.
 
     `token_bytes`: the UTF-8 length of each token id, or None. `layout`: the `data.Documents` that are cut into
     windows; without it the dataset's own, or where it has none the whole split as one document. Returns a dict:
     `loss` (nats a token), `tokens`, `perplexity`, and with token_bytes `bits_per_byte`; where `each`, `documents` is
     a list of such dicts, with None for a document that has no token to predict. No randomness: the same to the last
-    digit every time. `stop` is asked before each batch; where it answers True, None is returned. `what` names the
-    progress bar.
+    digit every time. `stop` is asked before each batch; where it answers True, None is returned. At most
+    `most` sequences are worked on at a time. `what` names the progress bar.
     """
-    T, B = cfg.block_size, cfg.batch_size
+    T, B = cfg.block_size, min(cfg.batch_size, most or cfg.batch_size)
     layout = layout or dataset.documents or Documents([0, len(dataset.tokens)], T)
     sums = np.zeros((len(layout.begins) - 1 if each else 1, 3))  # nats, tokens and bytes, by document or of all
     rounds = range(0, len(layout), dist.world_size * B)  # in each, every process takes a batch

@@ -152,6 +152,13 @@ class CPURMSNorm(torch.autograd.Function):
         return torch.addcmul(grad, y, along).mul_(scale)
 
 
+class RMSNorm(nn.Module):
+    """`rms_norm` as a module."""
+
+    def forward(self, x):
+        return rms_norm(x)
+
+
 class Dropout(nn.Dropout):
     """`nn.Dropout` with a faster source of chance on CPUs: a byte an element, so that p counts in steps of 1/256."""
 
@@ -162,13 +169,6 @@ class Dropout(nn.Dropout):
         dropped = min(255, round(self.p * 256))  # bytes of 256
         kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
         return x * (kept * (256 / (256 - dropped)))
-
-
-class RMSNorm(nn.Module):
-    """`rms_norm` as a module."""
-
-    def forward(self, x):
-        return rms_norm(x)
 
 
 class Rotary(nn.Module):

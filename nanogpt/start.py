@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import checkpoint, config, data, distributed, export, health, metrics, optim
+from nanogpt import checkpoint, config, data, distributed, export, health, memory, metrics, optim
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -35,6 +35,7 @@ class TrainState:
     best_step: int = 0  # where it was found
     stale: int = 0  # evaluations since then
     spikes: int = 0  # losses far above the recent ones, so far
+    micro_batch: int | None = None  # the most sequences at a time, where that is not batch_size: see memory.py
 
     def note(self, losses):
         """Take note of an evaluation at this step."""
@@ -173,6 +174,7 @@ def start(cfg, dist):
             f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; all nodes must share that folder"
         )
     if not cfg.eval_only:
+        run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.model, cfg, dist)
         with dist.together():
             open_out_dir(cfg, dist, resuming)
     return run, found.folder if resuming else None
@@ -190,6 +192,10 @@ def make_run(cfg, found, resuming, dist):
     if resuming:
         restore(run, found)
         dist.say(f"resuming {found.folder} at step {run.state.step}")
+        if cfg.batch_size != found.settings.get("batch_size"):
+            run.state.micro_batch = None
+        if run.state.micro_batch:
+            dist.say(f"micro-batch: {run.state.micro_batch}, as in the run so far (--batch_size)")
         if run.state.step >= cfg.max_iters and not cfg.eval_only:
             dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
     return run

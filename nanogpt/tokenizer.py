@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt import words
 from nanogpt.config import UserError, nearest
 
 END_OF_TEXT = "<|endoftext|>"
@@ -155,6 +156,7 @@ class BPETokenizer:
         self.vocab_size = len(tokens) + 1
         self.eot = len(tokens)
         self.encoding = make_encoding({token: i for i, token in enumerate(tokens)})
+        self.words = None  # made when it is first used
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -170,9 +172,10 @@ class BPETokenizer:
         return [id for part in without_long_runs(text) for id in self.encoding.encode_ordinary(part)]
 
     def encode_numpy(self, text):
-        """The same as an array."""
-        parts = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in without_long_runs(text)]
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+        """The same as an array, from memory where a word has been met before."""
+        if self.words is None:
+            self.words = words.Words(self.encode)
+        return self.words.encode(text)
 
     def decode(self, ids):
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. UserError for an id out of range."""
@@ -202,6 +205,7 @@ class GPT2Tokenizer(BPETokenizer):
     eot = 50256
 
     def __init__(self):
+        self.words = None
         path = gpt2_file()
         if path:  # first, since asking the network may take long to fail
             self.encoding = make_encoding(bpe_ranks(path))

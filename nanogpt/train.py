@@ -7,6 +7,7 @@ the modules that they name.
 import gc
 import math
 from dataclasses import asdict, replace
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from nanogpt import (
     distributed,
     evaluate,
     health,
+    memory,
     metrics,
     optim,
     schedule,
@@ -60,7 +62,8 @@ def train(cfg, dist):
                 finished = cfg.eval_only or state.step >= cfg.max_iters
                 if evaluation_is_due(state, cfg):
                     with log.paused():
-                        losses = evaluate.losses(compiled_model, eval_batches, cfg, dist, stop.requested)
+                        evaluation = partial(evaluate.losses, compiled_model, eval_batches, cfg, dist, stop.requested)
+                        losses = memory.fitting(evaluation, state, cfg, dist)
                         if losses is None:
                             break
                         state.note(losses)
@@ -87,9 +90,24 @@ def train_step(model, run, batches, cfg, dist):
 
     They are tensors; nobody waits for them. A loss or gradient that is not finite is never applied.
     """
-    step, optimizer, scaler = run.state.step, run.optimizer, run.scaler
-    micro_steps, size = distributed.share_batch(cfg, dist.world_size)
-    window = step * cfg.gradient_accumulation_steps * cfg.batch_size + dist.rank * micro_steps * size
+    optimizer, scaler = run.optimizer, run.scaler
+    total = memory.fitting(partial(gradients, model, run, batches, cfg, dist), run.state, cfg, dist)
+    scaler.unscale_(optimizer)
+    loss, grad_norm = dist.mean(total), optim.clip_gradients(run.model, cfg.grad_clip)
+    skip, spike = run.health.judge(run.state.step, loss, grad_norm)
+    scaler.step(optimizer, skip)
+    scaler.update()
+    optimizer.zero_grad()
+    run.state.step += 1
+    return loss, grad_norm, spike
+
+
+def gradients(model, run, batches, cfg, dist, most):
+    """Leave those of this process's part of the global batch, at most so many sequences at a time; its mean loss."""
+    step = run.state.step
+    micro_steps, size = distributed.share_batch(cfg, dist.world_size, most)
+    window = (step * dist.world_size + dist.rank) * micro_steps * size
+    run.optimizer.zero_grad()  # those of an attempt that ran out of memory
     if cfg.dropout:
         torch.manual_seed(data.step_seed(cfg.seed, step, dist.rank))  # so that no random state need be kept
     total = torch.zeros((), device=dist.device)
@@ -99,16 +117,9 @@ def train_step(model, run, batches, cfg, dist):
         with dist.synchronised(model, last=micro_step == micro_steps - 1):
             with dist.autocast():
                 loss = model(x, y)[1] / (micro_steps / batches.weight(first, size))
-            scaler.scale(loss).backward()
+            run.scaler.scale(loss).backward()
         total += loss.detach()
-    scaler.unscale_(optimizer)
-    loss, grad_norm = dist.mean(total), optim.clip_gradients(run.model, cfg.grad_clip)
-    skip, spike = run.health.judge(step, loss, grad_norm)
-    scaler.step(optimizer, skip)
-    scaler.update()
-    optimizer.zero_grad()
-    run.state.step += 1
-    return loss, grad_norm, spike
+    return total
 
 
 def evaluation_is_due(state, cfg):
@@ -130,7 +141,7 @@ def is_out_of_patience(state, cfg, log):
 
 def start_log(cfg, dist, run, epoch_windows, watch):
     """Say what is about to be trained, and open its log."""
-    micro_steps, size = distributed.share_batch(cfg, dist.world_size)
+    micro_steps, size = distributed.share_batch(cfg, dist.world_size, run.state.micro_batch)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
     flops = run.model.flops_per_token(cfg.block_size) * tokens
     train, val = (f"{len(run.datasets[split].tokens):,}" for split in ("train", "val"))
@@ -172,12 +183,17 @@ def byte_lengths(dataset, dist):
 
 def compile_model(run, log, cfg, dist, stop):
     """The compiled model, or the model itself where a request to stop comes meanwhile; the loop then sees it first."""
-    micro_steps, size = distributed.share_batch(cfg, dist.world_size)
+    micro_steps, _ = distributed.share_batch(cfg, dist.world_size, run.state.micro_batch)
     seconds = dist.sum([log.seconds_ahead(cfg.max_iters - run.state.step, micro_steps * cfg.n_layer)])[0]
-    shapes = (cfg.batch_size, cfg.block_size), (size, cfg.block_size)
+
+    def compiled(most):
+        evaluated = distributed.largest_divisor(cfg.batch_size, most), cfg.block_size
+        trained = distributed.share_batch(cfg, dist.world_size, most)[1], cfg.block_size
+        return distributed.compiled(run.model, cfg, dist, evaluated, trained, seconds)
+
     try:
         with stop.at_once():
-            return distributed.compiled(run.model, cfg, dist, *shapes, seconds)
+            return memory.fitting(compiled, run.state, cfg, dist)
     except signals.Interrupted:
         return run.model
 
@@ -198,7 +214,8 @@ def finish(run, model, log, cfg, dist, stop):
     """The exact validation loss, at the end of a run."""
     with log.paused():
         lengths = byte_lengths(run.datasets["val"], dist)
-        result = evaluate.exact(model, run.datasets["val"], cfg, dist, lengths, stop.requested)
+        evaluation = partial(evaluate.exact, model, run.datasets["val"], cfg, dist, lengths, stop.requested)
+        result = memory.fitting(evaluation, run.state, cfg, dist)
         if result:
             log.exact(run.state.step, result)
 

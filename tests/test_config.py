@@ -200,6 +200,38 @@ def test_a_file_may_compute_with_names_assigned_above_and_in_earlier_files(confi
     assert (cfg.learning_rate, cfg.min_lr) == (2**-10, 2**-10 / 10)
 
 
+@pytest.mark.parametrize(
+    "flags, number",
+    [
+        (["c.py", "--batch_size=auto"], 7),
+        (["--batch_size=auto"], 12),
+        (["c.py", "--batch_size=5", "--batch_size=auto"], 5),
+        (["c.py", "auto.py"], 7),
+        (["auto.py"], 12),
+    ],
+)
+def test_an_automatic_batch_size_keeps_the_number_below_it(flags, number, config_file):
+    """For that number says how many sequences an iteration has."""
+    config_file("batch_size = 7\n")
+    config_file("batch_size = 'auto'\n", "auto.py")
+    cfg = train(*flags)
+    assert (cfg.batch_size, cfg.auto_batch) == (number, True)
+    assert cfg.sources["batch_size"] == ("auto.py:1" if "auto.py" in flags else "--batch_size=auto")
+
+
+def test_a_number_after_an_automatic_batch_size_counts(config_file):
+    cfg = train(config_file("batch_size = 'auto'\n"), "--batch_size=5")
+    assert (cfg.batch_size, cfg.auto_batch) == (5, False)
+    assert not train().auto_batch
+
+
+@pytest.mark.parametrize("flags, number", [(["--batch_size=auto"], 9), (["c.py", "--batch_size=auto"], 7)])
+def test_below_an_automatic_batch_size_stands_that_of_the_run_that_goes_on(flags, number, config_file):
+    config_file("batch_size = 7\n")
+    cfg = load(TrainConfig, flags, "train.py", inherit=lambda cfg: ({"batch_size": 9}, "out/step-1"))
+    assert (cfg.batch_size, cfg.auto_batch) == (number, True)
+
+
 # Types and their spellings
 
 

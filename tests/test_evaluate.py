@@ -93,6 +93,19 @@ def test_the_exact_loss_does_not_depend_on_the_batch_size(model, open_text, dist
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 100])
+@pytest.mark.parametrize("eval_iters", [3, 100], ids=["estimate", "exact"])
+def test_the_loss_does_not_depend_on_how_many_sequences_are_worked_on_at_a_time(
+    model, open_text, dist, most, eval_iters
+):
+    dataset, cfg, sizes = open_text(TEXT * 2), config(eval_iters=eval_iters), []
+    streams = {"val": Batches(dataset, "eval val", 1, T, dist)}
+    expected = losses(model, streams, cfg, dist)
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    assert losses(model, streams, cfg, dist, most=most) == pytest.approx(expected, rel=1e-6)
+    assert max(sizes) <= most
+
+
 def test_the_shares_of_several_processes_make_the_whole(model, open_text, dist):
     dataset = open_text(TEXT[:82])
     whole = exact(model, dataset, config(batch_size=2), dist, None)

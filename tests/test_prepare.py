@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt import pool, prepare, sources
@@ -251,6 +251,7 @@ def test_of_few_large_documents_the_ends_are_validated_on(run):
     assert "the last 10.0% of each document" in printed
 
 
+@settings(max_examples=15)
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), min_size=30, max_size=60),
     share=st.floats(0.05, 0.5),

@@ -1,0 +1,151 @@
+"""How many sequences are worked on at a time: as many as the settings say, or fit the memory. The iteration stays the same.
+
+`fitting` is around whatever may run out of memory in the loop; `choose_micro_batch` tries before it begins.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from nanogpt.config import RunFailed
+from nanogpt.distributed import out_of_memory, share_batch
+
+SPARE = 0.2  # of a CPU's free memory is left for others
+
+
+def fitting(work, state, cfg, dist):
+    """What `work(most)` returns, which takes at most `most` sequences at a time.
+
+    Where the memory runs out in it, it begins again with half as many, and `state.micro_batch` remembers that. Until
+    then it must not have changed anything. Of several processes the others would wait in vain for this one: RunFailed.
+    """
+    while True:
+        most = state.micro_batch or cfg.batch_size
+        try:
+            return work(most)
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            why = f" ({str(e).strip().partition(chr(10))[0]})"
+        give_back(dist.device)  # here, where the error no longer holds on to the tensors of the place it came from
+        if dist.world_size > 1:
+            raise RunFailed(f"out of memory with {most} sequences at a time; --batch_size=auto finds how many fit{why}")
+        state.micro_batch = halved(most, cfg, dist, why)
+
+
+def halved(size, cfg, dist, why=""):
+    """Half as many sequences at a time, or what divides the batch; says so. RunFailed where one is too many."""
+    if size <= 1:
+        raise RunFailed(
+            "out of memory with a single sequence at a time; smaller are "
+            f"--block_size={max(1, cfg.block_size // 2)} and another --n_layer or --n_embd{why}"
+        )
+    steps, half = share_batch(cfg, dist.world_size, size // 2)
+    dist.say(
+        f"micro-batch: {half}, because {size} sequences at a time do not fit the memory; "
+        f"an iteration is now {steps} x {half} of them, and the same tokens (--batch_size)"
+    )
+    return half
+
+
+def choose_micro_batch(model, cfg, dist):
+    """How many sequences a process takes at a time, where trying has to tell; None where batch_size does.
+
+    With `batch_size=auto`, the most that fit. Several processes on GPUs try what they are to take: none of them
+    can repeat a step by itself.
+    """
+    steps, size = share_batch(cfg, dist.world_size)
+    if cfg.auto_batch:
+        return largest_micro_batch(model, steps * size, cfg, dist)
+    if dist.world_size == 1 or dist.device.type != "cuda":
+        return None
+    while not fits(model, size, cfg, dist):
+        size = halved(size, cfg, dist)
+    return size
+
+
+def largest_micro_batch(model, n, cfg, dist):
+    """The largest part of this process's n sequences that fits the memory of every process; tried from the least on.
+
+    A CPU that runs out of memory ends the process, so there the memory that the last trials took says, before the
+    next one, what it will take.
+    """
+    size, each, peak = 0, 0.0, peak_memory(dist.device)
+    for more in (d for d in range(1, n + 1) if n % d == 0):
+        too_much = dist.device.type == "cpu" and each * (more - size) > (1 - SPARE) * free_memory()
+        if dist.max(int(too_much)) or not fits(model, more, cfg, dist):
+            break
+        before, peak = peak, peak_memory(dist.device)
+        size, each = more, max(each, (peak - before) / (more - size))
+    if not size:
+        halved(1, cfg, dist)
+    whose = "an iteration" if dist.world_size == 1 else "a process's part of an iteration"
+    why = "all" if size == n else "the most that fit the memory"
+    dist.say(f"micro-batch: {size} of the {n} sequences of {whose}, {why} (--batch_size)")
+    return size
+
+
+def fits(model, size, cfg, dist):
+    """Whether a forward and a backward pass of `size` sequences fit the memory of every process."""
+    failed = 0
+    with dist.together():
+        try:
+            try_step(model, size, cfg, dist)
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            failed = 1
+    model.zero_grad(set_to_none=True)
+    give_back(dist.device)
+    return not dist.max(failed)
+
+
+def try_step(model, size, cfg, dist):
+    """The memory of a micro-step that is not the first: gradients are there already."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    idx = torch.zeros((size, cfg.block_size), dtype=torch.int64, device=dist.device)
+    with dist.autocast():
+        loss = model(idx, idx)[1]
+    loss.backward()
+
+
+def give_back(device):
+    """Return what PyTorch keeps for later to a GPU, so that other sizes find room."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def peak_memory(device):
+    """The most bytes in use so far: of tensors on a GPU, of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    try:
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    except (OSError, TypeError):  # no Linux
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
+
+
+def free_memory():
+    """The bytes of main memory that each of this machine's processes may still take."""
+    try:
+        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # no Linux
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        limit, used, stat = (
+            Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current", "stat")
+        )
+        cached = int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])  # files, which give way
+        free = min(free, int(limit) - int(used) + cached)
+    except (OSError, TypeError, ValueError):  # no container's limit
+        pass
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
