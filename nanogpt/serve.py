@@ -19,6 +19,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from functools import cached_property, partial
+from math import isfinite
 from pathlib import Path
 
 from nanogpt import batching, config, distributed, metrics, quantize, trained
@@ -36,7 +37,7 @@ GONE = 499  # counted where the client went away before an answer, as nginx does
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STOPPING = "the server is stopping"
 
-CHUNK = 256  # tokens of prompts that are read in one step, at most: the other texts wait that long for their next token
+CHUNK = 128  # tokens of prompts that are read in one step, at most: the other texts wait that long for their next token
 
 # Seconds.
 PAUSE = 0.015  # between two parts of a stream: what comes meanwhile leaves together, at a fraction of the cost
@@ -185,11 +186,7 @@ class Server:
             records = metrics.read_metrics(run_folder(self.cfg) / "metrics.jsonl")
         except OSError:
             records = []
-        curves = {"train": "loss", "val": "val_loss"}
-        found = {
-            k: [[r["step"], round(r[v], 4)] for r in records if isinstance(r.get(v), float)] for k, v in curves.items()
-        }
-        return {k: thinned(points) for k, points in found.items()}
+        return {"train": curve(records, "loss"), "val": curve(records, "val_loss")}
 
     def check_model(self, name):
         """Raise ApiError where another model is asked for."""
@@ -198,10 +195,10 @@ class Server:
             raise ApiError(404, message, "model", "model_not_found")
 
 
-def thinned(points, most=500):
-    """At most so many of the points, evenly spread, the last one among them."""
-    step = -(-len(points) // most)
-    return points[::-1][:: step or 1][::-1]
+def curve(records, name, most=500):
+    """[[step, value], ...] of what metrics.jsonl calls `name`: at most so many, evenly spread, the last among them."""
+    found = [[r["step"], round(r[name], 4)] for r in records if isinstance(r.get(name), float) and isfinite(r[name])]
+    return found[::-1][:: -(-len(found) // most) or 1][::-1]
 
 
 # -- who is let in, and what every answer carries
@@ -338,7 +335,7 @@ def make_app(server):
             error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
         elif not isinstance(error, ApiError):
             error = ApiError(500, "the server failed; what it printed says why")
-        return JSONResponse(error.body(), error.status, RETRY.get(error.status))
+        return JSONResponse(error.body(), error.status, HINTS.get(error.status))
 
     for kind in (ApiError, HTTPException, Exception):
         app.add_exception_handler(kind, refuse)
@@ -361,18 +358,21 @@ class Completions:
             raise ApiError(429, f"{server.open} requests are being answered already; try again soon")
         server.open += 1
         try:
-            body = await asyncio.wait_for(self.body(scope, receive), BODY_TIME)
+            body = await self.body(scope, receive)
             await self.answer(read_ask(body, server.cfg), began, receive, send)
-            server.times["completion"].note(time.monotonic() - began)
-        except asyncio.TimeoutError:
-            raise ApiError(408, f"the request took longer than {BODY_TIME} s to arrive") from None
         except Gone:
             pass
         finally:
             server.open -= 1
 
     async def body(self, scope, receive):
-        """The request's body. Raises ApiError where it is too large, before all of it is here."""
+        """The request's body. Raises ApiError where it is not what it should be, Gone where it does not end."""
+        try:
+            return await asyncio.wait_for(self.read(scope, receive), BODY_TIME)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the request took longer than {BODY_TIME} s to arrive") from None
+
+    async def read(self, scope, receive):
         limit, headers = self.server.cfg.max_body, dict(scope["headers"])
         if not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
             raise ApiError(415, "expected the header Content-Type: application/json")  # a page elsewhere cannot send it
@@ -400,6 +400,7 @@ class Completions:
             await asyncio.wait({sending, leaving}, timeout=time_left, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()  # or what it raised
+                self.server.times["completion"].note(time.monotonic() - began)
         finally:
             self.server.batcher.cancel(reply.jobs)
             for task in (sending, leaving):
@@ -431,17 +432,14 @@ class Reply:
         """The batching.Job of prompt so-and-so. Raises ApiError where it is not in the model's vocabulary."""
         ask, tok = self.ask, self.server.tok
         try:
-            ids = tok.encode(prompt) if isinstance(prompt, str) else prompt
-            for id in ids:
-                check_id(id, tok.vocab_size)
+            ids = tok.encode(prompt) if isinstance(prompt, str) else [check_id(id, tok.vocab_size) for id in prompt]
         except ValueError as e:
             raise ApiError(400, f"prompt: {e}", "prompt") from None
-        if len(ids) > self.server.cfg.max_prompt:
-            raise ApiError(
-                400, f"prompt: has {len(ids)} tokens; at most {self.server.cfg.max_prompt} are taken", "prompt"
-            )
+        if not 0 < len(ids) <= self.server.cfg.max_prompt:
+            why = f"has {len(ids)} tokens; 1 to {self.server.cfg.max_prompt} are taken"
+            raise ApiError(400, f"prompt: {why}", "prompt")
         seed = int.from_bytes(os.urandom(7), "little") if ask.seed is None else ask.seed
-        ends = frozenset([tok.eot] if hasattr(tok, "eot") else [])  # the token that GPT-2 ends a text with
+        ends = frozenset(() if tok.eot is None else [tok.eot])
         indices = range(number * ask.n, (number + 1) * ask.n)
         settings = (ask.max_tokens, ask.temperature, ask.top_k, ask.top_p, ask.min_p, seed + indices[0])
         return batching.Job(ids, Options(*settings, ends, ask.logprobs), ask.stop, indices, self.outbox)
@@ -506,7 +504,12 @@ class Reply:
 # -- what ASGI wants to hear
 
 JSON, EVENTS = "application/json", "text/event-stream; charset=utf-8"
-RETRY = {408: {"x-should-retry": "false"}, 429: {"retry-after": "1"}, 503: {"retry-after": "5"}}  # clients heed that
+HINTS = {  # headers that clients heed
+    401: {"www-authenticate": "Bearer"},
+    408: {"x-should-retry": "false"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "5"},
+}
 
 
 def event(value):
@@ -526,7 +529,7 @@ async def send_part(send, body, more=True):
 
 async def send_json(send, status, value):
     body = json.dumps(value).encode()
-    await send_start(send, status, JSON, ("content-length", str(len(body))), *RETRY.get(status, {}).items())
+    await send_start(send, status, JSON, ("content-length", str(len(body))), *HINTS.get(status, {}).items())
     await send_part(send, body, more=False)
 
 

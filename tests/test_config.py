@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nanogpt.config import EvalConfig, SampleConfig, TrainConfig, UserError, load, settings
+from nanogpt.config import EvalConfig, SampleConfig, ServeConfig, TrainConfig, UserError, load, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,6 +93,24 @@ EVAL_DEFAULTS = dict(
     device="auto",
     dtype="auto",
 )
+SERVE_DEFAULTS = dict(
+    init_from="resume",
+    out_dir="out",
+    host="127.0.0.1",
+    port=8000,
+    api_key_file="",
+    allow_origin="",
+    max_batch=16,
+    max_requests=64,
+    max_n=8,
+    max_tokens=4096,
+    max_prompt=16384,
+    max_body=262144,
+    max_seconds=300.0,
+    device="auto",
+    dtype="auto",
+    int8="auto",
+)
 
 
 def train(*argv):
@@ -139,7 +157,13 @@ def test_sample_default(name):
 
 
 @pytest.mark.parametrize(
-    "cls, defaults", [(TrainConfig, TRAIN_DEFAULTS), (SampleConfig, SAMPLE_DEFAULTS), (EvalConfig, EVAL_DEFAULTS)]
+    "cls, defaults",
+    [
+        (TrainConfig, TRAIN_DEFAULTS),
+        (SampleConfig, SAMPLE_DEFAULTS),
+        (ServeConfig, SERVE_DEFAULTS),
+        (EvalConfig, EVAL_DEFAULTS),
+    ],
 )
 def test_there_are_no_other_settings(cls, defaults):
     assert [f.name for f in fields(cls)] == list(defaults)
@@ -554,7 +578,7 @@ def help_words(capsys, *argv, cls=TrainConfig):
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, EvalConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, ServeConfig, EvalConfig])
 def test_help_lists_every_setting_with_its_value(cls, capsys):
     shown = help_words(capsys, "--help", cls=cls)
     for f in fields(cls):

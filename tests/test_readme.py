@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanogpt import config
-from nanogpt.config import BenchConfig, EvalConfig, SampleConfig, TrainConfig
+from nanogpt.config import BenchConfig, EvalConfig, SampleConfig, ServeConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,6 +50,13 @@ class Rule:
     code: int = 0
 
 
+def while_served(then, serve="nanogpt serve --out_dir=out-shakespeare-char"):
+    """Run a server on a free port for as long as `then` takes, which finds its address in $address."""
+    start = f"{serve} --device=cpu --port=0 >serve.log 2>&1 & server=$!; trap 'kill $server' EXIT; "
+    find = "address=$(sed -n 's/^serving .* at \\(http[^ ]*\\).*/\\1/p' serve.log) && [ -n \"$address\" ]"
+    return f"{start} until {find}; do kill -0 $server || exit 1; sleep 0.1; done; {then}"
+
+
 def add(flags):
     return lambda command: command + flags
 
@@ -76,6 +83,9 @@ RULES = [
     Rule(r"^sh train\.py config/(finetune_|eval_gpt2)", add(FINETUNE), DONE),
     Rule(r"^sh train\.py .*--init_from=(resume|auto)\b", add(TINY + " --max_iters=4"), RESUMED),
     Rule(r"^sh train\.py config/", add(TINY), DONE),
+    # serving, each on a free port until the line has been run
+    Rule(r"^nanogpt serve ", lambda command: while_served("curl -s $address/health", command), r'"ok"'),
+    Rule(r"^curl ", lambda command: while_served(command.replace("http://127.0.0.1:8000", "$address")), r'"text": "'),
     # evaluating
     Rule(r"^nanogpt eval .*--init_from=gpt2", add(" --init_from=tiny-gpt2 --device=cpu"), r"^mytext\.txt: loss \d+\.\d{6} over"),
     Rule(r"^nanogpt eval .*--per_document", add(" --device=cpu"), r"^essays/a\.txt: loss(.*\n)*all 2 documents: loss"),
@@ -88,8 +98,9 @@ RULES = [
 
 NEEDS = {  # sections that continue what another has left
     "Sample": ["Shakespeare"],
+    "Serve": ["Shakespeare"],
     "Evaluate": ["Shakespeare"],
-    "Stop, resume, evaluate": ["Shakespeare", "Sample", "Evaluate"],  # it changes what they read
+    "Stop, resume, evaluate": ["Shakespeare", "Sample", "Serve", "Evaluate"],  # it changes what they read
     "Several processes": ["Shakespeare", "GPT-2 (124M)"],  # in the same folder
     "Settings": ["Shakespeare"],
     "When something is wrong": ["Shakespeare", "GPT-2 (124M)"],
@@ -283,7 +294,11 @@ def test_the_files_that_a_run_leaves(workplace, finish):
 
 
 def test_settings_exist():
-    known = {f.name for cls in (TrainConfig, SampleConfig, EvalConfig, BenchConfig) for f in dataclasses.fields(cls)}
+    known = {
+        f.name
+        for cls in (TrainConfig, SampleConfig, ServeConfig, EvalConfig, BenchConfig)
+        for f in dataclasses.fields(cls)
+    }
     others = {"input", "out"} | {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
     named = set(re.findall(r"--(\w+)=", README)) - {"n_layers", "key"}  # the mistake, and --key=value
     assert len(named) > 10

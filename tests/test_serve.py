@@ -373,6 +373,7 @@ def test_with_the_key_all_is_told(locked):
     with openai.OpenAI(base_url=f"{locked.address}/v1", api_key="wrong", max_retries=0) as client:
         with pytest.raises(openai.AuthenticationError):
             ask(client)
+    assert locked.ask("GET", "/metrics")[1]["WWW-Authenticate"] == "Bearer"
     assert locked.ask("GET", "/metrics", Authorization=f"Bearer {KEY}")[0] == 200
 
 
