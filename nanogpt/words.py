@@ -18,6 +18,7 @@ CLASSES[128:] = FOREIGN
 LONGEST = 16  # bytes of a word that the table can know
 BITS = 18  # of the table's size
 ENTRIES = 150_000  # words that are remembered
+SHORT = 1500  # characters of a text that is not worth the trouble
 MUCH_FOREIGN, MUCH_NEW = 0.02, 0.2  # of the bytes, of the words: with more, the tokenizer itself is faster
 MASKS = np.array([2 ** (8 * n) - 1 for n in range(9)], dtype=np.uint64)  # of a key with n bytes
 MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93], dtype=np.uint64)
@@ -36,10 +37,12 @@ class Words:
 
     def encode(self, text):
         """The ids of `text`, uint32; the same that the slow way finds."""
+        if len(text) < SHORT:
+            return np.array(self.slow(text), dtype=np.uint32)
         data = text.encode("utf-8")
         kind = CLASSES.take(np.frombuffer(data, dtype=np.uint8))
         foreign = np.count_nonzero(kind == FOREIGN)
-        if not data or foreign > MUCH_FOREIGN * len(data) or b"\0" in data:  # zeros fill up the keys of short words
+        if foreign > MUCH_FOREIGN * len(data) or b"\0" in data:  # zeros fill up the keys of short words
             return np.array(self.slow(text), dtype=np.uint32)
         starts = cut(data, kind) if not foreign else cut_foreign(data, kind)
         lengths = np.diff(starts, append=len(data))

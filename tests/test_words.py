@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanogpt import words
@@ -54,12 +54,14 @@ def slow():
 @pytest.fixture
 def always(monkeypatch):
     """The fast way is taken whatever the text."""
+    monkeypatch.setattr(words, "SHORT", 1)
     monkeypatch.setattr(words, "MUCH_NEW", 1.0)
     monkeypatch.setattr(words, "MUCH_FOREIGN", 1.0)
 
 
 @settings(max_examples=1000)
 @given(pieces)
+@example("antidisestablish\nantidisestablishmentarianism\n")
 def test_any_text_becomes_what_it_slowly_becomes(slow, always, remembered, text):
     expected = slow(text)
     assert remembered.encode(text).tolist() == expected
@@ -103,7 +105,7 @@ def test_what_memory_does_not_help_with_is_left_to_the_tokenizer(slow, kind):
     draw, asked = random.Random(1), []
     fast = Words(lambda text: asked.append(text) or slow(text))
     text = (
-        " ".join(f"{draw.getrandbits(32):08x}" for _ in range(1000)) if kind == "new words" else "жизнь и судьба " * 50
+        " ".join(f"{draw.getrandbits(32):08x}" for _ in range(1000)) if kind == "new words" else "жизнь и судьба " * 500
     )
     assert fast.encode(text).tolist() == slow(text)
     assert asked[0] == text
