@@ -15,6 +15,7 @@ COMMANDS = {  # name: (module, what it does)
     "train": ("nanogpt.train", "train a GPT from scratch, from a checkpoint or from GPT-2's weights"),
     "sample": ("nanogpt.sample", "write text with a trained GPT"),
     "talk": ("nanogpt.talk", "play with a trained GPT in the terminal"),
+    "export": ("nanogpt.convert", "write a trained GPT in Hugging Face's format"),
     "eval": ("nanogpt.eval", "tell how well a trained GPT predicts a text"),
 }
 

@@ -227,14 +227,22 @@ def bpe_ranks(path):
     The file writes each byte as a printable character: itself where it is one, else the next unused one from
     U+0100 on. In the same order the 256 bytes are the first ids (Radford et al. 2019; its encoder.py).
     """
+    byte_of = printable_bytes()
+    tokens = [*byte_of, *(merge.replace(" ", "") for merge in read_merges(path))]
+    return {bytes(byte_of[c] for c in token): i for i, token in enumerate(tokens)}
+
+
+def read_merges(path):
+    """The lines of GPT-2's vocab.bpe: two tokens, with a space between, that become one. UserError where it is another file."""
     data = path.read_bytes()
     got = hashlib.sha256(data).hexdigest()
     if got != BPE_SHA256:
         raise UserError(f"{path}: wrong SHA-256: expected {BPE_SHA256}, got {got}")
+    return data.decode("utf-8").splitlines()[1:]  # the first line names the version
+
+
+def printable_bytes():
+    """{the character that a byte is written as: the byte}, in the order of their ids."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-    tokens = [bytes([b]) for b in printable + others]
-    for line in data.decode("utf-8").splitlines()[1:]:  # the first line names the version
-        tokens.append(bytes(byte_of[c] for c in line.replace(" ", "")))
-    return {token: i for i, token in enumerate(tokens)}
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

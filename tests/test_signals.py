@@ -47,14 +47,14 @@ def dwell_in_evaluation():
 
 
 def dwell_in_saving():
-    real = checkpoint._write_json
+    real = checkpoint.write_json
 
     def write_json(path, value):
         if path.name == "manifest.json":
             announce()
         real(path, value)
 
-    checkpoint._write_json = write_json
+    checkpoint.write_json = write_json
 
 
 def dwell_in_compiling():
