@@ -134,17 +134,17 @@ def write(out_dir, model_tensors, other_tensors, info):
     try:
         save_file(model_tensors, temporary / "model.safetensors")
         save_file(other_tensors, temporary / "optimizer.safetensors")
-        _write_json(temporary / "checkpoint.json", info)
+        write_json(temporary / "checkpoint.json", info)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        _write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
+        write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
         for path in [*sorted(temporary.iterdir()), temporary]:
             if path.suffix == ".safetensors":
                 shutil.copymode(temporary / "checkpoint.json", path)  # safetensors lets nobody else read
-            _flush(path)
+            flush(path)
         folder = _free_name(parent, info["step"])
         os.rename(temporary, folder)
-        _flush(parent)
-        _flush(parent.parent)  # the first time, `checkpoints` itself is new
+        flush(parent)
+        flush(parent.parent)  # the first time, `checkpoints` itself is new
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -309,8 +309,8 @@ def write_settings(out_dir, settings, sources):
     """Write the resolved settings, and where each came from, to `out_dir/config.json`."""
     out_dir = Path(out_dir)
     temporary = out_dir / ".config.json.tmp"
-    _write_json(temporary, {"settings": settings, "sources": sources})
-    _flush(temporary)
+    write_json(temporary, {"settings": settings, "sources": sources})
+    flush(temporary)
     os.replace(temporary, out_dir / "config.json")
 
 
@@ -333,7 +333,7 @@ def _tensors(path):
         raise UserError(f"{path}: cannot be read ({e})") from None
 
 
-def _write_json(path, value):
+def write_json(path, value):
     path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -345,7 +345,7 @@ def _sha256(path):
     return digest.hexdigest()
 
 
-def _flush(path):
+def flush(path):
     """Force a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

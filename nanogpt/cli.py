@@ -18,6 +18,7 @@ COMMANDS = {  # name: (module, what it does)
     "sample": ("nanogpt.sample", "write text with a trained GPT"),
     "talk": ("nanogpt.talk", "play with a trained GPT in the terminal"),
     "serve": ("nanogpt.serve", "let programs and browsers write with a trained GPT"),
+    "export": ("nanogpt.convert", "write a trained GPT in Hugging Face's format"),
     "eval": ("nanogpt.eval", "tell how well a trained GPT predicts a text"),
 }
 

@@ -1,17 +1,22 @@
-"""Other projects' formats: GPT-2 as Hugging Face keeps it, checkpoints of the original nanoGPT."""
+"""Other projects' formats: models as Hugging Face keeps them, checkpoints of the original nanoGPT.
+
+`from_pretrained` and `from_nanogpt` read, `to_hugging_face` writes.
+"""
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from nanogpt import legacy
+from nanogpt import checkpoint, legacy, tokenizer
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.config import GPT2_NAMES, UserError
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.config import GPT2_NAMES, RunFailed, UserError
+from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig
 
 # What a GPT-2 configuration may say, and the only value this model can follow.
 FIXED = {
@@ -55,6 +60,17 @@ def is_hugging_face(folder):
         and any(Path(folder).glob("*.safetensors"))
         or any(Path(folder).glob("pytorch_model*.bin"))
     )
+
+
+def read_tokenizer(folder):
+    """What the tokenizer of a Hugging Face folder is here: one of characters that `to_hugging_face` wrote, or GPT-2's."""
+    try:
+        model = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        if model["type"] == "WordLevel":
+            return {"type": "char", "chars": sorted(model["vocab"], key=model["vocab"].get)}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # none, or of another kind
+    return {"type": "gpt2"}
 
 
 def download(name):
@@ -120,6 +136,134 @@ def read_weights(folder):
     return tensors
 
 
+def to_hugging_face(model, tok, folder):
+    """Write a model and its tokenizer as transformers' `from_pretrained` reads them: GPT-2's or Qwen3's classes.
+
+    folder: must not exist or be empty; it appears when it is complete. Ids beyond the tokenizer's vocabulary, with
+    which models are padded, are left out. Raises UserError where there is something already, RunFailed where it
+    cannot be written. Returns whether the tokenizer could be written too.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"--to={folder}: exists already; name a new folder")
+    modern = model.config.architecture == "qwen3"
+    config, tensors = (as_qwen3 if modern else as_gpt2)(model, tok.vocab_size)
+    end = getattr(tok, "eot", None)
+    config |= {"bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
+    of_tokenizer = tokenizer_files(tok, model.config.block_size)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for name, content in ({"config.json": config} | of_tokenizer).items():
+            checkpoint.write_json(temporary / name, content)
+        weights = temporary / "model.safetensors"
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, weights, {"format": "pt"})
+        shutil.copymode(temporary / "config.json", weights)  # safetensors lets nobody else read
+        for path in [*temporary.iterdir(), temporary]:
+            checkpoint.flush(path)
+        os.rename(temporary, folder)
+        checkpoint.flush(folder.parent)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFailed(f"--to={folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+    return bool(of_tokenizer)
+
+
+def as_gpt2(model, V):
+    """The config.json and the tensors of a GPT2LMHeadModel with a vocabulary of V."""
+    ours = model.config
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **FIXED}
+    config |= {theirs: getattr(ours, name) for name, theirs in SHAPE.items()}
+    config |= {"vocab_size": V, "activation_function": ours.activation}
+    config |= {f"{part}_pdrop": ours.dropout for part in ("attn", "embd", "resid")}
+    tensors = {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in model.named_parameters()}
+    tensors["transformer.wte.weight"] = model.transformer.wte.weight[:V]
+    if not ours.bias:  # theirs always has some
+        layers = [name.removesuffix(".weight") for name in tensors if ".h." in name or ".ln_f." in name]
+        widths = {f"{name}.bias": tensors[f"{name}.weight"].shape[-1] for name in layers}  # (in, out), or (out)
+        tensors |= {name: torch.zeros(width) for name, width in widths.items()}
+    return config, tensors
+
+
+def as_qwen3(model, V):
+    """The config.json and the tensors of a Qwen3ForCausalLM with a vocabulary of V. Its norms get gains of 1."""
+    ours, layers = model.config, model.transformer.h
+    D = ours.n_embd // ours.n_head
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": V,
+        "hidden_size": ours.n_embd,
+        "intermediate_size": layers[0].mlp.up_proj.out_features,
+        "num_hidden_layers": ours.n_layer,
+        "num_attention_heads": ours.n_head,
+        "num_key_value_heads": ours.n_head,
+        "head_dim": D,
+        "hidden_act": "silu",
+        "max_position_embeddings": ours.block_size,
+        "rms_norm_eps": EPS,
+        "rope_theta": ROPE_THETA,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    }
+    tensors = {
+        "model.embed_tokens.weight": model.transformer.wte.weight[:V],
+        "model.norm.weight": torch.ones(ours.n_embd),
+    }
+    for i, block in enumerate(layers):
+        parts = {"self_attn": block.attn, "mlp": block.mlp}
+        for part, module in parts.items():
+            tensors |= {f"model.layers.{i}.{part}.{name}": t for name, t in module.named_parameters()}
+        for name, width in dict(input_layernorm=ours.n_embd, post_attention_layernorm=ours.n_embd).items():
+            tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(width)
+        for name in ("q_norm", "k_norm"):
+            tensors[f"model.layers.{i}.self_attn.{name}.weight"] = torch.ones(D)
+    return config, tensors
+
+
+def tokenizer_files(tok, block_size):
+    """{name: content} of the JSON files that transformers' AutoTokenizer reads; none for a tokenizer it cannot have."""
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": block_size,
+    }
+    merges_file = tokenizer.gpt2_file()
+    if isinstance(tok, tokenizer.CharTokenizer):
+        content = {
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": r"[\s\S]"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", "vocab": tok.ids, "unk_token": ""},
+        }
+    elif isinstance(tok, tokenizer.GPT2Tokenizer) and merges_file:
+        merges = tokenizer.read_merges(merges_file)
+        tokens = [*tokenizer.printable_bytes(), *(m.replace(" ", "") for m in merges), tokenizer.END_OF_TEXT]
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+        content = {
+            "added_tokens": [
+                {"id": tok.eot, "content": tokenizer.END_OF_TEXT, "special": True}
+                | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            ],
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges},
+        }
+        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.END_OF_TEXT)
+    else:
+        return {}
+    absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    content = {"version": "1.0", "added_tokens": [], **absent, **content}
+    return {"tokenizer.json": content, "tokenizer_config.json": settings}
+
+
 def from_nanogpt(out_dir):
     """The Checkpoint in the original nanoGPT's `ckpt.pt`, None where there is no such file in `out_dir`.
 
@@ -131,7 +275,7 @@ def from_nanogpt(out_dir):
     found = legacy.read_checkpoint(path)
     try:
         settings, step = found["config"], int(found["iter_num"])
-        tokenizer = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
+        tokenizer_json = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
         config = GPTConfig(**found["model_args"])
         moments = legacy_moments(GPT(config), found["optimizer"]["state"])
         losses = {"val": float(found["best_val_loss"])}
@@ -142,7 +286,7 @@ def from_nanogpt(out_dir):
             f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})"
         ) from None
     state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
-    return Checkpoint(path, step, state, asdict(config), tokenizer, settings, {}, (found["model"], moments))
+    return Checkpoint(path, step, state, asdict(config), tokenizer_json, settings, {}, (found["model"], moments))
 
 
 def legacy_moments(model, state):

@@ -487,11 +487,19 @@ def gpt2_file():
 
 def bpe_ranks(path):
     """{bytes of a token: id} from GPT-2's vocab.bpe, where a token's id is its rank among the merges."""
+    tokens = [*BYTE_OF, *(merge.replace(" ", "") for merge in read_merges(path))]
+    return {bytes(BYTE_OF[c] for c in token): i for i, token in enumerate(tokens)}
+
+
+def read_merges(path):
+    """The lines of GPT-2's vocab.bpe: two tokens, with a space between, that become one. UserError where it is another file."""
     data = path.read_bytes()
     got = hashlib.sha256(data).hexdigest()
     if got != BPE_SHA256:
         raise UserError(f"{path}: wrong SHA-256: expected {BPE_SHA256}, got {got}")
-    tokens = [bytes([b]) for b in PRINTABLE + OTHERS]
-    for line in data.decode("utf-8").splitlines()[1:]:  # the first line names the version
-        tokens.append(bytes(BYTE_OF[c] for c in line.replace(" ", "")))
-    return {token: i for i, token in enumerate(tokens)}
+    return data.decode("utf-8").splitlines()[1:]  # the first line names the version
+
+
+def printable_bytes():
+    """{the character that a byte is written as: the byte}, in the order of their ids."""
+    return BYTE_OF

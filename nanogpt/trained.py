@@ -21,8 +21,8 @@ class Trained:
 def load(cfg, dist):
     """The Trained that `init_from` names: the best of the run in `out_dir`, a GPT-2, or a folder. UserError where there is none."""
     if cfg.init_from in GPT2_NAMES or (cfg.init_from != "resume" and export.is_hugging_face(cfg.init_from)):
-        gpt2 = {"type": "gpt2"}
-        return Trained(export.from_pretrained(cfg.init_from), open_tokenizer(gpt2), gpt2, {})
+        tokenizer_json = export.read_tokenizer(cfg.init_from)
+        return Trained(export.from_pretrained(cfg.init_from), open_tokenizer(tokenizer_json), tokenizer_json, {})
     folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
     found = checkpoint.best(folder, dist.say) or export.from_nanogpt(folder)
     if found is None:

@@ -1,5 +1,6 @@
-"""GPT-2's weights in Hugging Face's format: the same logits as theirs, and a clear line for all else."""
+"""Hugging Face's format, read and written: the same logits as theirs, and a clear line for all else."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -8,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanogpt.config import UserError
-from nanogpt.model import GPT
+import nanogpt.export
+from nanogpt.config import RunFailed, UserError
+from nanogpt.export import read_tokenizer, to_hugging_face
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import CharTokenizer, from_json
 
 transformers = pytest.importorskip("transformers")
 
@@ -254,3 +258,120 @@ def test_a_name_that_stands_for_no_tensor_is_refused(tmp_path):
     folder = save(reference_model(), tmp_path / "hf", "pickle")
     torch.save(reference_model().state_dict() | {"transformer.ln_f.weight": 5}, folder / "pytorch_model.bin")
     problem(folder)
+
+
+# Written for transformers
+
+
+CHARS = CharTokenizer.train("\n !ABCabcé🎭")
+
+
+def our_model(architecture="gpt2", bias=False, activation="gelu", vocab_size=CHARS.vocab_size + 3):
+    """A model whose every parameter is random, with a vocabulary that is padded."""
+    torch.manual_seed(4)
+    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
+    config = GPTConfig(**shape, vocab_size=vocab_size, architecture=architecture, bias=bias, activation=activation)
+    model = GPT(config).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
+    return model
+
+
+OURS = [
+    dict(architecture="gpt2"),
+    dict(architecture="gpt2", bias=True),
+    dict(architecture="gpt2", activation="gelu_new"),
+    dict(architecture="qwen3"),
+]
+
+
+@pytest.fixture(params=OURS, ids=lambda kind: "-".join(map(str, kind.values())))
+def exported(request, tmp_path):
+    """(a model, the folder that it was written to)."""
+    model = our_model(**request.param)
+    assert to_hugging_face(model, CHARS, tmp_path / "to") is True
+    return model, tmp_path / "to"
+
+
+def load_theirs(folder):
+    """The model that transformers makes of a folder, which must lack nothing and have nothing too much."""
+    transformers.utils.logging.disable_progress_bar()
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    return theirs.eval()
+
+
+@torch.no_grad()
+def test_transformers_computes_the_same_logits(exported):
+    model, folder = exported
+    theirs = load_theirs(folder)
+    ids = torch.randint(0, CHARS.vocab_size, (3, 24), generator=torch.Generator().manual_seed(2))
+    expected = model(ids, ids)[0][..., : CHARS.vocab_size]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert theirs.config.vocab_size == CHARS.vocab_size
+
+
+@torch.no_grad()
+def test_transformers_writes_the_same_greedy_text(exported):
+    model, folder = exported
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    theirs = load_theirs(folder).generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=21, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    ours = model.generate(ids, 21, temperature=0, vocab_size=CHARS.vocab_size)
+    assert torch.equal(ours, theirs)
+
+
+def test_what_was_written_can_be_read_again(tmp_path):
+    model = our_model(bias=True)
+    to_hugging_face(model, CHARS, tmp_path / "to")
+    again = GPT.from_pretrained(tmp_path / "to")
+    assert again.config == dataclasses.replace(model.config, vocab_size=CHARS.vocab_size)
+    expected = dict(model.named_parameters())
+    for name, p in again.named_parameters():
+        assert torch.equal(p, expected[name][: len(p)]), name
+    assert read_tokenizer(tmp_path / "to") == CHARS.to_json()
+
+
+def test_transformers_has_the_characters_too(tmp_path):
+    to_hugging_face(our_model(), CHARS, tmp_path / "to")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
+    text = " Aé\n\n🎭b  c\n"
+    assert theirs(text).input_ids == CHARS.encode(text)
+    assert theirs.decode(CHARS.encode(text)) == text
+    with pytest.raises(Exception, match="vocabulary"):
+        theirs("x")
+
+
+def test_transformers_has_gpt2s_tokens_too(tmp_path):
+    tok = from_json({"type": "gpt2"})
+    to_hugging_face(our_model(vocab_size=50304), tok, tmp_path / "to")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
+    for text in ("Hello  world, it's\n\n 1000 é 🎭\t", "  ", "naïve 東京"):
+        assert theirs(text).input_ids == tok.encode(text)
+        assert theirs.decode(tok.encode(text)) == text
+    assert theirs("a<|endoftext|>").input_ids[-1] == theirs.eos_token_id == tok.eot
+    assert read_tokenizer(tmp_path / "to") == {"type": "gpt2"}
+
+
+def test_an_export_overwrites_nothing(tmp_path):
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        to_hugging_face(our_model(), CHARS, tmp_path / "to")
+    assert [p.name for p in tmp_path.iterdir()] == ["to"] and [p.name for p in (tmp_path / "to").iterdir()] == [
+        "mine.txt"
+    ]
+    (tmp_path / "to" / "mine.txt").unlink()
+    to_hugging_face(our_model(), CHARS, tmp_path / "to")
+
+
+def test_an_export_is_whole_or_absent(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nanogpt.export, "save_file", fail)
+    with pytest.raises(RunFailed, match="No space left"):
+        to_hugging_face(our_model(), CHARS, tmp_path / "to")
+    assert not list(tmp_path.iterdir())

@@ -74,7 +74,7 @@ RULES = [
     Rule(r"--n_layers=", add(" 2>&1"), re.escape("".join(re.findall(r"```text\n(.*?)```", README, re.S))), code=2),
     Rule(r"^sh train\.py .*--help$", add(""), r"--dropout=0\.1 .*\n? .*default 0\.0"),
     # data
-    Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --trial=False"), r"tokens to train on"),
+    Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --trial=False --val_fraction=0.2"), r"tokens to train on"),
     Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin"),
     # training; the finetuned models are tiny ones in GPT-2's vocabulary, and torchrun starts two processes
     Rule(r"--node_rank=0 .*train\.py", instead(r" train\.py", NODE, TINY), PAIR),

@@ -204,7 +204,15 @@ def documents(tmp_path):
 @needs_gpt2
 @pytest.mark.parametrize("name", ["openwebtext", "fineweb", "tinystories"])
 def test_a_recipe_takes_a_file_instead_of_its_download(tmp_path, documents, name):
-    result = program("sh", f"data/{name}/prepare.py", documents, f"--root={tmp_path}", "--trial=False", "--workers=0")
+    result = program(
+        "sh",
+        f"data/{name}/prepare.py",
+        documents,
+        f"--root={tmp_path}",
+        "--trial=False",
+        "--workers=0",
+        "--val_fraction=0.1",
+    )
     assert result.returncode == 0, result.stderr
     out = tmp_path / name
     assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
@@ -217,6 +225,6 @@ def test_a_recipe_takes_a_file_instead_of_its_download(tmp_path, documents, name
 
 @needs_gpt2
 def test_openwebtext_is_in_gpt2s_tokens(prepare, tmp_path, documents):
-    prepare(OWT, documents, f"--root={tmp_path}", "--trial=False", "--workers=0")
+    prepare(OWT, documents, f"--root={tmp_path}", "--trial=False", "--workers=0", "--val_fraction=0.1")
     _, meta = read(tmp_path / "openwebtext", "train")
     assert (meta["tokenizer"], meta["vocab_size"], meta["separator"]) == ({"type": "gpt2"}, 50257, 50256)

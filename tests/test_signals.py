@@ -39,22 +39,22 @@ def dwell_in_training():
 def dwell_in_evaluation():
     real = evaluate.losses
 
-    def losses(model, batches, cfg, dist, stop):
+    def losses(model, batches, cfg, dist, *rest):
         announce()
-        return real(model, batches, cfg, dist, stop)
+        return real(model, batches, cfg, dist, *rest)
 
     evaluate.losses = losses
 
 
 def dwell_in_saving():
-    real = checkpoint._write_json
+    real = checkpoint.write_json
 
     def write_json(path, value):
         if path.name == "manifest.json":
             announce()
         real(path, value)
 
-    checkpoint._write_json = write_json
+    checkpoint.write_json = write_json
 
 
 def dwell_in_compiling():

@@ -1,0 +1,187 @@
+"""`nanogpt talk` as a person uses it: in a real terminal, and in a pipe."""
+
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SMALL
+
+from nanogpt import train
+
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.cli import main; sys.exit(main())"
+COMMAND = [sys.executable, "-c", START, "talk", "--device=cpu", "--max_new_tokens=30"]
+
+
+@pytest.fixture
+def trained(tiny, monkeypatch, capsys):
+    """A folder with a trained run in out/."""
+    root = tiny.parent.parent
+    monkeypatch.chdir(root)
+    train.main([*SMALL, "--max_iters=40", "--lr_decay_iters=40", "--eval_interval=40"])
+    shutil.rmtree(root / "data")
+    return root
+
+
+class Terminal:
+    """A program in a terminal of its own, and what it has shown."""
+
+    def __init__(self, command):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.environ["TERM"] = "dumb"  # no colours, no bracketed paste
+            os.execv(command[0], command)
+        self.shown = ""
+
+    def read(self):
+        """What comes next, or nothing when it has ended."""
+        ready, _, _ = select.select([self.fd], [], [], 120)
+        assert ready, f"nothing more comes after {self.shown!r}"
+        try:
+            return os.read(self.fd, 4096).decode(errors="replace")
+        except OSError:  # the other side is closed
+            return ""
+
+    def until(self, pattern):
+        """Wait until `pattern` has been shown; return all up to there, which counts no more."""
+        while not (found := re.search(pattern, self.shown, re.S)):
+            more = self.read()
+            assert more, f"{pattern!r} was not shown: {self.shown!r}"
+            self.shown += more.replace("\r\n", "\n")
+        before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
+        return before
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def end(self):
+        """Its exit code, once it has ended."""
+        while self.read():
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.fixture
+def terminal(trained):
+    """terminal("--temperature=0") starts it; its prompt has been shown."""
+    started = []
+
+    def start(*args):
+        started.append(Terminal([*COMMAND, *args]))
+        started[-1].until("Ctrl-D leaves\\.\n> $")
+        return started[-1]
+
+    yield start
+    for t in started:
+        os.close(t.fd)
+
+
+def test_a_text_goes_on_and_on(terminal):
+    t = terminal()
+    t.type("The cat\r")
+    first = t.until("\n> $")
+    assert first.startswith("The cat\n") and len(first) == len("The cat\n") + 30 + len("\n> ")
+    t.type("\r")
+    second = t.until("\n> $")
+    assert len(second) == 1 + 30 + len("\n> ") and second[1:] != first[8:]
+    t.type("\x04")
+    assert t.end() == 0
+
+
+def test_ctrl_c_stops_the_text_and_not_the_program(terminal):
+    t = terminal("--max_new_tokens=10000000")
+    t.type("The\r")
+    t.until("The\n.{40}")
+    t.type("\x03")
+    t.until("\n> $")
+    t.type("/max_new_tokens 5\r")
+    t.until("max_new_tokens = 5\n> $")
+    t.type("The\r")
+    assert len(t.until("\n> $")) == len("The\n") + 5 + len("\n> ")
+    t.type("\x04")
+    assert t.end() == 0
+
+
+def test_ctrl_c_at_the_prompt_forgets_the_line(terminal):
+    t = terminal()
+    t.type("nonsense\x03")
+    t.until("Ctrl-D leaves.*> $")
+    t.type("/top_k\r")
+    t.until("top_k = 200\n> $")
+    t.type("\x04")
+    assert t.end() == 0
+
+
+def test_the_arrow_keys_bring_back_what_was_typed(terminal):
+    pytest.importorskip("readline")
+    t = terminal()
+    t.type("/temperature 0.25\r")
+    t.until("temperature = 0.25\n> $")
+    t.type("/top_k 7\r")
+    t.until("top_k = 7\n> $")
+    t.type("\x1b[A\x1b[A\r")
+    t.until("temperature = 0.25\n> $")
+
+
+def test_tab_completes_a_command(terminal):
+    pytest.importorskip("readline")
+    t = terminal()
+    t.type("/tem\t0.5\r")
+    t.until("temperature = 0.5\n> $")
+
+
+# In a pipe
+
+
+def talk(lines, *args):
+    """(what it writes, what it says beside, exit code) for these lines."""
+    done = subprocess.run([*COMMAND, *args], input=lines, capture_output=True, timeout=120)
+    return done.stdout.decode(), done.stderr.decode().split("(--int8)\n")[-1], done.returncode
+
+
+def test_lines_from_a_pipe_are_answered(trained):
+    text, said, code = talk(b"The cat\nThe dog\n")
+    assert (len(text), said, code) == (2 * 31, "", 0)
+    assert text[30] == text[61] == "\n"
+
+
+def test_each_text_has_the_next_seed_and_settings_count(trained):
+    same = talk(b"The\n/again\n/seed 1337\n/again\n")[0]
+    assert same[:31] == same[62:] != same[31:62]
+    greedy = talk(b"/temperature 0\nThe\n/again\n/top_k 1\n/temp 1\n/again\n")[0]
+    assert greedy[:31] == greedy[31:62] == greedy[62:]
+    assert talk(b"The\n/again\n", "--seed=3")[0][31:] == talk(b"The\n", "--seed=4")[0]
+
+
+def test_a_stop_string_ends_a_text(trained):
+    text, said, _ = talk(b"/stop .|\\n\nThe\n/stop\nThe\n", "--max_new_tokens=100", "--temperature=0.3")
+    assert said == "stop = '.|\\\\n'\nstop = ''\n"
+    first, rest = text.split("\n", 1)
+    assert "." not in first and len(first) < 100 and "." in rest
+
+
+def test_mistakes_are_said_and_it_goes_on(trained):
+    text, said, code = talk(
+        "\n/tempo 1\n/temperature warm\n/top_k -1\n/t 1\n//\nÖ\n/helb\nThe\n".encode() + b"\xff\n/help"
+    )
+    lines = said.splitlines()
+    assert lines[0] == "error: there is no text yet; type how it begins"
+    assert lines[1].startswith("error: /tempo: there is no such command")
+    assert lines[2] == "error: temperature warm: expected a number >= 0.0"
+    assert lines[3] == "error: top_k -1: expected an integer >= 0"
+    assert lines[4].startswith("error: /t: there is no such command")
+    assert lines[5].startswith("error: not in the tokenizer's vocabulary: '/'")
+    assert lines[6].startswith("error: not in the tokenizer's vocabulary: 'Ö'")
+    assert lines[7] == "error: /helb: there is no such command; did you mean help?"
+    assert lines[8].startswith("error: not in the tokenizer's vocabulary: '\ufffd'")
+    assert any(line.startswith("  /temperature 0.8 ") for line in lines[9:])
+    assert (len(text), code) == (31, 0)
+
+
+def test_the_program_is_found_by_its_name():
+    done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "usage: nanogpt talk" in done.stdout and "--temperature=0.8" in done.stdout
