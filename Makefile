@@ -33,6 +33,7 @@ demo: .venv/.installed-demo ## train a small Shakespeare model on this machine a
 	echo; \
 	echo "The loss curve:  $(OUT)/loss.png"; \
 	echo "More text:       sh sample.py --out_dir=$(OUT) --start='ROMEO:'"; \
+	echo "On a web page:   .venv/bin/nanogpt serve --out_dir=$(OUT)"; \
 	echo "A better model:  sh train.py config/fast_shakespeare_char.py"; \
 	echo "Every setting:   sh train.py --help"
 

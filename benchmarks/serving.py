@@ -31,7 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from browser import CHROMIUM, DRIVER, Browser  # noqa: E402
 from serving import write_run  # noqa: E402
 
-CHARS = [chr(c) for c in (10, *range(32, 96))]  # 65, as Shakespeare has
+from nanogpt.tokenizer import CharTokenizer  # noqa: E402
+
+TOKENIZER = CharTokenizer([chr(c) for c in (10, *range(32, 96))])  # 65 characters, as Shakespeare has
 MODELS = {
     "0.8 M, context 64": dict(n_layer=4, n_head=4, n_embd=128, block_size=64),
     "10 M, context 256": dict(n_layer=6, n_head=6, n_embd=384, block_size=256),
@@ -54,7 +56,7 @@ def main():
     print("| server | measured | goal |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, shape in MODELS.items():
-            write_run(Path(folder) / name.split()[0], CHARS, losses=False, **shape)
+            write_run(Path(folder) / name.split()[0], TOKENIZER, losses=False, **shape)
         if "streams" in args.only:
             for name in MODELS:
                 streams(name, Path(folder) / name.split()[0], args)

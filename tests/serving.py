@@ -18,16 +18,16 @@ from nanogpt.tokenizer import CharTokenizer
 CHARS = "\n abcdefghij<>&\"'/=()é€😀script"  # what a page must not take for HTML, and characters of 1 to 4 bytes
 
 
-def write_run(out_dir, chars=None, losses=True, **shape):
+def write_run(out_dir, tok=None, losses=True, **shape):
     """A run's folder whose model has random weights, far enough from uniform that seeds and prompts matter."""
-    chars = sorted(set(CHARS)) if chars is None else chars
+    tok = tok or CharTokenizer.train(CHARS)
     shape = dict(block_size=16, n_layer=2, n_head=2, n_embd=16, bias=False) | shape
     torch.manual_seed(1)
-    model = GPT(GPTConfig(vocab_size=len(chars), **shape))
+    model = GPT(GPTConfig(vocab_size=tok.vocab_size, **shape))
     for p in model.parameters():
         p.data.mul_(4 if p.dim() == 2 else 1)
     state = dict(step=20, evaluated=20, losses={"train": 1.0, "val": 1.5}, improved=True, best_val_loss=1.5, spikes=0)
-    info = dict(step=20, state=state, model_config=asdict(model.config), tokenizer=CharTokenizer(chars).to_json())
+    info = dict(step=20, state=state, model_config=asdict(model.config), tokenizer=tok.to_json())
     checkpoint.write(
         out_dir, dict(model.named_parameters()), {"x": torch.zeros(1)}, info | dict(settings={}, scaler={})
     )

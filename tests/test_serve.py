@@ -11,6 +11,8 @@ import openai
 import pytest
 from serving import CHARS, Served, write_run
 
+from nanogpt.tokenizer import ByteTokenizer
+
 FOREVER = 4000  # tokens: more than are written while a test looks
 
 
@@ -197,6 +199,23 @@ def test_text_leaves_as_it_is_made(server):
         assert b"data: " in sock.recv(2000) + sock.recv(2000)
         assert server.metric("completions") == 1  # it is not finished
     server.until("texts", 0)
+
+
+def test_no_character_is_cut_in_a_stream(place):
+    """The model's tokens are bytes, chosen at random: some are whole characters, most are not."""
+    write_run(place / "out-bytes", ByteTokenizer())
+    server = Served(place, "--out_dir=out-bytes", name="log-bytes")
+    try:
+        asked = dict(prompt="€", max_tokens=300, temperature=1.5, seed=1, logprobs=0)
+        whole = server.complete(**asked)["choices"][0]
+        events = server.ask("POST", "/v1/completions", asked | {"stream": True})[2].decode("utf-8").split("\n\n")
+        parts = [json.loads(e.removeprefix("data: "))["choices"][0] for e in events if e and not e.endswith("[DONE]")]
+        assert "".join(part["text"] for part in parts) == whole["text"] and len(parts) > 1
+        assert [t for part in parts for t in part["logprobs"]["tokens"]] == whole["logprobs"]["tokens"]
+        assert len(whole["logprobs"]["tokens"]) == 300
+        assert any(name.startswith("bytes:\\x") for name in whole["logprobs"]["tokens"])
+    finally:
+        server.close()
 
 
 # Limits
