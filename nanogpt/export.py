@@ -245,7 +245,7 @@ def tokenizer_files(tok, block_size):
         }
     elif isinstance(tok, tokenizer.GPT2Tokenizer) and merges_file:
         merges = tokenizer.read_merges(merges_file)
-        tokens = [*tokenizer.printable_bytes(), *(m.replace(" ", "") for m in merges), tokenizer.END_OF_TEXT]
+        tokens = [*tokenizer.BYTE_OF, *(m.replace(" ", "") for m in merges), tokenizer.END_OF_TEXT]
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         content = {
             "added_tokens": [

@@ -498,8 +498,3 @@ def read_merges(path):
     if got != BPE_SHA256:
         raise UserError(f"{path}: wrong SHA-256: expected {BPE_SHA256}, got {got}")
     return data.decode("utf-8").splitlines()[1:]  # the first line names the version
-
-
-def printable_bytes():
-    """{the character that a byte is written as: the byte}, in the order of their ids."""
-    return BYTE_OF

@@ -20,7 +20,16 @@ from types import SimpleNamespace
 import pytest
 
 from nanogpt import config
-from nanogpt.config import BenchConfig, EvalConfig, SampleConfig, ServeConfig, TrainConfig
+from nanogpt.config import (
+    BenchConfig,
+    EvalConfig,
+    ExportConfig,
+    PrepareConfig,
+    SampleConfig,
+    ServeConfig,
+    TalkConfig,
+    TrainConfig,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,6 +85,7 @@ RULES = [
     # data
     Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --trial=False --val_fraction=0.2"), r"tokens to train on"),
     Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin"),
+    Rule(r"^nanogpt prepare ", add(" --trial=False"), r"tokens to train on"),
     # training; the finetuned models are tiny ones in GPT-2's vocabulary, and torchrun starts two processes
     Rule(r"--node_rank=0 .*train\.py", instead(r" train\.py", NODE, TINY), PAIR),
     Rule(r"--node_rank=1 .*train\.py", instead(r" train\.py", NODE, TINY)),
@@ -92,6 +102,8 @@ RULES = [
     Rule(r"^nanogpt eval ", add(" --device=cpu"), r"^.*: loss \d+\.\d{6} over .*bits per byte$"),
     # writing
     Rule(r"^sh sample\.py .*--init_from=gpt2", add(" --init_from=tiny-gpt2" + WRITE), WROTE),
+    Rule(r"^nanogpt talk ", instead("^", "echo ROMEO: | ", " --max_new_tokens=8 --device=cpu"), r"\S"),
+    Rule(r"^nanogpt export ", add(""), r"logit"),
     Rule(r"^sh bench\.py ", add(" --iters=2 --warmup=1 --device=cpu"), r"^yardstick +[\d.]+ GFLOP/s(.*\n)*memory +\d+ MiB"),
     Rule(r"^sh sample\.py ", add(WRITE), WROTE),
 ]  # fmt: skip
@@ -155,7 +167,7 @@ def workplace(tmp_path_factory):
     (place / "prompt.txt").write_text("ROMEO:\n")
     (place / "essays").mkdir()
     for name in "ab":
-        (place / "essays" / f"{name}.txt").write_text(text[:50])
+        (place / "essays" / f"{name}.txt").write_text(text[:1000])
     with open(place / "documents.jsonl", "w") as f:
         for i in range(20):
             print(json.dumps({"text": f"Document {i} has lamps." + " lamp" * 40}), file=f)
@@ -296,7 +308,16 @@ def test_the_files_that_a_run_leaves(workplace, finish):
 def test_settings_exist():
     known = {
         f.name
-        for cls in (TrainConfig, SampleConfig, ServeConfig, EvalConfig, BenchConfig)
+        for cls in (
+            TrainConfig,
+            SampleConfig,
+            ServeConfig,
+            EvalConfig,
+            BenchConfig,
+            PrepareConfig,
+            TalkConfig,
+            ExportConfig,
+        )
         for f in dataclasses.fields(cls)
     }
     others = {"input", "out"} | {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
