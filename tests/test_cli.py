@@ -54,7 +54,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"nanogpt {nanogpt.__version__}\n"
 
 
-@pytest.mark.parametrize("word, hint", [("trian", "did you mean train?"), ("xyz", "expected one of train, sample")])
+@pytest.mark.parametrize(
+    "word, hint", [("trian", "did you mean train?"), ("xyz", "expected one of train, prepare, sample")]
+)
 def test_unknown_command(word, hint, capsys):
     assert cli.main([word, "--lr=1"]) == 2
     out, err = capsys.readouterr()

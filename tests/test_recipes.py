@@ -13,12 +13,11 @@ from nanogpt import shakespeare
 from nanogpt.tokenizer import GPT2Tokenizer, from_json, gpt2_file
 
 ROOT = Path(__file__).parent.parent
-CHAR, BPE, OWT = (f"data/{name}/prepare.py" for name in ("shakespeare_char", "shakespeare", "openwebtext"))
+CHAR, BPE = (f"data/{name}/prepare.py" for name in ("shakespeare_char", "shakespeare"))
 TINY = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 has_gpt2 = bool(importlib.util.find_spec("tiktoken") and gpt2_file())
 needs_gpt2 = pytest.mark.skipif(not has_gpt2, reason="GPT-2's tokenizer is not installed")
-needs_datasets = pytest.mark.skipif(not importlib.util.find_spec("datasets"), reason="datasets is not installed")
 
 
 @pytest.fixture
@@ -177,7 +176,7 @@ def test_download_of_other_bytes(prepare, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", [CHAR, BPE, OWT])
+@pytest.mark.parametrize("script", [CHAR, BPE])
 def test_mistyped_flags(prepare, tmp_path, script):
     result = prepare(script, "--inptu=x", "--out", tmp_path / "out")
     assert result.returncode == 2 and "--inptu" in result.stderr and "Traceback" not in result.stderr
@@ -191,7 +190,7 @@ def test_without_tiktoken(prepare, tmp_path, text, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-# -- OpenWebText
+# -- OpenWebText, FineWeb, TinyStories
 
 
 @pytest.fixture
@@ -203,53 +202,39 @@ def documents(tmp_path):
 
 
 @needs_gpt2
-@needs_datasets
-def test_documents(tmp_path, documents):
-    out, cache = tmp_path / "out", str(tmp_path / "cache")
-    result = program("sh", OWT, f"--source={documents}", f"--out={out}", "--num_proc=2", HF_HOME=cache)
+@pytest.mark.parametrize("name, kind", [("openwebtext", "gpt2"), ("fineweb", "gpt2"), ("tinystories", "bpe")])
+def test_documents(tmp_path, documents, name, kind):
+    """From other documents than those of the download; into another folder than the script's."""
+    settings = [f"--root={tmp_path / 'data'}", "--val_fraction=0.01", "--trial=False"]
+    result = program("sh", f"data/{name}/prepare.py", documents, *settings)
     assert result.returncode == 0, result.stderr
+    out = tmp_path / "data" / name
     assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     (train, meta), (val, _) = read(out, "train"), read(out, "val")
-    assert (meta["tokenizer"], meta["vocab_size"], meta["dtype"]) == ({"type": "gpt2"}, 50257, "uint16")
-    tokenizer = GPT2Tokenizer()
+    tokenizer = from_json(meta["tokenizer"])
+    assert meta["tokenizer"]["type"] == kind and meta["separator"] == tokenizer.eot
     train, val = (tokenizer.decode(ids).split("<|endoftext|>") for ids in (train, val))
-    assert train.pop() == val.pop() == ""  # each document is followed by the token, the last one too
-    assert len(val) == 2  # 0.05 %, rounded up
+    assert train.pop(0) == val.pop(0) == ""  # the token stands before each document
     written = [json.loads(line)["text"] for line in documents.read_text().splitlines()]
-    assert sorted(train + val) == sorted(written)
-    assert val == [written[i] for i in np.random.default_rng(2357).permutation(2500)[:2]]
+    assert sorted(train + val) == sorted(written) and not set(train) & set(val)
 
 
-@needs_gpt2
-@needs_datasets
 @pytest.mark.parametrize(
-    "name, content, complaint",
+    "name, hub",
     [
-        ("d.jsonl", '{"body": "a"}\n{"body": "b"}\n', "expected a column text; it has body"),
-        ("d.jsonl", '{"text": 1}\n{"text": 2}\n', "expected text in the column text, not int64"),
-        ("d.jsonl", '{"text": "a"}\n', "1 documents are too few"),
-        ("d.jsonl", "no JSON", "cannot be loaded"),
-        ("e", None, "cannot be loaded"),
+        ("openwebtext", "hf:Skylion007/openwebtext"),
+        ("fineweb", "hf:HuggingFaceFW/fineweb:sample-10BT"),
+        ("tinystories", "hf:roneneldan/TinyStories"),
     ],
 )
-def test_bad_sources(prepare, tmp_path, monkeypatch, name, content, complaint):
-    import datasets
+def test_what_the_recipes_download(name, hub, monkeypatch):
+    from nanogpt import cli
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    if content:
-        (tmp_path / name).write_text(content)
-    out = tmp_path / "out"
-    result = prepare(OWT, f"--source={tmp_path / name}", f"--out={out}")
-    assert result.returncode == 2 and "Traceback" not in result.stderr
-    message = result.stderr.splitlines()[-1]
-    assert message.startswith(f"prepare.py: --source={tmp_path / name}: ") and complaint in message
-    assert not out.exists()
-
-
-@needs_gpt2
-def test_without_datasets(prepare, tmp_path, documents, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    result = prepare(OWT, f"--source={documents}", f"--out={tmp_path / 'out'}")
-    assert fails(result, 'pip install -e ".[data]"')
-    assert not (tmp_path / "out").exists()
+    given = []
+    monkeypatch.setattr(cli, "main", given.append)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--memory=2000"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "data" / name / "prepare.py"), run_name="__main__")
+    (arguments,) = given
+    assert arguments[:4] == ["prepare", hub, f"--dataset={name}", f"--root={ROOT / 'data'}"]
+    assert arguments[-1] == "--memory=2000"
