@@ -20,7 +20,7 @@ HOUR = 3600  # seconds that a run may take, so that nobody waits in vain
 TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffmann et al. 2022, "Chinchilla")
 FREE_EPOCHS = 4  # so often repeated, text is nearly as good as new text (Muennighoff et al. 2023)
 MAX_EPOCHS = 40  # so often repeated, it has nothing left to teach (the same)
-LEAST = 2  # tokens trained on for each parameter: a model that is given fewer is too large
+LEAST = 2, 8  # tokens for each parameter that the repeated text, and the hour, must allow: a larger model is too large
 TRIAL = 2.0  # seconds
 PATIENCE = 10
 
@@ -133,13 +133,13 @@ def rounded(iterations):
 
 
 def choose(runs, rate, dist):
-    """The largest run that ends within the hour at `rate`, has enough text, and fits the device."""
+    """The run of the largest model that has enough text, can learn enough in the hour at `rate`, and fits the device."""
     room = torch.cuda.get_device_properties(dist.device).total_memory * 0.8 if dist.device.type == "cuda" else math.inf
     fitting = [
         run
         for run in runs
-        if run.seconds(rate, run.max_iters) <= HOUR
-        and run.max_iters * run.batch >= LEAST * run.params
+        if MAX_EPOCHS * run.train_tokens >= LEAST[0] * run.params
+        and HOUR * rate / run.flops >= LEAST[1] * run.params
         and run.memory() <= room
     ]
     return fitting[-1] if fitting else runs[0]

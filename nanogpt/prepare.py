@@ -33,8 +33,9 @@ LARGE = 50 * 10**6  # bytes of text, for which single characters are short token
 COMMIT = 5.0  # seconds between notes of what has been done
 FEW = 4 * BLOCK  # bytes of text that this process encodes itself, sooner than others start
 MEGABYTE = 10**6
-FIRST, EACH = 110, 90  # megabytes that the first process and each worker take, at most
+FIRST, EACH = 110, 120  # megabytes that the first process and each worker take, at most
 LIBRARIES = 250  # and what the libraries for Parquet and the hub take
+WINDOW_PACKED = 64  # and what .xz and .zst look back at
 TOKENS = {"char": 1.0, "byte": 1.0, "gpt2": 0.3, "bpe": 0.35}  # for each byte of text, roughly
 LEAST_TOKENS = {"char": 0.25, "byte": 1.0, "gpt2": 0.2, "bpe": 0.2}  # and at least, as to the room on the disk
 
@@ -184,7 +185,7 @@ def prepare(cfg, folder):
     """The whole preparation. What cannot be prepared leaves no trace; what was only stopped can go on."""
     began = time.monotonic()
     with stoppable(folder):
-        check_packages(cfg)
+        tok = given_tokenizer(cfg)
         found, notes = sources.find(cfg.arguments, folder, folder / ".prepare" / "input.txt")
         work = Work(folder)
         pool, keep = None, work.has_state()
@@ -197,10 +198,11 @@ def prepare(cfg, folder):
             pool = Pool(choose_workers(cfg, found))
             keep = False
             if state.stage == "tokenizer":
-                make_tokenizer(cfg, found, state, work, pool)
-                work.save(state)
+                tok = tok or make_tokenizer(cfg, found, work, pool)
+                begin(cfg, found, state, work, tok)
+            tok = tok or tokenizer.from_json(state.tokenizer)
             if state.stage == "encode":
-                encode(cfg, found, state, work, pool)
+                encode(cfg, found, state, work, pool, tok)
                 pool.close()
                 arrange(cfg, found, state, work)
             pool.close()
@@ -217,21 +219,20 @@ def prepare(cfg, folder):
                 pool.kill()
         peak = peak_memory() + max(pool.peak, work.peak)
         work.remove()
-        report(cfg, state, folder, peak, time.monotonic() - began)
+        report(cfg, state, tok, folder, peak, time.monotonic() - began)
 
 
 # -- before anything is read
 
 
-def check_packages(cfg):
-    """Raise UserError where the tokenizer needs a package that is not there."""
+def given_tokenizer(cfg):
+    """The tokenizer, where it does not depend on the text, else None. UserError where a package for it is missing."""
     kind, _ = tokenizer.named(cfg.tokenizer)
     try:
-        if kind == "gpt2":
-            tokenizer.GPT2Tokenizer()
-        elif kind == "bpe":
+        if kind == "bpe":
             tokenizer.import_tiktoken()
             tokenizer.import_tokenizers()
+        return tokenizer.from_json({"type": kind}) if kind in ("byte", "gpt2") else None
     except (ImportError, OSError) as e:
         raise UserError(f"--tokenizer={cfg.tokenizer}: {e}") from None
 
@@ -293,6 +294,7 @@ def megabytes(n):
 def choose_workers(cfg, found):
     """How many processes to start: one a core, as many as fit the memory, and none for a small text."""
     taken = FIRST + (LIBRARIES if any(s.kind in ("rows", "hf") for s in found) else 0)
+    taken += WINDOW_PACKED if any(s.packing in (".xz", ".zst") for s in found) else 0
     fit = max(0, (cfg.memory - taken) // EACH)
     if cfg.workers != "auto":
         if cfg.workers > fit:
@@ -312,28 +314,29 @@ def choose_workers(cfg, found):
 
 def longest_line(cfg):
     """Bytes that a line of .jsonl may have: parsing and encoding it takes many times as much."""
-    return max(cfg.memory * MEGABYTE // 32, 2 * BLOCK)
+    return max(cfg.memory * MEGABYTE // 64, 2 * BLOCK)
 
 
 # -- the tokenizer
 
 
-def make_tokenizer(cfg, found, state, work, pool):
-    """Choose the tokenizer, or make it from the text."""
+def make_tokenizer(cfg, found, work, pool):
+    """The tokenizer made from the text."""
     kind, size = tokenizer.named(cfg.tokenizer)
-    separate = not is_one_text(found)
-    characters = None
-    if kind == "char":
-        tok, characters = survey(cfg, found, work, pool, separate)
-    elif kind == "bpe":
-        tok = train_bpe(cfg, found, work, size)
-    else:
-        tok = tokenizer.from_json({"type": kind})
+    if kind == "bpe":
+        return train_bpe(cfg, found, work, size)
+    tok, characters = survey(cfg, found, work, pool, separate=not is_one_text(found))
+    check_disk(cfg, found, State({}), work.target, characters)
+    return tok
+
+
+def begin(cfg, found, state, work, tok):
+    """Note that there is a tokenizer now, and that encoding begins."""
     state.tokenizer = tok.to_json()
     state.counts = [0] * tok.vocab_size
-    check_disk(cfg, found, state, work.target, characters)
     state.bits = choose_bits(cfg, found, tok.vocab_size)
     state.stage = "encode"
+    work.save(state)
 
 
 def choose_bits(cfg, found, vocab_size):
@@ -426,9 +429,8 @@ def read(cfg, found, state, work, pool, task, cut):
         raise UserError(*lines)
 
 
-def encode(cfg, found, state, work, pool):
+def encode(cfg, found, state, work, pool, tok):
     """Turn all text into ids, in buckets, and note now and then what has been done."""
-    tok = tokenizer.from_json(state.tokenizer)
     separate, told = not is_one_text(found), []
 
     def cut(data):
@@ -605,9 +607,8 @@ def flush_folder(folder):
 # -- what you get told
 
 
-def report(cfg, state, folder, peak, seconds):
+def report(cfg, state, tok, folder, peak, seconds):
     """What the dataset is, and how to train on it."""
-    tok = tokenizer.from_json(state.tokenizer)
     tokens = state.split["tokens"]
     print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate on: {how_split(state)}")
     per_token = state.bytes / max(state.tokens, 1)

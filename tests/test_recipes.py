@@ -13,7 +13,7 @@ from nanogpt import shakespeare
 from nanogpt.tokenizer import GPT2Tokenizer, from_json, gpt2_file
 
 ROOT = Path(__file__).parent.parent
-CHAR, BPE, OWT = (f"data/{name}/prepare.py" for name in ("shakespeare_char", "shakespeare", "openwebtext"))
+CHAR, BPE = (f"data/{name}/prepare.py" for name in ("shakespeare_char", "shakespeare"))
 TINY = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 has_gpt2 = bool(importlib.util.find_spec("tiktoken") and gpt2_file())
@@ -176,7 +176,7 @@ def test_download_of_other_bytes(prepare, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", [CHAR, BPE, OWT])
+@pytest.mark.parametrize("script", [CHAR, BPE])
 def test_mistyped_flags(prepare, tmp_path, script):
     result = prepare(script, "--inptu=x", "--out", tmp_path / "out")
     assert result.returncode == 2 and "--inptu" in result.stderr and "Traceback" not in result.stderr
@@ -202,29 +202,39 @@ def documents(tmp_path):
 
 
 @needs_gpt2
-@pytest.mark.parametrize("name", ["openwebtext", "fineweb", "tinystories"])
-def test_a_recipe_takes_a_file_instead_of_its_download(tmp_path, documents, name):
-    result = program(
-        "sh",
-        f"data/{name}/prepare.py",
-        documents,
-        f"--root={tmp_path}",
-        "--trial=False",
-        "--workers=0",
-        "--val_fraction=0.1",
-    )
+@pytest.mark.parametrize("name, kind", [("openwebtext", "gpt2"), ("fineweb", "gpt2"), ("tinystories", "bpe")])
+def test_documents(tmp_path, documents, name, kind):
+    """From other documents than those of the download; into another folder than the script's."""
+    settings = [f"--root={tmp_path / 'data'}", "--val_fraction=0.01", "--trial=False"]
+    result = program("sh", f"data/{name}/prepare.py", documents, *settings)
     assert result.returncode == 0, result.stderr
-    out = tmp_path / name
+    out = tmp_path / "data" / name
     assert sorted(p.name for p in out.iterdir()) == ["meta.json", "train.bin", "val.bin"]
     (train, meta), (val, _) = read(out, "train"), read(out, "val")
     tokenizer = from_json(meta["tokenizer"])
-    found = [text for ids in (train, val) for text in tokenizer.decode(ids).split("<|endoftext|>") if text]
-    assert sorted(found) == sorted(json.loads(line)["text"] for line in documents.read_text().splitlines())
-    assert train[0] == val[0] == meta["separator"]
+    assert meta["tokenizer"]["type"] == kind and meta["separator"] == tokenizer.eot
+    train, val = (tokenizer.decode(ids).split("<|endoftext|>") for ids in (train, val))
+    assert train.pop(0) == val.pop(0) == ""  # the token stands before each document
+    written = [json.loads(line)["text"] for line in documents.read_text().splitlines()]
+    assert sorted(train + val) == sorted(written) and not set(train) & set(val)
 
 
-@needs_gpt2
-def test_openwebtext_is_in_gpt2s_tokens(prepare, tmp_path, documents):
-    prepare(OWT, documents, f"--root={tmp_path}", "--trial=False", "--workers=0", "--val_fraction=0.1")
-    _, meta = read(tmp_path / "openwebtext", "train")
-    assert (meta["tokenizer"], meta["vocab_size"], meta["separator"]) == ({"type": "gpt2"}, 50257, 50256)
+@pytest.mark.parametrize(
+    "name, hub",
+    [
+        ("openwebtext", "hf:Skylion007/openwebtext"),
+        ("fineweb", "hf:HuggingFaceFW/fineweb:sample-10BT"),
+        ("tinystories", "hf:roneneldan/TinyStories"),
+    ],
+)
+def test_what_the_recipes_download(name, hub, monkeypatch):
+    from nanogpt import cli
+
+    given = []
+    monkeypatch.setattr(cli, "main", given.append)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--memory=2000"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "data" / name / "prepare.py"), run_name="__main__")
+    (arguments,) = given
+    assert arguments[:4] == ["prepare", hub, f"--dataset={name}", f"--root={ROOT / 'data'}"]
+    assert arguments[-1] == "--memory=2000"

@@ -1,0 +1,128 @@
+"""What fits the data and the machine: a model, a run, the time that it takes, and a command that starts it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt import advice
+from nanogpt.advice import Run, advise, choose, command, duration, measure, rounded
+from nanogpt.config import TrainConfig, load
+from nanogpt.distributed import Dist
+from nanogpt.model import GPT
+
+ROOT = Path(__file__).parent.parent
+CPU = Dist(torch.device("cpu"), torch.float32)
+SMALLEST, LARGEST = advice.SHAPES[0], advice.SHAPES[-1]
+
+
+def run(tokens=10**6, vocab_size=66, shape=SMALLEST, val=10**5):
+    return Run(shape, vocab_size, tokens, val)
+
+
+def test_counts_are_those_of_the_model():
+    model = GPT(run().model_config())
+    assert (run().params, run().flops) == (model.num_params(), model.flops_per_token())
+
+
+def test_as_many_iterations_as_the_model_and_the_text_are_good_for():
+    enough, little = run(10**9), run(10**4)
+    assert enough.max_iters * enough.batch == pytest.approx(20 * enough.params, rel=0.1)
+    assert little.epochs == pytest.approx(40, rel=0.1)
+    assert not enough.overfits and little.overfits and (enough.dropout, little.dropout) == (0.0, 0.2)
+
+
+def test_a_text_shorter_than_the_context_gets_a_shorter_one():
+    assert run(val=40).block_size == 39 and run(100, val=40).block_size == 39
+
+
+def test_the_larger_the_text_and_the_faster_the_machine_the_larger_the_model():
+    def chosen(tokens, rate):
+        return choose([run(tokens, shape=shape) for shape in advice.SHAPES], rate, CPU).n_embd
+
+    sizes = [[chosen(tokens, rate) for tokens in (10**5, 10**6, 10**8, 10**10)] for rate in (1e10, 1e12, 1e15)]
+    assert sizes[0] == [128, 128, 128, 128]
+    assert all(row == sorted(row) for row in sizes) and sizes[2][0] < sizes[2][3] == LARGEST["n_embd"]
+    assert all(a <= b for row, faster in zip(sizes, sizes[1:], strict=False) for a, b in zip(row, faster, strict=True))
+
+
+def test_a_run_ends_within_the_hour():
+    slow = run(10**9)
+    slow.fit(rate=slow.batch * slow.flops)  # an iteration a second
+    assert slow.max_iters == 3600
+
+
+def test_a_trial_measures_a_rate():
+    rate, why_not = measure(run(), memory=1e9, dist=CPU)
+    assert why_not is None and 1e8 < rate < 1e14
+
+
+def test_a_trial_needs_no_more_memory_than_is_allowed(monkeypatch):
+    large = run(vocab_size=50257)
+    seen = []
+    monkeypatch.setattr(
+        GPT, "forward", lambda model, x, y: seen.append(len(x)) or (None, sum(p.sum() for p in model.parameters()))
+    )
+    monkeypatch.setattr(advice, "TRIAL", 0.0)
+    measure(large, memory=large.memory() - 1, dist=CPU)
+    assert set(seen) == {large.batch_size // 2}
+    rate, why_not = measure(large, memory=1e6, dist=CPU)
+    assert rate is None and "--memory does not allow it" in why_not
+
+
+@pytest.mark.parametrize("trial", [True, False])
+def test_what_is_said(trial, monkeypatch):
+    monkeypatch.setattr(advice, "TRIAL", 0.0)
+    monkeypatch.chdir(ROOT)
+    lines = list(advise("own", 66, 10**6, 10**5, 1e9, trial, CPU))
+    assert re.match(r"a model that fits: \d+ layers, .* [\d.]+M parameters, [\d.]+ tokens of text for each", lines[0])
+    told = r"on this cpu at [\d.]+ ms each" if trial else r"tokens a parameter; about"
+    assert re.search(
+        rf"a run that fits: [\d,]+ iterations of [\d,]+ tokens, .* times through the text, .*{told}", lines[1]
+    )
+    assert re.search(r"about [\d.]+ GB of memory$", lines[1])
+    assert any(line.startswith("small data: ") for line in lines)
+    assert lines[-1].startswith("next: sh train.py config/train_shakespeare_cpu.py --")
+    assert ("no trial (--trial=True measures how long it takes)" in lines) != trial
+
+
+def test_a_vocabulary_too_large_for_the_text_gets_a_word():
+    said = list(advice.warnings(run(vocab_size=50257), 50257))
+    assert any("89% of the parameters are its 50,257 tokens" in line for line in said)
+    assert not any("vocabulary" in line for line in advice.warnings(run(), 66))
+
+
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("tokens", [10**4, 10**9])
+@pytest.mark.parametrize("shape", advice.SHAPES)
+def test_the_command_is_accepted_and_means_the_run(where, device, tokens, shape, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT if where == "root" else tmp_path)
+    described = run(tokens, shape=shape)
+    words = command("own", described, device).split()
+    assert words[:2] == (["sh", "train.py"] if where == "root" else ["nanogpt", "train"])
+    cfg = load(TrainConfig, words[2:], "train.py")
+    assert (cfg.dataset, cfg.out_dir, cfg.max_iters) == ("own", "out-own", described.max_iters)
+    assert cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size == described.batch
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.dropout) == (*list(shape.values())[:3], described.dropout)
+    assert cfg.min_lr == cfg.learning_rate / 10 and cfg.warmup_iters < cfg.max_iters == cfg.lr_decay_iters
+    assert (cfg.patience > 0) == described.overfits
+
+
+def test_numbers_that_people_read():
+    assert [rounded(n) for n in (3, 154, 1999, 20833)] == [100, 150, 1900, 20000]
+    assert [duration(s) for s in (5, 600, 7200)] == ["about 5 seconds", "about 10 minutes", "about 2.0 hours"]
+
+
+def test_in_a_process_of_its_own_it_never_fails():
+    about = dict(name="own", vocab_size=66, train_tokens=10**6, val_tokens=10**5, memory=1e9, trial=False)
+    for given, expected in ((about, "next: "), (about | {"val_tokens": 0}, "no advice on how to train")):
+        result = subprocess.run(
+            [sys.executable, "-c", "from nanogpt.advice import main; main()"],
+            input=json.dumps(given), cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert (result.returncode, result.stderr) == (0, "") and expected in result.stdout
