@@ -216,11 +216,12 @@ def test_a_locked_server_asks_for_the_key(window, place):
     served = Served(place, f"--out_dir={NAME}", name="log-locked", env={"NANOGPT_API_KEY": "sesame"})
     try:
         open_page(window, served)
-        assert not window.run("return document.getElementById('key').hidden")
+        assert not window.run("return document.getElementById('key').hidden") and shown(window, "#go") == "Unlock"
         window.type("#secret", "wrong\ue007")
         window.wait("document.getElementById('problem').textContent === 'wrong API key'")
         window.run("document.getElementById('secret').value = ''")
-        window.type("#secret", "sesame\ue007")
+        window.type("#secret", "sesame")
+        window.click("#go")
         window.wait("document.getElementById('facts').textContent")
         assert window.run("return document.getElementById('key').hidden")
         assert len(generate(window)) > 60
