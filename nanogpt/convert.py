@@ -1,5 +1,7 @@
 """Write a trained model in Hugging Face's format, for every program that reads it, and compare the two."""
 
+import sys
+
 import torch
 
 from nanogpt import config, export, trained
@@ -14,7 +16,7 @@ def main(argv):
     cfg = config.load(ExportConfig, argv, "nanogpt export")
     if not cfg.to:
         raise UserError("--to: names the folder to write, and is needed")
-    found = trained.load(cfg, Dist(torch.device("cpu"), torch.float32))
+    found = trained.load(cfg, Dist(torch.device("cpu"), torch.float32, out=sys.stdout))
     model, tok = found.model.eval(), found.tokenizer
     has_tokenizer = export.to_hugging_face(model, tok, cfg.to)
     print(

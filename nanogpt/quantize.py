@@ -71,6 +71,8 @@ def made_ready(model, cfg, dist):
         dist.say(f"int8: {on}, because {why} (--int8)")
         return quantize(model) if on else model
     try:
+        with torch.inference_mode():
+            Int8Linear(model.lm_head)(torch.ones(1, 1, model.config.n_embd))
         return quantize(model)
     except (RuntimeError, AttributeError, NotImplementedError) as e:
         raise UserError(f"--int8=True: this PyTorch cannot multiply in it ({str(e).splitlines()[0]})") from None
