@@ -108,7 +108,9 @@ def test_ctrl_c_stops_the_text_and_not_the_program(terminal):
 
 def test_ctrl_c_at_the_prompt_forgets_the_line(terminal):
     t = terminal()
-    t.type("nonsense\x03")
+    t.type("nonsense")
+    t.until("nonsense$")
+    t.type("\x03")
     t.until("Ctrl-D leaves.*> $")
     t.type("/top_k\r")
     t.until("top_k = 200\n> $")
