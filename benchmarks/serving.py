@@ -89,6 +89,7 @@ def serving(out_dir, *args):
             yield process, int(re.search(r":(\d+) ", line)[1])
         finally:
             process.send_signal(signal.SIGTERM)
+            process.communicate()
 
 
 # -- one alone, and 16 together

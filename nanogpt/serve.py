@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import importlib.util
 import json
+import logging
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ import socket
 import time
 from bisect import bisect_left
 from collections import Counter
+from contextlib import suppress
 from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
@@ -130,17 +132,29 @@ def run(server, sock):
             await super().main_loop()
             closing.cancel()
 
+        def handle_exit(self, signum, frame):
+            if self.should_exit and signum == signal.SIGINT:
+                os._exit(130)  # asked twice: at once
+            super().handle_exit(signum, frame)
+
         async def shutdown(self, sockets=None):
+            asyncio.get_running_loop().call_later(GRACE_TIME, give_up, server)
             if server.open:
                 again = "; once more stops at once"
-                server.dist.say(f"stopping: {server.open} answers may take another {GRACE_TIME} s to finish{again}")
-            asyncio.get_running_loop().call_later(GRACE_TIME, server.batcher.stop)
+                with suppress(OSError):  # nobody may be reading that any more
+                    server.dist.say(f"stopping: {server.open} answers may take another {GRACE_TIME} s to finish{again}")
             await super().shutdown(sockets)
 
     settings = dict(loop="asyncio", http="h11", ws="none", lifespan="off", proxy_headers=False)
     silent = dict(log_config=None, log_level="error", access_log=False, server_header=False)
     grace = dict(timeout_keep_alive=IDLE_TIME, timeout_graceful_shutdown=GRACE_TIME + 5)
     Uvicorn(uvicorn.Config(make_app(server), **settings, **silent, **grace)).run([sock])
+
+
+def give_up(server):
+    """End all texts; what is broken off from now on is no error worth a traceback."""
+    server.batcher.stop()
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 async def close_idle(connections):

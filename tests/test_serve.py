@@ -530,6 +530,26 @@ def test_who_is_not_nearly_done_is_told(another):
     assert server.door.end() == 130 and "Traceback" not in server.door.printed
 
 
+def test_a_second_ctrl_c_ends_it_at_once(another):
+    server = another("--max_tokens=1000000")
+    with server.connect(dict(prompt="abc", max_tokens=1000000, stream=True)) as sock:
+        assert sock.recv(1000)
+        server.door.send(signal.SIGINT)
+        server.door.wait_for("stopping: 1 ")
+        server.door.send(signal.SIGINT)
+        assert server.door.end() == 130 and "Traceback" not in server.door.printed
+
+
+def test_who_does_not_read_cannot_keep_it_from_ending(another):
+    server = another("--max_tokens=1000000", "--max_n=16", before=short_grace)
+    body = dict(prompt="abc", max_tokens=1000000, stream=True, logprobs=20, n=16)
+    with server.connect(body, receive_buffer=2048):
+        while server.metric("tokens_total") < 60_000:
+            time.sleep(0.1)
+        server.door.send(signal.SIGTERM)
+        assert server.door.end() == 143 and "Traceback" not in server.door.printed
+
+
 def short_grace():
     import nanogpt.serve
 
