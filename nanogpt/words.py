@@ -27,13 +27,13 @@ MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93], dty
 class Words:
     """The ids of a text, by `encode(text)`, which knows them slowly, and by memory."""
 
-    def __init__(self, encode):
-        self.slow = encode
+    def __init__(self, encode, entries=ENTRIES, bits=BITS):
+        self.slow, self.entries, self.bits = encode, entries, bits
         self.known = {}  # bytes of a word: (its first place in the pool, how many ids)
         self.pool = np.zeros(0, dtype=np.uint32)
-        self.keys = np.zeros((2, 1 << BITS), dtype=np.uint64)  # the bytes of the word in each slot
-        self.place = np.zeros(1 << BITS, dtype=np.int64)
-        self.count = np.zeros(1 << BITS, dtype=np.int64)
+        self.keys = np.zeros((2, 1 << bits), dtype=np.uint64)  # the bytes of the word in each slot
+        self.place = np.zeros(1 << bits, dtype=np.int64)
+        self.count = np.zeros(1 << bits, dtype=np.int64)
 
     def encode(self, text):
         """The ids of `text`, uint32; the same that the slow way finds."""
@@ -68,7 +68,7 @@ class Words:
 
     def look_up(self, first, second):
         """(the slot of each word in the table, whether it is there)."""
-        slots, others = slots_of(first, second)
+        slots, others = slots_of(first, second, self.bits)
         found = (self.keys[0][slots] == first) & (self.keys[1][slots] == second)
         missing = np.flatnonzero(~found)
         other = others[missing]
@@ -89,7 +89,7 @@ class Words:
             entry = known.get(word)
             if entry is None:
                 found = self.slow(word.decode("utf-8"))
-                if len(known) < ENTRIES and size <= 4 * LONGEST:
+                if len(known) < self.entries and size <= 4 * LONGEST:
                     entry = known[word] = (len(self.pool) + len(ids), len(found))
                     ids += found
                     new.append((i, *entry))
@@ -107,7 +107,7 @@ class Words:
     def fill(self, first, second, place, count):
         """Put words into the table where one of their two slots is free; the others are known all the same."""
         for way in (0, 1):
-            slots = slots_of(first, second)[way]
+            slots = slots_of(first, second, self.bits)[way]
             free = self.keys[0][slots] == 0
             slots = slots[free]
             self.keys[0][slots], self.keys[1][slots] = first[free], second[free]
@@ -122,11 +122,11 @@ def keys_of(data, starts, lengths):
     return first, eight[starts + 8 * (lengths > 8)] & MASKS[np.clip(lengths - 8, 0, 8)]
 
 
-def slots_of(first, second):
-    """The two slots of the table in which a word may be, for arrays of its key's halves."""
+def slots_of(first, second, bits):
+    """The two slots of the table, of 2**bits, in which a word may be, for arrays of its key's halves."""
     mixed = (first ^ (second * MIX[1])) * MIX[0]
     mixed ^= mixed >> np.uint64(32)
-    shift = np.uint64(64 - BITS)
+    shift = np.uint64(64 - bits)
     return ((mixed * MIX[0]) >> shift).astype(np.int64), ((mixed * MIX[2]) >> shift).astype(np.int64)
 
 

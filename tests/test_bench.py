@@ -25,11 +25,11 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def test_the_phases_make_up_the_iteration(run, tmp_path):
-    out = run("--optimizer=muon", "--architecture=qwen3")
+    out = run("--optimizer=muon", "--architecture=qwen3", "--iters=1")  # of one iteration, the medians add up
     rows = {name: float(ms) for name, ms in re.findall(r"^(\w+) +([\d.]+) +\d+%$", out, re.M)}
     assert set(rows) == set(bench.PHASES)
     whole = float(re.search(r"^iteration +([\d.]+)$", out, re.M)[1])
-    assert sum(rows.values()) == pytest.approx(whole, rel=0.5)
+    assert sum(rows.values()) == pytest.approx(whole, abs=0.03)  # each is rounded to 0.01
     for name in ("speed", "MFU", "yardstick", "of that", "memory"):
         assert re.search(rf"^{name} +[\d,.]+", out, re.M), name
     assert not list(tmp_path.iterdir())

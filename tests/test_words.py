@@ -71,12 +71,7 @@ def test_any_text_becomes_what_it_slowly_becomes(slow, always, remembered, text)
 @pytest.fixture(scope="module", params=["large", "full", "crowded"])
 def remembered(slow, request):
     """Words with room, with no room for new ones, and with a table in which words meet in every slot."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "full":
-            patch.setattr(words, "ENTRIES", 20)
-        if request.param == "crowded":
-            patch.setattr(words, "BITS", 3)
-        yield Words(slow)
+    return Words(slow, **{"large": {}, "full": {"entries": 20}, "crowded": {"bits": 3}}[request.param])
 
 
 def test_real_texts_as_they_are(slow):
