@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nanogpt.config import SampleConfig, TrainConfig, UserError, load, settings
+from nanogpt.config import PrepareConfig, SampleConfig, TrainConfig, UserError, load, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,6 +67,20 @@ SAMPLE_DEFAULTS = dict(
     dtype="auto",
     compile="auto",
 )
+PREPARE_DEFAULTS = dict(
+    dataset="",
+    root="data",
+    tokenizer="char",
+    val_fraction="auto",
+    seed=1337,
+    shard_tokens=10**9,
+    field="text",
+    errors="strict",
+    drop_duplicates=False,
+    memory=1024,
+    workers="auto",
+    trial=True,
+)
 
 
 def train(*argv):
@@ -112,7 +126,10 @@ def test_sample_default(name):
     assert (value, type(value)) == (SAMPLE_DEFAULTS[name], type(SAMPLE_DEFAULTS[name]))
 
 
-@pytest.mark.parametrize("cls, defaults", [(TrainConfig, TRAIN_DEFAULTS), (SampleConfig, SAMPLE_DEFAULTS)])
+@pytest.mark.parametrize(
+    "cls, defaults",
+    [(TrainConfig, TRAIN_DEFAULTS), (SampleConfig, SAMPLE_DEFAULTS), (PrepareConfig, PREPARE_DEFAULTS)],
+)
 def test_there_are_no_other_settings(cls, defaults):
     assert [f.name for f in fields(cls)] == list(defaults)
     assert settings(cls()) == defaults
@@ -130,6 +147,13 @@ def test_a_later_file_overrides_and_a_flag_overrides_wherever_it_stands(config_f
         "n_embd": "first.py:4",
         "seed": "--seed=5",
     }
+
+
+def test_a_program_with_arguments_takes_what_is_no_flag_as_it_stands(config_file):
+    path = config_file("this is no config file")
+    cfg = load(PrepareConfig, [path, "--seed=5", "a b.txt", "-", "hf:x"], "nanogpt prepare")
+    assert cfg.arguments == [path, "a b.txt", "-", "hf:x"] and cfg.seed == 5
+    assert problem("-", cls=TrainConfig) == "-: there is no setting ''"
 
 
 def test_the_last_of_equal_flags_wins():
@@ -494,7 +518,7 @@ def help_words(capsys, *argv, cls=TrainConfig):
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, PrepareConfig])
 def test_help_lists_every_setting_with_its_value(cls, capsys):
     shown = help_words(capsys, "--help", cls=cls)
     for f in fields(cls):

@@ -4,6 +4,7 @@ A command is run as it stands, made short by the first of RULES that matches it.
 """
 
 import dataclasses
+import gzip
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanogpt import config
-from nanogpt.config import SampleConfig, TrainConfig
+from nanogpt.config import PrepareConfig, SampleConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +33,8 @@ FINETUNE = SHORT + " --init_from=tiny-gpt2 --block_size=16 --batch_size=4 --grad
 WRITE = " --num_samples=2 --max_new_tokens=8 --device=cpu"
 NODE = " --nproc_per_node=1 --master_addr=127.0.0.1 --master_port=$FREE_PORT train.py"
 
+UNTRIED = " --trial=False"
+MADE = r"tokens to train on, .* to validate on(.*\n)*next: sh train\.py config/train_shakespeare_c"
 APART = " --out_dir=out-apart"  # so that it may run while another section continues the run in its own folder
 ACTIVATE = "python -m venv --without-pip .venv && {} && python -V; rm -r .venv"
 DONE = r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}\n(.*\n)*exact val loss \d"
@@ -67,7 +70,9 @@ RULES = [
     Rule(r"--n_layers=", add(" 2>&1"), re.escape("".join(re.findall(r"```text\n(.*?)```", README, re.S))), code=2),
     Rule(r"^sh train\.py .*--help$", add(""), r"--dropout=0\.1 .*\n? .*default 0\.0"),
     # data
-    Rule(r"^sh data/openwebtext/prepare\.py$", add(" --source=documents.jsonl --num_proc=1"), r"tokens in train\.bin"),
+    Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --val_fraction=0.2" + UNTRIED), MADE),
+    Rule(r"^nanogpt prepare hf:", instead(r"hf:\S+", "hf:hub", UNTRIED), MADE),
+    Rule(r"\bnanogpt prepare ", add(UNTRIED), MADE),
     Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin"),
     # training; the finetuned models are tiny ones in GPT-2's vocabulary, and torchrun starts two processes
     Rule(r"--node_rank=0 .*train\.py", instead(r" train\.py", NODE, TINY), PAIR),
@@ -133,12 +138,16 @@ def workplace(tmp_path_factory):
     left_out = (".*", "out*", "wandb", "*.egg-info", "__pycache__", "*.bin", "meta.json", "input.txt")
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*left_out))
     text = "".join(f"ROMEO:\nO Romeo, line {i} of {chr(97 + i % 26)}{chr(65 + i % 26)}.\n" for i in range(80))
-    for name in ("data/shakespeare_char/input.txt", "mytext.txt"):
+    for name in ("data/shakespeare_char/input.txt", "my.txt", "books/one.txt", "books/two.md", "notes/three.md"):
+        (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(text)
     (place / "prompt.txt").write_text("ROMEO:\n")
     with open(place / "documents.jsonl", "w") as f:
         for i in range(20):
             print(json.dumps({"text": f"Document {i} has lamps." + " lamp" * 40}), file=f)
+    (place / "hub").mkdir()
+    shutil.copy(place / "documents.jsonl", place / "hub" / "train.jsonl")  # in Hugging Face's format
+    (place / "documents.jsonl.gz").write_bytes(gzip.compress((place / "documents.jsonl").read_bytes() * 2))
     write_tiny_gpt2(place / "tiny-gpt2")
     for block in blocks("python"):
         (place / block.split()[1]).write_text(block)  # it begins with '# config/NAME.py'
@@ -274,7 +283,7 @@ def test_the_files_that_a_run_leaves(workplace, finish):
 
 
 def test_settings_exist():
-    known = {f.name for cls in (TrainConfig, SampleConfig) for f in dataclasses.fields(cls)}
+    known = {f.name for cls in (TrainConfig, SampleConfig, PrepareConfig) for f in dataclasses.fields(cls)}
     others = {"input", "out"} | {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
     named = set(re.findall(r"--(\w+)=", README)) - {"n_layers", "key"}  # the mistake, and --key=value
     assert len(named) > 10
