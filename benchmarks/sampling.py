@@ -28,7 +28,7 @@ from nanogpt.generate import Engine, Options  # noqa: E402
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
 from nanogpt.tokenizer import CharTokenizer  # noqa: E402
 
-CHARS = CharTokenizer([chr(32 + i) for i in range(65)])
+CHARS = CharTokenizer(["\n", *(chr(32 + i) for i in range(64))])
 SMALL = dict(block_size=64, n_layer=4, n_head=4, n_embd=128, vocab_size=65, bias=False)  # 0.8 M
 MIDDLE = dict(block_size=256, n_layer=6, n_head=6, n_embd=384, vocab_size=65, bias=False)  # 10 M
 LARGE = dict(block_size=1024, n_layer=12, n_head=12, n_embd=768, vocab_size=50257, bias=True)  # 124 M
@@ -108,9 +108,9 @@ def process(out_dir, argv, n):
     """Seconds of a whole process that writes ten texts."""
     began = time.perf_counter()
     settings = [f"--out_dir={out_dir}", f"--max_new_tokens={n}", "--device=cpu"]
-    subprocess.run(
-        [sys.executable, *argv, *settings], cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    done = subprocess.run([sys.executable, *argv, *settings], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
     return time.perf_counter() - began
 
 

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nanogpt.config import EvalConfig, SampleConfig, ServeConfig, TrainConfig, UserError, load, settings
+from nanogpt.config import (
+    EvalConfig,
+    PrepareConfig,
+    SampleConfig,
+    ServeConfig,
+    TrainConfig,
+    UserError,
+    load,
+    settings,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,6 +120,20 @@ SERVE_DEFAULTS = dict(
     dtype="auto",
     int8="auto",
 )
+PREPARE_DEFAULTS = dict(
+    dataset="",
+    root="data",
+    tokenizer="char",
+    val_fraction="auto",
+    seed=1337,
+    shard_tokens=10**9,
+    field="text",
+    errors="strict",
+    drop_duplicates=False,
+    memory=1024,
+    workers="auto",
+    trial=True,
+)
 
 
 def train(*argv):
@@ -163,6 +186,7 @@ def test_sample_default(name):
         (SampleConfig, SAMPLE_DEFAULTS),
         (ServeConfig, SERVE_DEFAULTS),
         (EvalConfig, EVAL_DEFAULTS),
+        (PrepareConfig, PREPARE_DEFAULTS),
     ],
 )
 def test_there_are_no_other_settings(cls, defaults):
@@ -182,6 +206,13 @@ def test_a_later_file_overrides_and_a_flag_overrides_wherever_it_stands(config_f
         "n_embd": "first.py:4",
         "seed": "--seed=5",
     }
+
+
+def test_a_program_with_arguments_takes_what_is_no_flag_as_it_stands(config_file):
+    path = config_file("this is no config file")
+    cfg = load(PrepareConfig, [path, "--seed=5", "a b.txt", "-", "hf:x"], "nanogpt prepare")
+    assert cfg.arguments == [path, "a b.txt", "-", "hf:x"] and cfg.seed == 5
+    assert problem("-", cls=TrainConfig) == "-: there is no setting ''"
 
 
 def test_the_last_of_equal_flags_wins():
@@ -578,7 +609,7 @@ def help_words(capsys, *argv, cls=TrainConfig):
     return " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, ServeConfig, EvalConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, SampleConfig, ServeConfig, EvalConfig, PrepareConfig])
 def test_help_lists_every_setting_with_its_value(cls, capsys):
     shown = help_words(capsys, "--help", cls=cls)
     for f in fields(cls):

@@ -311,9 +311,8 @@ def test_memory_stays_within_its_bound(kind, here, figure):
             if kind == "documents":
                 piece = "".join(json.dumps({"text": f"{i} {d}"}) + "\n" for d in DOCUMENTS * 40).encode()
             f.write(piece)
-    command = [sys.executable, "-m", "nanogpt.cli", "prepare", f.name, "--dataset=own", "--memory=300", "--trial=False"]
-    code = "import sys; from nanogpt import prepare; prepare.advise = print; prepare.main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *command[4:]]
+    code = "import sys; from nanogpt import prepare; prepare.advise = lambda **about: None; prepare.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, f.name, "--dataset=own", "--memory=300"]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
         top, peak = psutil.Process(process.pid), 0
         while process.poll() is None:
@@ -661,3 +660,25 @@ def test_help(capsys):
         load(PrepareConfig, ["--help"], "nanogpt prepare")
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("usage: nanogpt prepare SOURCE ... [--key=value ...]\n")
+
+
+# -- from a text to a model that writes, in three scripts
+
+
+@pytest.mark.parametrize("name", ["char", "byte", "gpt2", "bpe:400"])
+def test_prepare_train_and_sample(here, run_door, name):
+    """As three commands of a shell, without a word about where anything lies."""
+    write("my.txt", "".join(f"Grüße, 世界! Привет, мир {i}! 👋🏽 {'é' * (i % 3)}\n" for i in range(300)))
+    code = "import sys; from nanogpt.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "prepare", "my.txt", "--dataset=my", f"--tokenizer={name}", "--trial=False"]
+    prepared = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert prepared.returncode == 0, prepared.stderr
+    assert "next: nanogpt train --" in prepared.stdout and "--dataset=my" in prepared.stdout
+    tiny = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --gradient_accumulation_steps=1"
+    short = "--max_iters=3 --eval_interval=3 --eval_iters=1 --warmup_iters=0 --device=cpu --compile=False"
+    trained = run_door("train.py", "--dataset=my", *tiny.split(), *short.split())
+    assert "exact val loss" in trained.stdout, trained.stderr
+    shutil.rmtree("data")  # the tokenizer is in the checkpoint
+    sampled = run_door("sample.py", "--start=Grüße, 世界", "--num_samples=1", "--max_new_tokens=20", "--device=cpu")
+    assert sampled.returncode == 0 and sampled.stdout.startswith("Grüße, 世界"), sampled.stderr
+    assert "vocabulary" not in sampled.stderr

@@ -4,6 +4,7 @@ A command is run as it stands, made short by the first of RULES that matches it.
 """
 
 import dataclasses
+import gzip
 import itertools
 import json
 import os
@@ -41,6 +42,8 @@ FINETUNE = SHORT + " --init_from=tiny-gpt2 --block_size=16 --batch_size=4 --grad
 WRITE = " --num_samples=2 --max_new_tokens=8 --device=cpu"
 NODE = " --nproc_per_node=1 --master_addr=127.0.0.1 --master_port=$FREE_PORT train.py"
 
+UNTRIED = " --trial=False"
+MADE = r"tokens to train on, .* to validate on(.*\n)*next: sh train\.py config/train_shakespeare_c"
 APART = " --out_dir=out-apart"  # so that it may run while another section continues the run in its own folder
 ACTIVATE = "python -m venv --without-pip .venv && {} && python -V; rm -r .venv"
 DONE = r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}\n(.*\n)*exact val loss \d"
@@ -83,9 +86,10 @@ RULES = [
     Rule(r"--n_layers=", add(" 2>&1"), re.escape("".join(re.findall(r"```text\n(.*?)```", README, re.S))), code=2),
     Rule(r"^sh train\.py .*--help$", add(""), r"--dropout=0\.1 .*\n? .*default 0\.0"),
     # data
-    Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --trial=False --val_fraction=0.2"), r"tokens to train on"),
+    Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --val_fraction=0.2" + UNTRIED), MADE),
+    Rule(r"^nanogpt prepare hf:", instead(r"hf:\S+", "hf:hub", UNTRIED), MADE),
+    Rule(r"\bnanogpt prepare ", add(UNTRIED), MADE),
     Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin"),
-    Rule(r"^nanogpt prepare ", add(" --trial=False"), r"tokens to train on"),
     # training; the finetuned models are tiny ones in GPT-2's vocabulary, and torchrun starts two processes
     Rule(r"--node_rank=0 .*train\.py", instead(r" train\.py", NODE, TINY), PAIR),
     Rule(r"--node_rank=1 .*train\.py", instead(r" train\.py", NODE, TINY)),
@@ -97,8 +101,8 @@ RULES = [
     Rule(r"^nanogpt serve ", lambda command: while_served("curl -s $address/health", command), r'"ok"'),
     Rule(r"^curl ", lambda command: while_served(command.replace("http://127.0.0.1:8000", "$address")), r'"text": "'),
     # evaluating
-    Rule(r"^nanogpt eval .*--init_from=gpt2", add(" --init_from=tiny-gpt2 --device=cpu"), r"^mytext\.txt: loss \d+\.\d{6} over"),
-    Rule(r"^nanogpt eval .*--per_document", add(" --device=cpu"), r"^essays/a\.txt: loss(.*\n)*all 2 documents: loss"),
+    Rule(r"^nanogpt eval .*--init_from=gpt2", add(" --init_from=tiny-gpt2 --device=cpu"), r"^my\.txt: loss \d+\.\d{6} over"),
+    Rule(r"^nanogpt eval .*--per_document", add(" --device=cpu"), r"^books/one\.txt: loss(.*\n)*all 2 documents: loss"),
     Rule(r"^nanogpt eval ", add(" --device=cpu"), r"^.*: loss \d+\.\d{6} over .*bits per byte$"),
     # writing
     Rule(r"^sh sample\.py .*--init_from=gpt2", add(" --init_from=tiny-gpt2" + WRITE), WROTE),
@@ -162,15 +166,16 @@ def workplace(tmp_path_factory):
     left_out = (".*", "out*", "wandb", "*.egg-info", "__pycache__", "*.bin", "meta.json", "input.txt")
     shutil.copytree(ROOT, place, ignore=shutil.ignore_patterns(*left_out))
     text = "".join(f"ROMEO:\nO Romeo, line {i} of {chr(97 + i % 26)}{chr(65 + i % 26)}.\n" for i in range(80))
-    for name in ("data/shakespeare_char/input.txt", "mytext.txt"):
+    for name in ("data/shakespeare_char/input.txt", "my.txt", "books/one.txt", "books/two.txt", "notes/three.md"):
+        (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(text)
     (place / "prompt.txt").write_text("ROMEO:\n")
-    (place / "essays").mkdir()
-    for name in "ab":
-        (place / "essays" / f"{name}.txt").write_text(text[:1000])
     with open(place / "documents.jsonl", "w") as f:
         for i in range(20):
             print(json.dumps({"text": f"Document {i} has lamps." + " lamp" * 40}), file=f)
+    (place / "hub").mkdir()
+    shutil.copy(place / "documents.jsonl", place / "hub" / "train.jsonl")  # in Hugging Face's format
+    (place / "documents.jsonl.gz").write_bytes(gzip.compress((place / "documents.jsonl").read_bytes() * 2))
     write_tiny_gpt2(place / "tiny-gpt2")
     for block in blocks("python"):
         (place / block.split()[1]).write_text(block)  # it begins with '# config/NAME.py'

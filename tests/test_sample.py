@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
-from nanogpt import sample, train
+from nanogpt import prepare, sample, train
 from nanogpt.config import UserError
 
 
@@ -127,3 +127,36 @@ def rewrite(folder, **changes):
         raw = (folder / name).read_bytes()
         manifest["files"][name] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# A vocabulary of characters that has a token for those outside it
+
+
+@pytest.fixture
+def open_minded(tmp_path, monkeypatch, capsys):
+    """A run on a text prepared by `nanogpt prepare`, in which é is two characters and ü is one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "advise", lambda **about: None)
+    (tmp_path / "a.txt").write_text("Gr\u00fcne Caf\u0065\u0301s, " * 300, encoding="utf-8")
+    prepare.main(["a.txt", "--dataset=own"])
+    train.main([*SMALL, "--dataset=own", "--max_iters=1", "--eval_interval=1"])
+    capsys.readouterr()
+
+    def write(*args):
+        sample.main(["--device=cpu", "--num_samples=1", "--max_new_tokens=3", *args])
+        return capsys.readouterr()
+
+    return write
+
+
+def test_a_prompt_with_unseen_characters_is_taken_and_they_are_named(open_minded):
+    text, said = open_minded("--start=Grüße, 世界")
+    assert text.startswith("Grüße, 世界")
+    assert "--start: not in the tokenizer's vocabulary: 'ß' (U+00DF), '世' (U+4E16), '界' (U+754C)" in said
+    assert "the model sees its token for unknown characters there" in said
+
+
+@pytest.mark.parametrize("start", ["Gr\u00fcne", "Gru\u0308ne", "Caf\u0065\u0301", "Caf\u00e9"])
+def test_accents_are_written_as_the_vocabulary_has_them(open_minded, start):
+    text, said = open_minded(f"--start={start}")
+    assert text.startswith(("Gr\u00fcne", "Caf\u0065\u0301")) and "vocabulary" not in said

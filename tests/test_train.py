@@ -9,7 +9,7 @@ import torch
 from conftest import SMALL, losses, metrics, torchrun
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint, data, train
+from nanogpt import checkpoint, data, evaluate, train
 from nanogpt.config import UserError
 from nanogpt.data import write_dataset
 from nanogpt.tokenizer import CharTokenizer
@@ -381,3 +381,37 @@ def test_a_vocabulary_of_100_000_is_read_from_shards_and_trained(run, tiny):
     meta = json.loads((tiny / "meta.json").read_text())
     (tiny / "meta.json").write_text(json.dumps(meta | {"files": {"train": ["train.bin", "train-00001.bin"]}}))
     assert "exact val loss 11." in run("--max_iters=1", "--eval_iters=1")  # ln 100,000 = 11.5
+
+
+# Patience
+
+
+def stubborn(monkeypatch, losses):
+    """Evaluations find these validation losses, one after the other, whatever the model."""
+    found = iter(losses)
+    monkeypatch.setattr(evaluate, "losses", lambda *args: {"train": 1.0, "val": next(found)})
+
+
+PATIENT = ["--eval_interval=1", "--max_iters=50", "--lr_decay_iters=50", "--patience=3"]
+
+
+def test_a_run_that_no_longer_improves_ends_and_keeps_the_best(run, undrawn, monkeypatch):
+    stubborn(monkeypatch, [5.0, 3.0, 2.0, 2.1, 1.9, 2.0, 1.95, 2.5, 0.0])
+    said = run(*PATIENT)
+    assert "no improvement in 3 evaluations: the run ends; the best, 1.9000 at step 4, is kept (--patience)" in said
+    assert "exact val loss" in said
+    assert [r["step"] for r in metrics() if "val_loss" in r] == list(range(8))
+    assert checkpoint.best("out").step == 4
+
+
+def test_patience_is_remembered_when_a_run_goes_on(run, undrawn, monkeypatch):
+    stubborn(monkeypatch, [5.0, 3.0, 4.0, 4.0, 4.0, 0.0])
+    run(*PATIENT, "--max_iters=3", "--lr_decay_iters=3")
+    said = run("--init_from=resume", "--max_iters=50")
+    assert "the best, 3.0000 at step 1, is kept" in said
+    assert [r["step"] for r in metrics() if "val_loss" in r] == [0, 1, 2, 3, 4]
+
+
+def test_without_patience_a_run_goes_to_its_end(run, undrawn, monkeypatch):
+    stubborn(monkeypatch, [1.0] + [2.0] * 20)
+    assert "no improvement" not in run("--eval_interval=1", "--max_iters=10", "--lr_decay_iters=10")
