@@ -15,6 +15,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+
 from nanogpt.generate import Token
 from nanogpt.tokenizer import Stream
 
@@ -118,6 +120,7 @@ class Batcher:
 
     make_engine: object  # a function that returns a generate.Engine
     tok: object
+    cores: int = 1  # on which the thread computes
     figures: Figures = field(default_factory=Figures)
 
     def __post_init__(self):
@@ -155,6 +158,7 @@ class Batcher:
     # the thread
 
     def _run(self):
+        torch.set_num_threads(self.cores)
         try:
             while self._wait():
                 try:

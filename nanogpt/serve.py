@@ -24,6 +24,8 @@ from functools import cached_property, partial
 from math import isfinite
 from pathlib import Path
 
+import torch
+
 from nanogpt import batching, config, distributed, metrics, quantize, trained
 from nanogpt.completions import Answer, ApiError, Choice, read_ask
 from nanogpt.config import GPT2_NAMES, ServeConfig, UserError
@@ -103,8 +105,12 @@ def listen(cfg):
 
 def serve(cfg, sock, key, dist):
     """Load the model and serve it until a signal ends that."""
+    cores = torch.get_num_threads()
+    # Helpers of this thread would stay, and OpenMP's barriers are several times slower when there are more helpers than
+    # cores: all of them are to be the batch thread's (benchmarks/LOG.md).
+    torch.set_num_threads(1)
     found = trained.load(cfg, dist)
-    server = Server(cfg, key, found, dist)
+    server = Server(cfg, key, found, dist, cores)
     host, port = sock.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if host not in LOOPBACK and key is None:
@@ -173,7 +179,7 @@ async def close_idle(connections):
 class Server:
     """What is served, and what all requests share."""
 
-    def __init__(self, cfg, key, found, dist):
+    def __init__(self, cfg, key, found, dist, cores):
         self.cfg, self.key, self.dist, self.tok = cfg, key, dist, found.tokenizer
         self.name = cfg.init_from if cfg.init_from in GPT2_NAMES else run_folder(cfg).resolve().name
         self.created = int(time.time())
@@ -181,7 +187,7 @@ class Server:
         self.info = dict(context=shape.block_size, vocab_size=self.tok.vocab_size, parameters=found.model.num_params())
         model = quantize.made_ready(found.model, cfg, dist)
         make_engine = partial(Engine, model, cfg.max_batch, self.tok.vocab_size, chunk=CHUNK)
-        self.batcher = batching.Batcher(make_engine, self.tok)
+        self.batcher = batching.Batcher(make_engine, self.tok, cores)
         self.open = 0  # completions that are being answered
         self.requests = Counter()  # {(path, status): how many}
         self.times = {"first_token": Histogram(), "completion": Histogram()}
