@@ -18,21 +18,23 @@ from nanogpt.model import GPT, GPTConfig
 
 HOUR = 3600  # seconds that a run may take, so that nobody waits in vain
 TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffmann et al. 2022, "Chinchilla")
-FREE_EPOCHS = 4  # so often repeated, text is nearly as good as new text (Muennighoff et al. 2023)
-MAX_EPOCHS = 40  # so often repeated, it has nothing left to teach (the same)
-LEAST = 2, 8  # tokens for each parameter that the repeated text, and the hour, must allow: a larger model is too large
+MAX_EPOCHS = 10  # so often repeated, text has nothing left to teach to a run with Muon; see benchmarks/LOG.md
+LEAST = 1, 2  # tokens for each parameter that the repeated text, and the hour, must allow: a larger model is too large
 TRIAL = 2.0  # seconds
-PATIENCE = 10
+TRIED = 2  # of SHAPES; the first ones are too small to show what the machine can do
+PATIENCE = 5
 
-SHAPES = [  # from small to large, with what a batch takes
-    dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12),
-    dict(n_layer=6, n_head=6, n_embd=192, block_size=128, batch_size=16),
-    dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64),
-    dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=64),
-    dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32),
+SHAPES = [  # from small to large, with what a batch takes, and the rates that suit it
+    dict(n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=24, muon_lr=0.05, learning_rate=0.03),
+    dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, muon_lr=0.03, learning_rate=0.01),
+    dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=16, muon_lr=0.03, learning_rate=5e-3),
+    dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, muon_lr=0.03, learning_rate=5e-3),
+    dict(n_layer=8, n_head=8, n_embd=512, block_size=512, batch_size=64, muon_lr=0.02, learning_rate=4e-3),
+    dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32, muon_lr=0.02, learning_rate=3e-3),
 ]
-BASE = {"cpu": "config/train_shakespeare_cpu.py"}  # the config that a command starts from; on other devices:
-BASE_GPU = "config/train_shakespeare_char.py"
+RECIPE = dict(architecture="qwen3", optimizer="muon", lr_schedule="linear", min_lr=0.0, grad_clip=0.0)
+SMALL, LARGE = "config/fast_shakespeare_cpu.py", "config/fast_shakespeare_char.py"  # what a command starts from
+IN_BFLOAT16 = 256  # channels from which on a CPU's products are faster in it
 
 
 def main():
@@ -54,9 +56,11 @@ def advise(name, vocab_size, train_tokens, val_tokens, memory, trial, dist):
     runs = [Run(shape, vocab_size, train_tokens, val_tokens) for shape in SHAPES]
     rate, why_not = None, "(--trial=True measures how long it takes)"
     if trial:
-        rate, why_not = measure(runs[0], memory, dist)
+        rate, why_not = measure(runs[TRIED], memory, dist)
+        if not rate:
+            rate, why_not = measure(runs[0], memory, dist)
     run = choose(runs, rate, dist) if rate else runs[0]
-    measured, more = measure(run, memory, dist) if rate and run is not runs[0] else (rate, None)
+    measured, _ = measure(run, memory, dist) if rate and run is not runs[TRIED] else (rate, None)
     rate = measured or rate
     if rate:
         run.fit(rate)
@@ -94,7 +98,20 @@ class Run:
         self.max_iters = rounded(wanted / self.batch)
 
     def model_config(self):
-        return GPTConfig(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, bias=False)
+        shape = dict(n_layer=self.n_layer, n_head=self.n_head, n_embd=self.n_embd, block_size=self.block_size)
+        return GPTConfig(vocab_size=self.vocab_size, architecture=RECIPE["architecture"], **shape)
+
+    def settings(self, device):
+        """Those of `train.py` that make it this run, on a device of that type."""
+        names = ("batch_size", "block_size", "n_layer", "n_head", "n_embd", "dropout", "muon_lr", "learning_rate")
+        return RECIPE | {name: getattr(self, name) for name in names} | {
+            "gradient_accumulation_steps": 1,
+            "muon_momentum": 0.7 if self.max_iters < 500 else 0.9 if self.max_iters < 3000 else 0.95,
+            "max_iters": self.max_iters, "lr_decay_iters": self.max_iters, "warmup_iters": min(100, self.max_iters // 50),
+            "eval_interval": max(self.max_iters // 20, min(250, self.max_iters)),
+            "patience": PATIENCE if self.overfits else 0,
+            "dtype": "bfloat16" if device == "cpu" and self.n_embd >= IN_BFLOAT16 else "auto",
+        }  # fmt: skip
 
     def fit(self, rate):
         """Shorten the run to an hour at `rate` FLOP/s."""
@@ -109,14 +126,14 @@ class Run:
 
     @property
     def overfits(self):
-        return self.epochs > FREE_EPOCHS
+        return self.epochs > MAX_EPOCHS / 2
 
     @property
     def dropout(self):
         """None where a model cannot learn the text by heart; more, the larger it is beside the text."""
-        if not self.overfits or self.params < self.train_tokens / 2:
+        if not self.overfits or self.params < 2 * self.train_tokens:
             return 0.0
-        return 0.1 if self.params < 2 * self.train_tokens else 0.2
+        return 0.1 if self.params < 5 * self.train_tokens else 0.2
 
     def memory(self, batch_size=None):
         """Bytes that training takes, roughly: weights, gradients, moments; activations; logits and their gradients."""
@@ -156,8 +173,19 @@ def measure(run, memory, dist):
                 None,
                 f"was made: it would take {run.memory(batch_size) / 1e6:,.0f} MB, and --memory does not allow it",
             )
+    cfg = TrainConfig(**run.settings(dist.device.type))
+    before = torch.get_float32_matmul_precision()
+    if dist.device.type == "cpu":
+        distributed.prepare_device(dist.device, distributed.choose_dtype(cfg, dist.device, dist.say))
+    try:
+        return train_a_moment(run, batch_size, cfg, dist), None
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def train_a_moment(run, batch_size, cfg, dist):
+    """FLOP/s of training this model for a moment."""
     model = GPT(run.model_config()).to(dist.device)
-    cfg = TrainConfig(n_layer=run.n_layer, n_head=run.n_head, n_embd=run.n_embd, block_size=run.block_size)
     optimizer = optim.make_optimizer(model, cfg)
     idx = torch.randint(run.vocab_size, (batch_size, run.block_size + 1), device=dist.device)
     x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
@@ -174,7 +202,7 @@ def measure(run, memory, dist):
         times.append(time.perf_counter() - begin)
         if times[-1] > TRIAL and len(times) > 1:
             break
-    return x.numel() * run.flops / statistics.median(times[1:]), None  # the first loads what it needs
+    return x.numel() * run.flops / statistics.median(times[1:])  # the first loads what it needs
 
 
 def warnings(run, vocab_size):
@@ -195,20 +223,10 @@ def warnings(run, vocab_size):
 
 def command(name, run, device):
     """The command line to start: a config, and what is another than there."""
-    base = BASE.get(device, BASE_GPU)
+    base = SMALL if device == "cpu" and run.n_embd < IN_BFLOAT16 else LARGE
     here = Path(base).is_file() and Path("train.py").is_file()
     cfg = config.load(TrainConfig, [base] if here else [], "train.py")
-    wanted = settings(cfg) | {
-        "dataset": name, "out_dir": f"out-{name}", "gradient_accumulation_steps": 1,
-        "batch_size": run.batch_size, "block_size": run.block_size,
-        "n_layer": run.n_layer, "n_head": run.n_head, "n_embd": run.n_embd,
-        "dropout": run.dropout,
-        "learning_rate": 1e-3 if run.n_embd < 512 else 6e-4, "beta2": 0.99 if run.n_embd < 512 else 0.95,
-        "max_iters": run.max_iters, "lr_decay_iters": run.max_iters, "warmup_iters": min(100, run.max_iters // 10),
-        "eval_interval": max(run.max_iters // 20, min(250, run.max_iters)),
-        "patience": PATIENCE if run.overfits else 0,
-    }  # fmt: skip
-    wanted["min_lr"] = wanted["learning_rate"] / 10
+    wanted = settings(cfg) | {"dataset": name, "out_dir": f"out-{name}"} | run.settings(device)
     if not here:
         wanted |= {"eval_iters": 20, "log_interval": 10}
     changed = [f"--{k}={v}" for k, v in wanted.items() if v != getattr(cfg, k)]

@@ -89,7 +89,7 @@ class Tokens:
         self.paths, self.dtype, self.handles, sizes = paths, np.dtype(dtype), [], []
         for path in paths:
             try:
-                self.handles.append(os.open(path, os.O_RDONLY))
+                self.handles.append(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
             except OSError as e:
                 raise UserError(f"{path}: cannot be read ({e.strerror})") from None
             weakref.finalize(self, os.close, self.handles[-1])
@@ -107,7 +107,7 @@ class Tokens:
         start, stop, _ = span.indices(len(self))
         parts = []
         for i, first, last in self._files(start, stop):
-            raw = os.pread(self.handles[i], (last - first) * self.dtype.itemsize, first * self.dtype.itemsize)
+            raw = read_at(self.handles[i], (last - first) * self.dtype.itemsize, first * self.dtype.itemsize)
             if len(raw) != (last - first) * self.dtype.itemsize:
                 raise RunFailed(f"{self.paths[i]}: has been cut short since the run began")
             parts.append(raw)
@@ -127,6 +127,14 @@ class Tokens:
             end = min(stop, self.begins[i + 1], start + PIECE)
             yield i, start - self.begins[i], end - self.begins[i]
             start = end
+
+
+def read_at(handle, size, offset):
+    """`size` bytes of an open file from `offset` on."""
+    if hasattr(os, "pread"):
+        return os.pread(handle, size, offset)
+    os.lseek(handle, offset, os.SEEK_SET)  # Windows; one thread reads there
+    return os.read(handle, size)
 
 
 class Dataset:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from nanogpt import checkpoint, legacy, tokenizer
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
-from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig
+from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
 
 # What a GPT-2 configuration may say, and the only value this model can follow.
 FIXED = {
@@ -27,30 +27,57 @@ FIXED = {
     "tie_word_embeddings": True,
 }
 SHAPE = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+QWEN3_SHAPE = dict(
+    block_size="max_position_embeddings",
+    vocab_size="vocab_size",
+    n_layer="num_hidden_layers",
+    n_head="num_attention_heads",
+    n_embd="hidden_size",
+)
 # OpenAI's code multiplies x @ W with W (in, out); nn.Linear keeps W (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 def from_pretrained(name_or_folder, dropout=0.0):
-    """A GPT with GPT-2's weights, on the CPU.
+    """A GPT with the weights of a model that transformers knows, on the CPU.
 
     name_or_folder: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`, downloaded by huggingface_hub (and kept in
-    its cache), or a folder with `config.json` and safetensors or `pytorch_model.bin` files as
-    `GPT2LMHeadModel.save_pretrained` writes them. Raises UserError where it is none of them.
+    its cache), or a folder with `config.json` and safetensors or `pytorch_model.bin` files as `save_pretrained` of a
+    GPT2LMHeadModel writes them, or `to_hugging_face`. Raises UserError where it is none of them.
     """
     folder = download(name_or_folder) if str(name_or_folder) in GPT2_NAMES else Path(name_or_folder)
-    model = GPT(read_config(folder, dropout))
-    tensors = {}
-    for name, tensor in read_weights(folder).items():
-        name = name.removeprefix("transformer.")
-        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
-            continue  # the causal mask, and the tied output layer
-        tensors["transformer." + name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    config = read_config(folder, dropout)
+    tensors = read_weights(folder)
+    model = GPT(config)
     try:
-        model.load_weights(tensors)
+        model.load_weights(from_qwen3(tensors) if config.architecture == "qwen3" else from_gpt2(tensors))
     except ValueError as e:
         raise UserError(f"{folder}: {e}") from None
     return model
+
+
+def from_gpt2(tensors):
+    """Our names and shapes for the tensors of a GPT2LMHeadModel."""
+    ours = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue  # the causal mask, and the tied output layer
+        ours["transformer." + name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+    return ours
+
+
+def from_qwen3(tensors):
+    """Our names for the tensors of a Qwen3ForCausalLM. ValueError where its norms have gains."""
+    ours = {}
+    for name, tensor in tensors.items():
+        if "norm" in name:
+            if not torch.equal(tensor, torch.ones_like(tensor)):
+                raise ValueError(f"{name} has gains other than 1, which this model does not have")
+        elif name != "lm_head.weight":
+            name = name.replace("model.embed_tokens", "transformer.wte").replace("model.layers", "transformer.h")
+            ours[name.replace("self_attn", "attn")] = tensor
+    return ours
 
 
 def is_hugging_face(folder):
@@ -63,12 +90,18 @@ def is_hugging_face(folder):
 
 
 def read_tokenizer(folder):
-    """What the tokenizer of a Hugging Face folder is here: one of characters that `to_hugging_face` wrote, or GPT-2's."""
+    """What the tokenizer of a Hugging Face folder is here, as JSON: one that `to_hugging_face` wrote, or GPT-2's."""
     try:
-        model = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        found = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        model, separated = found["model"], bool(found["added_tokens"])
+        tokens = sorted(model["vocab"], key=model["vocab"].get)
         if model["type"] == "WordLevel":
-            return {"type": "char", "chars": sorted(model["vocab"], key=model["vocab"].get)}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            reserved = {"unknown": model["unk_token"], "separated": separated} if model["unk_token"] else {}
+            return {"type": "char", "chars": tokens} | reserved
+        tokens.remove(tokenizer.END_OF_TEXT)
+        if model["type"] == "BPE" and len(tokens) != tokenizer.GPT2Tokenizer.eot:
+            return {"type": "bpe", "tokens": tokens} if model["merges"] else {"type": "byte"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass  # none, or of another kind
     return {"type": "gpt2"}
 
@@ -93,15 +126,24 @@ def read_config(folder, dropout):
     path = folder / "config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found.get("model_type") != "gpt2":
-            raise UserError(f"{path}: describes a {found.get('model_type')!r} model; only gpt2 is known here")
-        shape = {ours: found[theirs] for ours, theirs in SHAPE.items()}
+        kind = found.get("model_type")
+        if kind not in ("gpt2", "qwen3"):
+            raise UserError(f"{path}: describes a {kind!r} model; only gpt2 and qwen3 are known here")
+        names = SHAPE if kind == "gpt2" else QWEN3_SHAPE
+        shape = {ours: found[theirs] for ours, theirs in names.items()}
         for name, value in shape.items():
             if type(value) is not int or value < 1:
-                raise UserError(f"{path}: {SHAPE[name]} = {value!r} is no size")
-        for key, value in FIXED.items():
-            if found.get(key, value) != value and (key, found[key]) != ("n_inner", 4 * found["n_embd"]):
+                raise UserError(f"{path}: {names[name]} = {value!r} is no size")
+        rope = found.get("rope_parameters") or {}  # where transformers 5 keeps them
+        if rope:
+            found |= {"rope_theta": rope["rope_theta"]} | (
+                {} if rope.get("rope_type") == "default" else {"rope_scaling": rope}
+            )
+        for key, value in (FIXED if kind == "gpt2" else qwen3_fixed(shape)).items():
+            if found.get(key, value) != value and (key, found[key]) != ("n_inner", 4 * shape["n_embd"]):
                 raise UserError(f"{path}: {key} = {found[key]!r} is not supported")
+        if kind == "qwen3":
+            return GPTConfig(**shape, dropout=dropout, architecture="qwen3")
         activation = found.get("activation_function", "gelu_new")
         activation = {"gelu_pytorch_tanh": "gelu_new"}.get(activation, activation)
         return GPTConfig(**shape, dropout=dropout, bias=True, activation=activation)
@@ -110,7 +152,7 @@ def read_config(folder, dropout):
     except FileNotFoundError:
         raise UserError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: describes no GPT-2 ({type(e).__name__}: {e})") from None
+        raise UserError(f"{path}: describes no such model ({type(e).__name__}: {e})") from None
 
 
 def read_weights(folder):
@@ -189,26 +231,8 @@ def as_gpt2(model, V):
 def as_qwen3(model, V):
     """The config.json and the tensors of a Qwen3ForCausalLM with a vocabulary of V. Its norms get gains of 1."""
     ours, layers = model.config, model.transformer.h
-    D = ours.n_embd // ours.n_head
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": V,
-        "hidden_size": ours.n_embd,
-        "intermediate_size": layers[0].mlp.up_proj.out_features,
-        "num_hidden_layers": ours.n_layer,
-        "num_attention_heads": ours.n_head,
-        "num_key_value_heads": ours.n_head,
-        "head_dim": D,
-        "hidden_act": "silu",
-        "max_position_embeddings": ours.block_size,
-        "rms_norm_eps": EPS,
-        "rope_theta": ROPE_THETA,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "use_sliding_window": False,
-        "tie_word_embeddings": True,
-    }
+    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **qwen3_fixed(vars(ours))}
+    config |= {theirs: getattr(ours, name) for name, theirs in QWEN3_SHAPE.items()} | {"vocab_size": V}
     tensors = {
         "model.embed_tokens.weight": model.transformer.wte.weight[:V],
         "model.norm.weight": torch.ones(ours.n_embd),
@@ -220,8 +244,25 @@ def as_qwen3(model, V):
         for name, width in dict(input_layernorm=ours.n_embd, post_attention_layernorm=ours.n_embd).items():
             tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(width)
         for name in ("q_norm", "k_norm"):
-            tensors[f"model.layers.{i}.self_attn.{name}.weight"] = torch.ones(D)
+            tensors[f"model.layers.{i}.self_attn.{name}.weight"] = torch.ones(config["head_dim"])
     return config, tensors
+
+
+def qwen3_fixed(shape):
+    """What a Qwen3 configuration may say beside its shape, and the only value that this model can follow."""
+    return {
+        "intermediate_size": gated_width(shape["n_embd"]),
+        "num_key_value_heads": shape["n_head"],
+        "head_dim": shape["n_embd"] // shape["n_head"],
+        "hidden_act": "silu",
+        "rms_norm_eps": EPS,
+        "rope_theta": ROPE_THETA,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    }
 
 
 def tokenizer_files(tok, block_size):
@@ -231,36 +272,25 @@ def tokenizer_files(tok, block_size):
         "clean_up_tokenization_spaces": False,
         "model_max_length": block_size,
     }
-    merges_file = tokenizer.gpt2_file()
+    added = []
+    if tok.eot is not None:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        added.append({"id": tok.eot, "content": tokenizer.END_OF_TEXT, "special": True} | flags)
+        settings |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.END_OF_TEXT)
     if isinstance(tok, tokenizer.CharTokenizer):
-        content = {
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": r"[\s\S]"},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            "decoder": {"type": "Fuse"},
-            "model": {"type": "WordLevel", "vocab": tok.ids, "unk_token": ""},
-        }
-    elif isinstance(tok, tokenizer.GPT2Tokenizer) and merges_file:
-        merges = tokenizer.read_merges(merges_file)
-        tokens = [*tokenizer.BYTE_OF, *(m.replace(" ", "") for m in merges), tokenizer.END_OF_TEXT]
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        content = {
-            "added_tokens": [
-                {"id": tok.eot, "content": tokenizer.END_OF_TEXT, "special": True}
-                | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            ],
-            "pre_tokenizer": byte_level,
-            "decoder": byte_level,
-            "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": merges},
-        }
-        settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizer.END_OF_TEXT)
+        pattern = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        model = {"type": "WordLevel", "vocab": tok.ids, "unk_token": tok.unknown or ""}
+        content = {"pre_tokenizer": pattern, "decoder": {"type": "Fuse"}, "model": model}
+    elif isinstance(tok, (tokenizer.BPETokenizer, tokenizer.ByteTokenizer)):
+        words = isinstance(tok, tokenizer.BPETokenizer)
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
+        tokens = {tokenizer.spelled(tok.token_bytes(i)): i for i in range(tok.eot)} | {tokenizer.END_OF_TEXT: tok.eot}
+        model = {"type": "BPE", "vocab": tokens, "merges": tok.merges() if words else []}
+        content = {"pre_tokenizer": level, "decoder": level, "model": model}
     else:
         return {}
     absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    content = {"version": "1.0", "added_tokens": [], **absent, **content}
+    content = {"version": "1.0", "added_tokens": added, **absent, **content}
     return {"tokenizer.json": content, "tokenizer_config.json": settings}
 
 

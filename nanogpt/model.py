@@ -222,15 +222,17 @@ class RotaryAttention(nn.Module):
         return self.resid_dropout(self.o_proj(y.reshape(B, T, C)))
 
 
-class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020): a third linear layer opens and closes each channel of the hidden one.
+def gated_width(n_embd):
+    """How wide a GatedMLP is inside: 8/3 of the stream, so that it has the parameters of an `MLP`; a multiple of 32."""
+    return max(32, round(n_embd * 8 / 3 / 32) * 32)
 
-    It is 8/3 as wide inside, rounded to a multiple of 32, so that it has the parameters of `MLP`.
-    """
+
+class GatedMLP(nn.Module):
+    """SwiGLU (Shazeer 2020): a third linear layer opens and closes each channel of the hidden one."""
 
     def __init__(self, config):
         super().__init__()
-        hidden = max(32, round(config.n_embd * 8 / 3 / 32) * 32)
+        hidden = gated_width(config.n_embd)
         self.gate_proj = nn.Linear(config.n_embd, hidden, bias=False)
         self.up_proj = nn.Linear(config.n_embd, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, config.n_embd, bias=False)

@@ -44,6 +44,7 @@ class Worker:
         self.field, self.replace, self.separate = setup["field"], setup["replace"], setup["separate"]
         self.kept, self.stride, self.number = [], 1, 0  # texts to train a tokenizer on: of each stride-th block
         self.words, self.cost = set(), 0
+        self.told = b""  # ASCII characters that `survey` has found
         self.salt = setup["seed"].to_bytes(8, "little")
         self.tokenizer = tokenizer.from_json(setup["tokenizer"]) if setup["tokenizer"] else None
         if self.tokenizer:
@@ -60,11 +61,16 @@ class Worker:
         return {}, []
 
     def survey(self, documents):
-        """The code points that occur, and how many characters there are."""
+        """The code points that occur, but for ASCII that was told before, and how many characters there are."""
+        text = "".join(text for text, _, _ in documents)
+        characters = len(text)
+        if text.isascii():
+            new = text.encode("ascii").translate(None, self.told)
+            self.told += bytes(set(new))
+            text = new.decode("ascii")
         present = np.zeros(0x110000, dtype=bool)
-        codes = tokenizer.code_points("".join(text for text, _, _ in documents))
-        present[codes] = True
-        return {"characters": len(codes)}, [np.flatnonzero(present).astype(np.uint32)]
+        present[tokenizer.code_points(text)] = True
+        return {"characters": characters}, [np.flatnonzero(present).astype(np.uint32)]
 
     def sample(self, documents):
         """Keep the texts to train a tokenizer on; where they become too many, forget every other block's."""
@@ -218,7 +224,15 @@ def run_module(name, **settings):
 
 def start_worker():
     """A worker process. It is apart from the terminal, so that Ctrl-C reaches the first process alone."""
-    return run_module("pool", stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    process = run_module("pool", stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(
+            ImportError, AttributeError, OSError
+        ):  # Linux can; 64 KB would be filled 30 times a block
+            import fcntl
+
+            fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, BLOCK)
+    return process
 
 
 def send(pipe, header, data=b""):

@@ -49,6 +49,7 @@ class CharTokenizer:
         self.vocab_size = len(self.chars) + separated
         self.ids = {c: i for i, c in enumerate(self.chars)}
         self.table = None  # id of each code point, made when it is first used
+        self.of_ascii = None  # the same of ASCII, as bytes, where ids fit into them
 
     @classmethod
     def train(cls, text):
@@ -73,6 +74,10 @@ class CharTokenizer:
             dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
             self.table = np.full(0x110000, self.ids[self.unknown], dtype)
             self.table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
+            if self.table[:128].max() < 256:
+                self.of_ascii = bytes(self.table[:128].tolist()).ljust(256)
+        if self.of_ascii and text.isascii():
+            return np.frombuffer(text.encode("ascii").translate(self.of_ascii), dtype=np.uint8)  # many times faster
         return self.table.take(code_points(text), mode="clip")  # none is too large, and "clip" is the fastest mode
 
     def decode(self, ids):
@@ -189,9 +194,25 @@ class BPETokenizer:
         """The last place where GPT-2's pattern ends a word whatever comes before or after; 0 where there is none."""
         return last_word(data)
 
+    def merges(self):
+        """The two tokens out of which each one of several bytes is merged, spelled as GPT-2's files do: 'a b'.
+
+        What tiktoken leaves of a token's bytes when it must not make the token itself.
+        """
+        ids = {self.token_bytes(i): i for i in range(self.eot)}
+        found = []
+        for token, id in ids.items():
+            if len(token) > 1:
+                parts = [bytes([b]) for b in token]
+                while len(parts) > 2:
+                    pairs = [ids.get(a + b, id) for a, b in zip(parts, parts[1:], strict=False)]
+                    i = pairs.index(min(pairs))
+                    parts[i : i + 2] = [parts[i] + parts[i + 1]]
+                found.append(" ".join(map(spelled, parts)))
+        return found
+
     def to_json(self):
-        tokens = [self.token_bytes(i) for i in range(self.eot)]
-        return {"type": "bpe", "tokens": ["".join(CHAR_OF[b] for b in token) for token in tokens]}
+        return {"type": "bpe", "tokens": [spelled(self.token_bytes(i)) for i in range(self.eot)]}
 
 
 class GPT2Tokenizer(BPETokenizer):
@@ -426,6 +447,11 @@ PRINTABLE = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
+
+
+def spelled(token):
+    """A token's bytes as GPT-2's files write them."""
+    return "".join(CHAR_OF[b] for b in token)
 
 
 def import_tiktoken():

@@ -223,6 +223,13 @@ def test_how_a_stream_is_cut_into_files_changes_nothing(make, dist, vocab_size, 
     assert batch_bytes(dataset, dist) == whole
 
 
+def test_where_nothing_can_be_read_at_an_offset_the_file_is_moved_to_it(make, monkeypatch):
+    dataset = open_dataset(shard(make(range(100)), 50))
+    monkeypatch.delattr(os, "pread")  # as on Windows
+    assert dataset.tokens[40:80].tolist() == list(range(40, 80))
+    assert dataset.tokens[3:5].tolist() == [3, 4]
+
+
 def batch_bytes(dataset, dist):
     """What two epochs of batches hold."""
     return [t.numpy().tobytes() for t in Batches(dataset, "train", 1, 4, dist, per_step=6).get(0, 48)]

@@ -13,7 +13,7 @@ import nanogpt.export
 from nanogpt.config import RunFailed, UserError
 from nanogpt.export import read_tokenizer, to_hugging_face
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import CharTokenizer, from_json
+from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_json
 
 transformers = pytest.importorskip("transformers")
 
@@ -173,7 +173,7 @@ def test_an_impossible_shape_is_refused(saved, change):
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "5", '{"model_type": "gpt2"}', "[" * 100_000, "\0"])
 def test_a_broken_config_json_is_refused(saved, content):
     (saved / "config.json").write_text(content)
-    assert "describes no GPT-2" in problem(saved) or content == '{"model_type": "gpt2"}'
+    assert "describes no such model" in problem(saved) or content == '{"model_type": "gpt2"}'
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -323,8 +323,9 @@ def test_transformers_writes_the_same_greedy_text(exported):
     assert torch.equal(ours, theirs)
 
 
-def test_what_was_written_can_be_read_again(tmp_path):
-    model = our_model(bias=True)
+@pytest.mark.parametrize("kind", [dict(bias=True), dict(architecture="qwen3", bias=True)])
+def test_what_was_written_can_be_read_again(tmp_path, kind):
+    model = our_model(**kind)
     to_hugging_face(model, CHARS, tmp_path / "to")
     again = GPT.from_pretrained(tmp_path / "to")
     assert again.config == dataclasses.replace(model.config, vocab_size=CHARS.vocab_size)
@@ -353,6 +354,69 @@ def test_transformers_has_gpt2s_tokens_too(tmp_path):
         assert theirs.decode(tok.encode(text)) == text
     assert theirs("a<|endoftext|>").input_ids[-1] == theirs.eos_token_id == tok.eot
     assert read_tokenizer(tmp_path / "to") == {"type": "gpt2"}
+
+
+TEXTS = ["Hello  world, it's\n\n 1000 é 🎭\t", "  ", "naïve 東京", "Ünbekanntes, z\u0000"]
+LEARNT = "Hello hello world, it's the world's Ünbekanntes é 東京 naïve 東京\n\n" * 3
+
+
+@pytest.mark.parametrize("kind", ["char", "separated char", "byte", "bpe"])
+def test_transformers_has_every_tokenizer(tmp_path, kind):
+    if kind == "bpe":
+        tok = BPETokenizer.train([LEARNT], 290)
+        assert tok.vocab_size == 290
+    elif kind == "byte":
+        tok = ByteTokenizer()
+    else:
+        tok = CharTokenizer(sorted(set(LEARNT) | {"\ufffd"}), unknown="\ufffd", separated=kind != "char")
+    assert to_hugging_face(our_model(vocab_size=320), tok, tmp_path / "to")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
+    for text in [*TEXTS, LEARNT]:
+        assert theirs(text).input_ids == tok.encode(text)
+        assert theirs.decode(tok.encode(text)) == tok.decode(tok.encode(text))
+    assert theirs.eos_token_id == tok.eot
+    if tok.eot is not None:
+        assert theirs("e<|endoftext|>").input_ids[-1] == tok.eot
+    assert read_tokenizer(tmp_path / "to") == tok.to_json()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_norm.weight"])
+def test_a_qwen3_with_gains_is_refused_by_name(tmp_path, name):
+    to_hugging_face(our_model(architecture="qwen3"), CHARS, tmp_path / "to")
+    path = tmp_path / "to" / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name] * 1.5}, path)
+    with pytest.raises(UserError, match=f"{name} has gains"):
+        GPT.from_pretrained(tmp_path / "to")
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("num_key_value_heads", 1),
+        ("head_dim", 64),
+        ("rope_theta", 1e6),
+        ("rope_parameters", ROPE),
+        ("rope_parameters", ROPE | {"rope_type": "yarn", "rope_theta": 10000.0}),
+    ],
+)
+def test_a_qwen3_that_this_model_cannot_follow_is_refused_by_name(tmp_path, key, value):
+    to_hugging_face(our_model(architecture="qwen3"), CHARS, tmp_path / "to")
+    path = tmp_path / "to" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{key.replace('parameters', '(theta|scaling)')} = .* is not supported"):
+        GPT.from_pretrained(tmp_path / "to")
+
+
+def test_what_transformers_saved_again_can_be_read(tmp_path):
+    model = our_model(architecture="qwen3")
+    to_hugging_face(model, CHARS, tmp_path / "to")
+    load_theirs(tmp_path / "to").save_pretrained(tmp_path / "again")
+    again = GPT.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.transformer.h[1].mlp.up_proj.weight, model.transformer.h[1].mlp.up_proj.weight)
 
 
 def test_an_export_overwrites_nothing(tmp_path):
