@@ -43,7 +43,7 @@ WRITE = " --num_samples=2 --max_new_tokens=8 --device=cpu"
 NODE = " --nproc_per_node=1 --master_addr=127.0.0.1 --master_port=$FREE_PORT train.py"
 
 UNTRIED = " --trial=False"
-MADE = r"tokens to train on, .* to validate on(.*\n)*next: sh train\.py config/train_shakespeare_c"
+MADE = r"tokens to train on, .* to validate on(.*\n)*next: sh train\.py config/fast_shakespeare_c"
 APART = " --out_dir=out-apart"  # so that it may run while another section continues the run in its own folder
 ACTIVATE = "python -m venv --without-pip .venv && {} && python -V; rm -r .venv"
 DONE = r"step \d+: train loss \d+\.\d{4}, val loss \d+\.\d{4}\n(.*\n)*exact val loss \d"

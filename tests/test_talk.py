@@ -37,19 +37,23 @@ class Terminal:
             os.execv(command[0], command)
         self.shown = ""
 
-    def read(self):
-        """What comes next, or nothing when it has ended."""
-        ready, _, _ = select.select([self.fd], [], [], 120)
+    def read(self, again=""):
+        """What comes next, or nothing when it has ended. `again` is typed whenever nothing has come for some time."""
+        for _ in range(60):
+            ready, _, _ = select.select([self.fd], [], [], 2)
+            if ready:
+                break
+            self.type(again)
         assert ready, f"nothing more comes after {self.shown!r}"
         try:
             return os.read(self.fd, 4096).decode(errors="replace")
         except OSError:  # the other side is closed
             return ""
 
-    def until(self, pattern):
-        """Wait until `pattern` has been shown; return all up to there, which counts no more."""
+    def until(self, pattern, again=""):
+        """Wait until `pattern` has been shown; return all up to there, which counts no more. `again`: see `read`."""
         while not (found := re.search(pattern, self.shown, re.S)):
-            more = self.read()
+            more = self.read(again)
             assert more, f"{pattern!r} was not shown: {self.shown!r}"
             self.shown += more.replace("\r\n", "\n")
         before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
@@ -111,7 +115,7 @@ def test_ctrl_c_at_the_prompt_forgets_the_line(terminal):
     t.type("nonsense")
     t.until("nonsense$")
     t.type("\x03")
-    t.until("Ctrl-D leaves.*> $")
+    t.until("Ctrl-D leaves.*> $", again="\x03")  # Python overlooks one that comes just before it waits for a key
     t.type("/top_k\r")
     t.until("top_k = 200\n> $")
     t.type("\x04")
