@@ -506,8 +506,8 @@ def test_a_signal_ends_it_when_nothing_is_asked(another, signum, code):
 
 
 def test_who_is_nearly_done_may_finish_and_nobody_else_is_let_in(another):
-    server = another("--max_tokens=100000")
-    with server.connect(dict(prompt="abc", max_tokens=300, stream=True, temperature=0)) as sock:
+    server = another("--max_tokens=100000", before=long_grace)
+    with server.connect(dict(prompt="abc", max_tokens=5000, stream=True, temperature=0)) as sock:
         received = sock.recv(1000)
         server.door.send(signal.SIGTERM)
         server.door.wait_for("stopping: 1 ")
@@ -548,6 +548,12 @@ def test_who_does_not_read_cannot_keep_it_from_ending(another):
             time.sleep(0.1)
         server.door.send(signal.SIGTERM)
         assert server.door.end() == 143 and "Traceback" not in server.door.printed
+
+
+def long_grace():
+    import nanogpt.serve
+
+    nanogpt.serve.GRACE_TIME = 100
 
 
 def short_grace():
