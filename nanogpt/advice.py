@@ -108,7 +108,7 @@ class Run:
             "gradient_accumulation_steps": 1,
             "muon_momentum": 0.7 if self.max_iters < 500 else 0.9 if self.max_iters < 3000 else 0.95,
             "max_iters": self.max_iters, "lr_decay_iters": self.max_iters, "warmup_iters": min(100, self.max_iters // 50),
-            "eval_interval": max(self.max_iters // 20, min(250, self.max_iters)),
+            "eval_interval": min(max(self.max_iters // 15, 50), self.max_iters),
             "patience": PATIENCE if self.overfits else 0,
             "dtype": "bfloat16" if device == "cpu" and self.n_embd >= IN_BFLOAT16 else "auto",
         }  # fmt: skip

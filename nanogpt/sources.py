@@ -550,7 +550,8 @@ def explain(problems, sources, replace):
         if found := problems.get((number, "binary")):
             lines.append(f"{name}: is not text: {place} {found[0]} is 0x00{found[1]}")
         elif found := problems.get((number, "line")):
-            more = f" (and {found[2] - 1:,} more lines like that)" if found[2] > 1 else ""
+            others = found[2] - 1
+            more = f" (and {others:,} more {'line' if others == 1 else 'lines'} like that)" if others else ""
             lines.append(f"{name}:{found[0]}: {found[1]}{more}")
         elif (found := problems.get((number, "utf8"))) and not replace:
             many = f"{found[2]:,} places, the first" if found[2] > 1 else "1 place,"
