@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt import checkpoint, cli, data, sample, train
 from nanogpt.config import RunFailed, UserError
+from nanogpt.metrics import read_metrics
 from nanogpt.model import GPTConfig
 from nanogpt.signals import Stopped
 from nanogpt.start import TrainState
@@ -151,8 +152,9 @@ def lost(out_dir):
     """(updates that were reported and are in no checkpoint, whether one was being written), after a kill."""
     found = checkpoint.newest(out_dir)
     path = Path(out_dir, "metrics.jsonl")
-    lines = path.read_text().splitlines() if path.exists() else []
-    reported = max((int(m[1]) for line in lines if (m := re.match(r'{"step": (\d+), "loss"', line))), default=0)
+    records = read_metrics(path) if path.exists() else []
+    reported = max((record["step"] for record in records if "loss" in record), default=0)
+    assert reported > 0 or not found or not found.step, "a run that has saved has reported"
     half_written = any(Path(out_dir, "checkpoints").glob(".step-*.tmp"))
     return reported - (found.step if found else 0), half_written
 
