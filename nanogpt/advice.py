@@ -5,6 +5,7 @@ A process of its own: `nanogpt prepare` runs `main`, and gives back the memory t
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -21,6 +22,7 @@ TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffm
 MAX_EPOCHS = 10  # so often repeated, text has nothing left to teach to a run with Muon; see benchmarks/LOG.md
 LEAST = 1, 2  # tokens for each parameter that the repeated text, and the hour, must allow: a larger model is too large
 TRIAL = 2.0  # seconds
+UNMEASURED = 2e11  # FLOP/s that a machine is taken for without a trial: two cores of a laptop
 TRIED = 2  # of SHAPES; the first ones are too small to show what the machine can do
 PATIENCE = 5
 
@@ -47,6 +49,8 @@ def main():
                     print(line, flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        os._exit(141)  # nobody reads any more
     except (UserError, RuntimeError, OSError) as e:  # the dataset is made all the same
         print(f"no advice on how to train: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
 
@@ -59,14 +63,14 @@ def advise(name, vocab_size, train_tokens, val_tokens, memory, trial, dist):
         rate, why_not = measure(runs[TRIED], memory, dist)
         if not rate:
             rate, why_not = measure(runs[0], memory, dist)
-    run = choose(runs, rate, dist) if rate else runs[0]
+    run = choose(runs, rate or UNMEASURED, dist)
     measured, _ = measure(run, memory, dist) if rate and run is not runs[TRIED] else (rate, None)
     rate = measured or rate
     if rate:
         run.fit(rate)
     yield (
         f"a model that fits: {run.n_layer} layers, {run.n_head} heads, {run.n_embd} channels, {run.block_size} tokens of "
-        f"context: {run.params / 1e6:.2f}M parameters, {train_tokens / run.params:.2g} tokens of text for each"
+        f"context: {run.params / 1e6:.2f}M parameters, {two_digits(train_tokens / run.params)} tokens of text for each of them"
     )
     speed = ""
     if rate:
@@ -74,7 +78,7 @@ def advise(name, vocab_size, train_tokens, val_tokens, memory, trial, dist):
         speed = f", {duration(run.seconds(rate, run.max_iters))} on this {dist.device.type} at {ms:.3g} ms each"
     yield (
         f"a run that fits: {run.max_iters:,} iterations of {run.batch:,} tokens, {run.epochs:.1f} times through the text, "
-        f"{run.epochs * train_tokens / run.params:.2g} tokens a parameter{speed}; about {run.memory() / 1e9:.1f} GB of memory"
+        f"{two_digits(run.epochs * train_tokens / run.params)} tokens a parameter{speed}; about {run.memory() / 1e9:.1f} GB of memory"
     )
     if not rate:
         yield f"no trial {why_not}"
@@ -215,7 +219,7 @@ def warnings(run, vocab_size):
     if run.vocabulary > 0.5:
         yield (
             f"large vocabulary: {run.vocabulary:.0%} of the parameters are its {vocab_size:,} tokens; "
-            "for so much text, char or a smaller bpe:N makes a better model"
+            "for so much text, fewer tokens (byte, or a smaller bpe:N) may make a better model"
             if run.train_tokens < TOKENS_PER_PARAMETER * run.params
             else f"large vocabulary: {run.vocabulary:.0%} of the parameters are its {vocab_size:,} tokens"
         )
@@ -231,6 +235,11 @@ def command(name, run, device):
         wanted |= {"eval_iters": 20, "log_interval": 10}
     changed = [f"--{k}={v}" for k, v in wanted.items() if v != getattr(cfg, k)]
     return " ".join(["sh train.py", base, *changed] if here else ["nanogpt train", *changed])
+
+
+def two_digits(x):
+    """0.32, 3.2, 320."""
+    return f"{x:.2g}" if x < 100 else f"{float(f'{x:.2g}'):,.0f}"
 
 
 def duration(seconds):

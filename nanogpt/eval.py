@@ -90,7 +90,9 @@ def from_texts(cfg, texts, found, dist):
             raise UserError(f"{flag(cfg.text, name)}: {e}") from None
         ids.append(np.array(encoded if separator is None else [separator, *encoded], dtype=np.uint32))
         if unknown := getattr(tok, "about_unknown", lambda text: None)(text):
-            dist.say(f"{name}: {unknown}; each counts as the token for unknown characters")
+            dist.say(
+                f"{name}: {unknown}; each counts as the token for unknown characters, so no bits per byte are told"
+            )
     dataset = data.Dataset.of_ids(np.concatenate(ids), tok.vocab_size, separator)
     documents = data.Documents(np.cumsum([0, *map(len, ids)]), cfg.block_size, cfg.stride)
     if not len(documents):
@@ -127,7 +129,9 @@ def measure(cfg, found, dataset, documents, dist):
     """What `evaluate.exact` finds; batches are no larger than there is need for."""
     cfg.block_size = min(cfg.block_size, int(np.diff(documents.begins).max()))
     cfg.batch_size = min(cfg.batch_size, -(-len(documents) // dist.world_size))
-    lengths = evaluate.byte_lengths(found.tokenizer, dataset.separator)
+    tok, lengths = found.tokenizer, evaluate.byte_lengths(found.tokenizer, dataset.separator)
+    if cfg.text and getattr(tok, "unknown", None) is not None and tok.ids[tok.unknown] in dataset.tokens[:]:
+        lengths = None  # the token does not tell which character it stands for
     model = found.model.to(dist.device)
     return evaluate.exact(
         model, dataset, cfg, dist, lengths, layout=documents, each=cfg.per_document, what="evaluating"

@@ -10,11 +10,13 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -219,7 +221,7 @@ def prepare(cfg, folder):
                 pool.kill()
         peak = peak_memory() + max(pool.peak, work.peak)
         work.remove()
-        report(cfg, state, tok, folder, peak, time.monotonic() - began)
+    report(cfg, state, tok, folder, peak, time.monotonic() - began)  # from here on, the dataset is there
 
 
 # -- before anything is read
@@ -576,8 +578,8 @@ def publish(state, work):
         for name in names:
             if (work.folder / name).exists():  # otherwise it is in its place already
                 os.replace(work.folder / name, target / name)
-        for path in [*target.glob("train*.bin"), *target.glob("val*.bin")]:
-            if path.name not in names:
+        for path in target.glob("*.bin"):
+            if path.name not in names and re.fullmatch(r"(train|val)(-\d{5})?\.bin", path.name):
                 path.unlink()  # of an earlier dataset
         flush_folder(target)
         write_durably(target / "meta.json", meta_json(state))
@@ -631,8 +633,12 @@ def report(cfg, state, tok, folder, peak, seconds):
 def advise(**about):
     """Have advice.py say how to train on the dataset."""
     sys.stdout.flush()
-    with contextlib.suppress(KeyboardInterrupt):  # the dataset is there
-        run_module("advice", stdin=subprocess.PIPE).communicate(json.dumps(about).encode())
+    with run_module("advice", stdin=subprocess.PIPE, start_new_session=True) as process:  # Ctrl-C is for this one
+        try:
+            process.communicate(json.dumps(about).encode())
+        except KeyboardInterrupt:
+            process.kill()
+            raise
 
 
 def how_split(state):
@@ -651,5 +657,14 @@ def commonest(tok, counts, n=10):
     counts = np.array(counts)
     total = max(counts.sum(), 1)
     order = np.argsort(-counts, kind="stable")[:n]
-    shown = (tok.token_bytes(int(i)).decode("utf-8", "backslashreplace") for i in order if counts[i])
-    return ", ".join(f"{text!r} {counts[i] / total:.1%}" for i, text in zip(order, shown, strict=False))
+    shown = (quoted(tok.token_bytes(int(i))) for i in order if counts[i])
+    return ", ".join(f"{text} {counts[i] / total:.1%}" for i, text in zip(order, shown, strict=False))
+
+
+def quoted(token):
+    """A token in quotes: bytes that are no character, and marks that would sit on the quote, by their numbers."""
+    try:
+        text = token.decode("utf-8")
+    except UnicodeDecodeError:
+        return repr(token)[1:]
+    return ascii(text) if unicodedata.category(text[0])[0] == "M" else repr(text)

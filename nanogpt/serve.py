@@ -351,7 +351,10 @@ def make_app(server):
     app.router.routes.append(Route("/v1/completions", Completions(server), methods=["POST"]))
 
     async def refuse(request, error):
-        if isinstance(error, HTTPException):
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            there = "this server has POST /v1/completions, GET /v1/models, /health and /metrics"
+            error = ApiError(404, f"{request.method} {request.url.path}: {error.detail}; {there}")
+        elif isinstance(error, HTTPException):
             error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
         elif not isinstance(error, ApiError):
             error = ApiError(500, "the server failed; what it printed says why")

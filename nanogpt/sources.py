@@ -92,6 +92,8 @@ def find(arguments, target, standard_input):
         try:
             if argument == "-":
                 found = [Source(STANDARD_INPUT, str(standard_input), "text")]
+            elif argument == "hf:":
+                raise UserError("hf: needs a name, as in hf:roneneldan/TinyStories")
             elif argument.startswith("hf:"):
                 found = [Source(argument, argument[3:], "hf")]
             else:
@@ -145,7 +147,9 @@ def find_in_folder(folder, target, notes):
                 left_out.append(path.suffix or path.name)
     if left_out:
         kinds = ", ".join(sorted(set(left_out))[:5])
-        notes.append(f"{folder}: left out {len(left_out):,} files that are not text ({kinds})")
+        notes.append(
+            f"{folder}: left out {len(left_out):,} {'file that is' if len(left_out) == 1 else 'files that are'} not text ({kinds})"
+        )
     if not found:
         raise UserError(f"{folder}: holds no text")
 
@@ -519,7 +523,7 @@ def read_lines(raw, source, line, field, replace, documents, problems):
             except (ValueError, RecursionError):
                 found = None
         except (ValueError, RecursionError) as e:
-            why = e.msg if isinstance(e, json.JSONDecodeError) else type(e).__name__
+            why = f"{e.msg}: column {e.colno}" if isinstance(e, json.JSONDecodeError) else type(e).__name__
             problems.note(source, "line", line, f"is no JSON ({why})")
             continue
         if not isinstance(found, dict):

@@ -198,6 +198,11 @@ def make_run(cfg, found, resuming, dist):
             dist.say(f"micro-batch: {run.state.micro_batch}, as in the run so far (--batch_size)")
         if run.state.step >= cfg.max_iters and not cfg.eval_only:
             dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
+    if cfg.decay_lr and cfg.min_lr == 0 and cfg.lr_decay_iters < cfg.max_iters and not cfg.eval_only:
+        end = cfg.lr_decay_iters
+        dist.say(
+            f"from iteration {end} on the learning rate is 0; --lr_decay_iters={cfg.max_iters} stretches its decline"
+        )
     return run
 
 

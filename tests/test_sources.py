@@ -305,7 +305,7 @@ def test_any_bytes_are_text_or_a_problem(raw):
         ('{"text": 5}', "the field 'text' holds int, not text"),
         ('{"text": null}', "the field 'text' holds nothing, not text"),
         ('["text"]', "expected an object with a field for the text"),
-        ('{"text": "x"', "is no JSON (Expecting ',' delimiter)"),
+        ('{"text": "x"', "is no JSON (Expecting ',' delimiter: column 13)"),
         ("[" * 100_000, "is no JSON (RecursionError)"),
     ],
 )

@@ -19,10 +19,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # works without the package being installed
 
-from nanogpt.config import UserError  # noqa: E402
-from nanogpt.data import write_dataset  # noqa: E402
-from nanogpt.shakespeare import get_text  # noqa: E402
-from nanogpt.tokenizer import GPT2Tokenizer  # noqa: E402
+try:
+    from nanogpt.config import UserError
+    from nanogpt.data import write_dataset
+    from nanogpt.shakespeare import get_text
+    from nanogpt.tokenizer import GPT2Tokenizer
+except ModuleNotFoundError as e:
+    sys.exit(f"error: the Python package {e.name} is missing from {sys.executable}; `make install` brings it")
 
 
 def main():
