@@ -266,3 +266,20 @@ def test_several_processes_cannot_share_standard_input(trained_run, dist):
     dist.world_size = 2
     with pytest.raises(UserError, match="several processes cannot share standard input"):
         program.read_texts("-", dist)
+
+
+def test_no_bits_per_byte_where_a_token_stands_for_any_character(trained_run, evaluate, tmp_path, capsys):
+    text = tiny_text() + "\ufffd"
+    write_dataset(
+        tmp_path / "data" / "open",
+        tok := CharTokenizer(sorted(set(text)), "\ufffd"),
+        tok.encode(text),
+        tok.encode(text),
+    )
+    train.main([*SMALL, "--dataset=open", "--out_dir=out", "--max_iters=1", "--eval_interval=1"])
+    capsys.readouterr()
+    (tmp_path / "known.txt").write_text("the cat " * 20)
+    (tmp_path / "unknown.txt").write_text("the 猫 " * 20)
+    ((*_, known),) = evaluate("--text=known.txt").values()
+    ((*_, unknown),) = evaluate("--text=unknown.txt").values()
+    assert known > 0 and unknown is None

@@ -682,3 +682,22 @@ def test_prepare_train_and_sample(here, run_door, name):
     sampled = run_door("sample.py", "--start=Grüße, 世界", "--num_samples=1", "--max_new_tokens=20", "--device=cpu")
     assert sampled.returncode == 0 and sampled.stdout.startswith("Grüße, 世界"), sampled.stderr
     assert "vocabulary" not in sampled.stderr
+
+
+def test_files_of_ones_own_beside_the_dataset_stay(run, here):
+    write("a.txt", "some text " * 300)
+    folder = here / "data" / "own"
+    folder.mkdir(parents=True)
+    for name in ("train-notes.bin", "validation.bin", "train-00007.bin"):
+        (folder / name).write_bytes(b"1")
+    run("a.txt")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "meta.json", "train-notes.bin", "train.bin", "val.bin", "validation.bin",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "token, expected", [("e\u0301".encode(), "'e\u0301'"), ("\u0301".encode(), "'\\u0301'"), (b"\xcc", "'\\xcc'")]
+)
+def test_tokens_are_quoted_so_that_they_can_be_read(token, expected):
+    assert prepare.quoted(token) == expected

@@ -383,6 +383,14 @@ def test_a_vocabulary_of_100_000_is_read_from_shards_and_trained(run, tiny):
     assert "exact val loss 11." in run("--max_iters=1", "--eval_iters=1")  # ln 100,000 = 11.5
 
 
+def test_a_learning_rate_that_ends_before_the_run_is_told(run):
+    early = ["--max_iters=4", "--lr_decay_iters=2", "--min_lr=0.0", "--warmup_iters=0"]
+    assert "from iteration 2 on the learning rate is 0; --lr_decay_iters=4 stretches its decline" in run(*early)
+    assert "the learning rate is 0" not in run(
+        "--max_iters=4", "--lr_decay_iters=4", "--min_lr=0.0", "--warmup_iters=0"
+    )
+
+
 # Patience
 
 
