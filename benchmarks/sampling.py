@@ -38,7 +38,7 @@ CHOICE = dict(temperature=0.8, top_k=200)
 class Gpt2Size:
     """In the place of a tokenizer with GPT-2's vocabulary, which nothing here reads or writes."""
 
-    vocab_size = 50257
+    vocab_size, eot = 50257, None
 
 
 @torch.no_grad()

@@ -22,11 +22,13 @@ TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffm
 MAX_EPOCHS = 10  # so often repeated, text has nothing left to teach to a run with Muon; see benchmarks/LOG.md
 LEAST = 1, 2  # tokens for each parameter that the repeated text, and the hour, must allow: a larger model is too large
 TRIAL = 2.0  # seconds
-UNMEASURED = 2e11  # FLOP/s that a machine is taken for without a trial: two cores of a laptop
+UNMEASURED = 2e11  # FLOP/s that a machine is taken for without a trial, about those of two cores of a Xeon
 TRIED = 2  # of SHAPES; the first ones are too small to show what the machine can do
 PATIENCE = 5
 
-SHAPES = [  # from small to large, with what a batch takes, and the rates that suit it
+# From small to large, with what a batch takes, and learning rates. The first three were tried (benchmarks/LOG.md), the
+# rates of the others follow from them and from what others report.
+SHAPES = [
     dict(n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=24, muon_lr=0.05, learning_rate=0.03),
     dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, muon_lr=0.03, learning_rate=0.01),
     dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=16, muon_lr=0.03, learning_rate=5e-3),

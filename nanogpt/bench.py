@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from nanogpt import config, data, distributed, metrics, optim, start
+from nanogpt import config, data, distributed, memory, metrics, optim, start
 from nanogpt.config import BenchConfig, UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -125,4 +125,4 @@ def report(cfg, dist, model, peak, seconds):
         f"yardstick    {rate * dist.world_size / 1e9:,.1f} GFLOP/s: the matrix products of this model alone, at its own shapes"
     )
     print(f"of that      {flops / whole / (rate * dist.world_size):.1%}")
-    print(f"memory       {metrics.peak_memory(dist.device) / 2**20:,.0f} MiB at the most")
+    print(f"memory       {memory.peak_memory(dist.device) / 2**20:,.0f} MiB at the most")

@@ -82,7 +82,7 @@ def from_texts(cfg, texts, found, dist):
             f"--init_from={cfg.init_from}: the model's vocabulary of {found.model.config.vocab_size} is smaller than the "
             f"{tok.vocab_size} of its tokenizer"
         )
-    separator = getattr(tok, "eot", None)
+    separator = tok.eot
     for name, text in texts.items():
         try:
             encoded = tok.encode(text)

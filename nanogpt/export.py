@@ -190,7 +190,7 @@ def to_hugging_face(model, tok, folder):
         raise UserError(f"--to={folder}: exists already; name a new folder")
     modern = model.config.architecture == "qwen3"
     config, tensors = (as_qwen3 if modern else as_gpt2)(model, tok.vocab_size)
-    end = getattr(tok, "eot", None)
+    end = tok.eot
     config |= {"bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
     of_tokenizer = tokenizer_files(tok, model.config.block_size)
     temporary = folder.with_name(f".{folder.name}.tmp")

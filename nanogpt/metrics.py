@@ -83,16 +83,6 @@ def products_rate(model, dist, tokens, repeats=50):
     return sum(3 * 2 * tokens * k * n for k, n in layers) / statistics.median(times)
 
 
-def peak_memory(device):
-    """The most bytes that were in use at once: on a GPU by tensors, otherwise by the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
-
-
 def synchronize(device):
     """Wait until the device has done everything it was given."""
     if device.type == "cuda":

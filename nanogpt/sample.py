@@ -2,7 +2,6 @@
 
 import sys
 import time
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,16 +32,6 @@ def read_start(start):
         raise UserError(f"--start={start}: is not UTF-8 text (byte {e.start})") from None
     except OSError as e:
         raise UserError(f"--start={start}: {e.strerror}") from None
-
-
-def known(text, tok, dist):
-    """The prompt, with accents composed or decomposed as the vocabulary has them; what it lacks is said."""
-    if getattr(tok, "unknown", None) is None:
-        return text
-    text = min((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))), key=tok.count_unknown)
-    if tok.count_unknown(text):
-        dist.say(f"--start: {tok.about_unknown(text)}; the model sees its token for unknown characters there")
-    return text
 
 
 def encode(text, tok, context, dist):
@@ -80,7 +69,9 @@ def sample(cfg, dist):
     start, stop = read_start(cfg.start), cfg.stop_strings()
     found = trained.load(cfg, dist)
     model, tok = quantize.made_ready(found.model, cfg, dist), found.tokenizer
-    start = known(start, tok, dist)
+    start, unknown = trained.known(start, tok)
+    if unknown:
+        dist.say(f"--start: {unknown}")
     ids = encode(start, tok, model.config.block_size, dist)
     if cfg.compile == "auto":
         cfg.compile = False

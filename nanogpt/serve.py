@@ -455,7 +455,10 @@ class Reply:
         """The batching.Job of prompt so-and-so. Raises ApiError where it is not in the model's vocabulary."""
         ask, tok = self.ask, self.server.tok
         try:
-            ids = tok.encode(prompt) if isinstance(prompt, str) else [check_id(id, tok.vocab_size) for id in prompt]
+            if isinstance(prompt, str):
+                ids = tok.encode(trained.known(prompt, tok)[0])
+            else:
+                ids = [check_id(id, tok.vocab_size) for id in prompt]
         except ValueError as e:
             raise ApiError(400, f"prompt: {e}", "prompt") from None
         if not 0 < len(ids) <= self.server.cfg.max_prompt:

@@ -43,7 +43,10 @@ def talk(cfg, model, tok):
                 if command:
                     ids = begun
                 elif line:
-                    begun = ids = tok.encode(config.unescaped(line[line.startswith("//") :]))
+                    text, unknown = trained.known(config.unescaped(line[line.startswith("//") :]), tok)
+                    if unknown:
+                        print(unknown, file=sys.stderr)
+                    begun = ids = tok.encode(text)
                 if not ids:
                     raise UserError("there is no text yet; type how it begins")
                 ids = go_on(cfg, engine, tok, ids)
@@ -107,7 +110,7 @@ def change(cfg, command):
 
 def go_on(cfg, engine, tok, ids):
     """Write how a text goes on: its tokens. Ctrl-C ends it early."""
-    stop = frozenset([tok.eot]) if hasattr(tok, "eot") else frozenset()
+    stop = frozenset() if tok.eot is None else frozenset([tok.eot])
     stream = Stream(tok, cfg.stop_strings())
     (row,) = engine.add(ids, Options.of(cfg, stop=stop))
     with interruptible() as interrupted:

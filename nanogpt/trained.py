@@ -1,5 +1,6 @@
 """A trained model and its tokenizer, from a run's folder or from GPT-2's weights, for the programs that use one."""
 
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,16 @@ def load(cfg, dist):
         )
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
     return Trained(checkpoint.load_model(found), open_tokenizer(found.tokenizer), found.tokenizer, found.settings)
+
+
+def known(text, tok):
+    """(a prompt, with accents composed or decomposed as the vocabulary has them; a line about what it lacks, or None)."""
+    if not isinstance(tok, tokenizer.CharTokenizer):
+        return text, None
+    text = min((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))), key=tok.count_unknown)
+    if tok.unknown is None or not tok.count_unknown(text):  # without a token for unknown characters, they are refused
+        return text, None
+    return text, f"{tok.about_unknown(text)}; the model sees its token for unknown characters there"
 
 
 def open_tokenizer(tokenizer_json):

@@ -155,3 +155,26 @@ def test_a_deadline_ends_the_waiting_even_while_text_comes(batcher):
             await Outbox().take(time.monotonic() + 0.05)
 
     asyncio.run(ask())
+
+
+def test_the_thread_computes_on_the_cores_that_it_was_given():
+    seen = []
+
+    class Counting(Slow):
+        def step(self):
+            seen.append(torch.get_num_threads())
+            return super().step()
+
+    async def ask(batcher):
+        box = Outbox()
+        batcher.submit([job(box)])
+        await texts(box)
+
+    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=8))
+    for cores in (2, 1):
+        batcher = Batcher(lambda: Counting(model, 4), CharTokenizer("abcd"), cores)
+        asyncio.run(ask(batcher))
+        batcher.stop()
+        batcher.thread.join(timeout=30)
+        assert set(seen) == {cores}
+        seen.clear()

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from nanogpt import bench, metrics
+from nanogpt import bench, memory, metrics
 from nanogpt.config import BenchConfig
 from nanogpt.model import GPT, GPTConfig
 
@@ -51,7 +51,7 @@ def test_a_prepared_dataset_is_read(run, tmp_path):
 def test_the_yardstick_counts_the_operations_of_the_linear_layers(dist):
     model = GPT(GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=16, bias=False))
     assert metrics.products_rate(model, dist, tokens=64, repeats=2) > 1e6
-    assert metrics.peak_memory(torch.device("cpu")) > 2**24
+    assert memory.peak_memory(torch.device("cpu")) > 2**24
 
 
 def test_what_a_run_is_expected_to_take():
