@@ -192,6 +192,20 @@ class Door:
         return self.process.exitcode
 
 
+PORTS = random.Random(os.getpid())
+
+
+def free_port():
+    """A port that nobody listens on, below those that the system hands out: it could hand it out again at once."""
+    while True:
+        port = PORTS.randrange(20_000, 32_000)
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+            return port
+        except OSError:
+            continue
+
+
 @pytest.fixture
 def start(tiny, tmp_path):
     """start("--max_iters=2", before=function) starts a run in tmp_path and returns its Door."""
@@ -212,10 +226,7 @@ def start_two(start):
     """The same for a run of two processes, as `torchrun` would start them: returns both Doors."""
 
     def start_two(*args, before=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         ranks = [place | dict(RANK=r, LOCAL_RANK=r) for r in "01"]
         return [start(*args, before=before, name=f"log-{e['RANK']}", env=e) for e in ranks]
 

@@ -20,9 +20,22 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(place):
-    served = Served(place, f"--out_dir={NAME}")
+    served = Served(place, f"--out_dir={NAME}", before=unhurried)
     yield served
     served.close()
+
+
+def unhurried():
+    """Before the server starts, in its process: a long text takes longer than a hand needs to stop it."""
+    import time
+
+    from nanogpt import generate
+
+    def step(self, real=generate.Engine.step):
+        time.sleep(0.005)
+        return real(self)
+
+    generate.Engine.step = step
 
 
 @pytest.fixture(scope="module", params=["wide", "narrow and dark"])

@@ -8,10 +8,8 @@ import gzip
 import itertools
 import json
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import free_port
 
 from nanogpt import config
 from nanogpt.config import (
@@ -145,18 +144,6 @@ def rule_for(command):
         if re.search(rule.pattern, command):
             return rule
     pytest.fail(f"no rule says how to test this command of README.md:\n{command}\nadd a rule to RULES in this file")
-
-
-def free_port():
-    """A port that nobody listens on, below those that the system hands out: it could hand it out again at once."""
-    draw = random.Random(os.getpid())
-    while True:
-        port = draw.randrange(20_000, 32_000)
-        try:
-            socket.create_server(("127.0.0.1", port)).close()
-            return port
-        except OSError:
-            continue
 
 
 @pytest.fixture(scope="module")

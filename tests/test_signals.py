@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from functools import partial
 
 import pytest
 from conftest import ending
@@ -18,25 +19,42 @@ ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 ARGS = ["--dropout=0.1", "--out_dir=parts"]
 
 
-def announce(seconds=0.3, only=0):
-    """Say that the run has come to where the signal is to reach it, and dwell there."""
+CAME = []  # the signals that have reached this process
+
+
+def announce(seconds=60, only=0, awaited=1):
+    """Say that the run has come to where signals are to reach it, and dwell there until they have, or so long."""
     if os.environ.get("RANK", "0") == str(only):
         print("NOW", flush=True)
-        time.sleep(seconds)
+        end = time.monotonic() + seconds
+        while len(CAME) < awaited and time.monotonic() < end:
+            time.sleep(0.005)
 
 
-def dwell_in_training():
+def note_signals():
+    real = signals.Stop._handle
+
+    def _handle(self, signum, frame):
+        CAME.append(signum)
+        real(self, signum, frame)
+
+    signals.Stop._handle = _handle
+
+
+def dwell_in_training(awaited=1):
+    note_signals()
     real = train.train_step
 
     def train_step(model, run, *rest):
         if run.state.step == 5:
-            announce()
+            announce(awaited=awaited)
         return real(model, run, *rest)
 
     train.train_step = train_step
 
 
 def dwell_in_evaluation():
+    note_signals()
     real = evaluate.losses
 
     def losses(model, batches, cfg, dist, *rest):
@@ -47,6 +65,7 @@ def dwell_in_evaluation():
 
 
 def dwell_in_saving():
+    note_signals()
     real = checkpoint.write_json
 
     def write_json(path, value):
@@ -66,10 +85,11 @@ def dwell_in_compiling():
 
 
 def dwell_in_the_exact_loss():
+    note_signals()
     real = evaluate.padded_windows
 
     def padded_windows(*args):
-        announce(0.2)
+        announce()
         return real(*args)
 
     evaluate.padded_windows = padded_windows
@@ -99,21 +119,13 @@ def whole(run):
     return ENDING[0]
 
 
-def stop_in(start, phase, signum):
-    """Send a signal when the run is in this phase; returns its Door and the seconds until it had ended."""
-    door = start(*ARGS, before=PHASES[phase])
-    door.wait_for("^NOW")
-    sent = time.monotonic()
-    door.send(signum)
-    assert door.end() == 128 + signum, door.printed
-    return door, time.monotonic() - sent
-
-
 @pytest.mark.parametrize("signum", ALL, ids=lambda s: s.name)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_is_answered_by_saving_and_a_line_on_how_to_go_on(start, run, whole, tmp_path, phase, signum):
-    door, seconds = stop_in(start, phase, signum)
-    assert seconds < 10
+    door = start(*ARGS, before=PHASES[phase])
+    door.wait_for("^NOW")
+    door.send(signum)
+    assert door.end() == 128 + signum, door.printed
     assert f"\n{signum.name}: saving, then stopping" in door.printed and "Traceback" not in door.printed
     if phase in UNFINISHED:
         assert not re.search(UNFINISHED[phase], door.printed, re.M)
@@ -136,28 +148,24 @@ def test_a_process_of_two_that_gets_the_signal_takes_the_other_along(start_two):
     assert "Traceback" not in doors[0].printed + doors[1].printed
 
 
-def test_a_second_interrupt_stops_at_once(start):
-    door = start(before=dwell_in_training_for_long)
+def test_a_second_interrupt_stops_at_once(start, tmp_path):
+    door = start(before=partial(dwell_in_training, awaited=3))
     door.wait_for("^NOW")
     door.send(signal.SIGINT)
     door.wait_for("SIGINT: saving, then stopping; once more stops at once")
     assert door.process.is_alive()
-    sent = time.monotonic()
     door.send(signal.SIGINT)
-    assert door.end() == 130 and time.monotonic() - sent < 5
-
-
-def dwell_in_training_for_long():
-    train.train_step = lambda *args: announce(600)
+    assert door.end() == 130
+    assert not (tmp_path / "out/checkpoints/step-00000006").exists()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
 def test_the_other_signals_may_come_again_and_change_nothing(start, signum):
-    door = start(before=dwell_in_training)
+    door = start(before=partial(dwell_in_training, awaited=5))
     door.wait_for("^NOW")
     for _ in range(5):
         door.send(signum)
-        time.sleep(0.02)
+        time.sleep(0.05)
     assert door.end() == 128 + signum
     assert "saved in out/checkpoints/step-00000006" in door.printed
 

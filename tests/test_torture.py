@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -21,8 +22,8 @@ from conftest import ROOT, SMALL, ending
 from test_checkpoint import (
     FILES,
     flip,
-    killed_again_and_again,
     limit_files,
+    lost,
     raise_at,
     record_windows,
     snapshot,
@@ -103,6 +104,43 @@ def test_processes_come_and_go_and_every_token_is_read_once(start, start_two, tm
     assert once and off < 1e-4
 
 
+def slow_disk(seconds):
+    """In another process: whatever touches the disk takes so long that a kill finds it at work."""
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "unlink"), (shutil, "copymode")):
+        real = getattr(module, name)
+
+        def slow(*args, real=real, **kwargs):
+            time.sleep(seconds)
+            return real(*args, **kwargs)
+
+        setattr(module, name, slow)
+
+
+def killed_again_and_again(start, root, draw, n, *args, interval):
+    """Kill a run `n` times at random moments, each time resuming it; then let it end.
+
+    Returns [(updates lost, whether a checkpoint was being written), ...] of all kills.
+    """
+    done = []
+    while len(done) < n:
+        door = start(*args, "--init_from=auto", before=partial(slow_disk, 0.003) if draw.random() < 0.7 else None)
+        try:
+            door.wait_for(r"^iter \d")
+        except AssertionError:
+            assert door.end() == 0, door.printed  # it came to its end
+            break
+        time.sleep(draw.uniform(0, 0.3))
+        door.process.kill()  # SIGKILL
+        code = door.end()
+        assert code in (0, -signal.SIGKILL), door.printed
+        if code == -signal.SIGKILL:
+            done.append(lost(root / "out"))
+            assert done[-1][0] <= interval * (2 if done[-1][1] else 1), door.printed
+    door = start(*args, "--init_from=auto")
+    assert door.end() == 0, door.printed
+    return done
+
+
 def test_killed_at_random_moments(start, tmp_path, figure):
     draw, kills, rounds, changed = random.Random(7), [], 0, 0
     while len(kills) < KILLS:
@@ -116,14 +154,14 @@ def test_killed_at_random_moments(start, tmp_path, figure):
         ]
         whole = start(*args, f"--out_dir=whole-{rounds}", name="whole")
         got = killed_again_and_again(start, tmp_path, draw, KILLS - len(kills), *args, interval=interval)
-        kills += [(lost, half, interval) for lost, half in got]
+        kills += [(updates, half, interval) for updates, half in got]
         assert whole.end() == 0
         changed += ending(tmp_path / f"whole-{rounds}") != ending(tmp_path / "out")
         os.rename(tmp_path / "out", tmp_path / f"out-{rounds}")
         rounds += 1
     inside = sum(half for _, half, _ in kills)
-    worst = max(lost / interval for lost, half, interval in kills if not half)
-    worst_inside = max(lost / interval for lost, half, interval in kills if half)
+    worst = max(updates / interval for updates, half, interval in kills if not half)
+    worst_inside = max(updates / interval for updates, half, interval in kills if half)
     figure("SIGKILL at random moments", f"{len(kills)} of {len(kills)} resumable, {inside} of them inside saving")
     figure("  lost, in evaluation intervals", f"at most {worst:.1f}; where killed inside saving, {worst_inside:.1f}")
     figure("  ended otherwise than uninterrupted", f"{changed} of {rounds} runs")
@@ -218,7 +256,7 @@ def saved(seconds):
 
 def both_dwell(phase, seconds):
     """In another process: dwell in this phase, whichever the rank."""
-    test_signals.announce = lambda *args: announce(seconds, only=os.environ.get("RANK", "0"))
+    test_signals.announce = lambda **more: announce(seconds, only=os.environ.get("RANK", "0"))
     PHASES[phase]()
 
 
