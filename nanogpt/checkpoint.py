@@ -19,7 +19,7 @@ import shutil
 import sys
 import threading
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -46,6 +46,7 @@ class Checkpoint:
     tokenizer: dict
     settings: dict
     scaler: dict
+    data: dict = field(default_factory=dict)  # the fingerprint of each split; earlier checkpoints have none
     in_memory: tuple | None = None  # model's and optimizer's tensors, where they come from another format
 
     @property
@@ -251,7 +252,7 @@ def read(folder):
 
 def _check(checkpoint):
     """Raise TypeError, ValueError or KeyError where what others rely on is missing or of another type."""
-    kinds = dict(step=int, state=dict, model_config=dict, tokenizer=dict, settings=dict, scaler=dict)
+    kinds = dict(step=int, state=dict, model_config=dict, tokenizer=dict, settings=dict, scaler=dict, data=dict)
     held = [(name, getattr(checkpoint, name), kind) for name, kind in kinds.items()]
     if not any(type(value) is not kind for _, value, kind in held):
         held += [(f.name, checkpoint.model_config[f.name], type(f.default)) for f in fields(GPTConfig)]

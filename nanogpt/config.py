@@ -300,12 +300,12 @@ class PrepareConfig:
             yield ("dataset",), NOT_A_NAME
 
 
-NOT_A_NAME = "must be the name of a folder in data/, not a path"
+NOT_A_NAME = "must be the name of a folder in data/, not a path, and begin with neither . nor -"
 
 
 def is_name(dataset):
     """Whether this can be the name of a folder in data/, and of nothing outside it."""
-    return dataset not in ("", "..") and dataset == Path(dataset).name and "\0" not in dataset
+    return dataset != "" and dataset[0] not in ".-" and "\0" not in dataset and dataset == Path(dataset).name
 
 
 @dataclass
@@ -375,6 +375,9 @@ def load(cls, argv, prog, inherit=None):
     arguments = [a for a in argv if not a.startswith("-") or (a == "-" and hasattr(cls, "ARGUMENTS"))]
     flags = [a for a in argv if a not in arguments and a not in ("-h", "--help")]
     for path in arguments if not hasattr(cls, "ARGUMENTS") else ():
+        if "text" in known and not path.endswith(".py"):
+            problems.append(f"{path}: a config file's name ends in .py; --text={path} evaluates on a text")
+            continue
         for line, name, value in read_config_file(path, names, problems):
             assign(f"{path}:{line}", f"{path}:{line}: {name} = {value!r}", name, value)
     for flag in flags:
@@ -481,7 +484,7 @@ def describe(meta):
     elif low is not None:
         words += f" >= {low}"
     elif above is not None:
-        words += f" > {above}"
+        words += f" > {above}" + ("" if high is None else f" and <= {high}")
     return words + (" or auto" if meta["auto"] else "")
 
 

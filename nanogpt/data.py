@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from nanogpt.config import RunFailed, UserError, nearest
 DTYPES = ("uint16", "uint32")
 PIECE = 2**22  # tokens that are looked at in one go
 SCAN_LIMIT = 100_000_000  # tokens that are checked when a split is opened
+SAMPLE = 2**20  # of each piece, for the fingerprint
 AT_ONCE = 256  # windows whose places are found in one go: hardly more work than finding one
 
 
@@ -141,7 +143,8 @@ class Dataset:
     """One split of a dataset.
 
     Attributes: `tokens` (its ids, by slices), `vocab_size`, `tokenizer_json`, `separator` (the id that stands before
-    every document, or None), `documents` (its Documents, where windows are to begin with them, or None), `path`.
+    every document, or None), `documents` (its Documents, where windows are to begin with them, or None), `path`,
+    `fingerprint` (a line that differs where the ids do: all of a small split, samples of a large one).
     Raises UserError where the folder, a file or an id is not what it should be.
     """
 
@@ -176,14 +179,20 @@ class Dataset:
         """A split that is in memory, an array of ids."""
         self = cls.__new__(cls)
         self.tokens, self.vocab_size, self.separator, self.path = ids, vocab_size, separator, "the text"
-        self.tokenizer_json = self.documents = None
+        self.tokenizer_json = self.documents = self.fingerprint = None
         return self
 
     def _scan(self):
-        """Check the ids of a small split, and of a large one SCAN_LIMIT from all over it. Batches check their own."""
-        pieces = -(-len(self.tokens) // PIECE)
+        """Check the ids of a small split, and of a large one SCAN_LIMIT from all over it. Batches check their own.
+
+        Of what is looked at anyway, the first SAMPLE ids of each piece are the fingerprint.
+        """
+        pieces, digest = -(-len(self.tokens) // PIECE), 0
         for i in np.linspace(0, pieces - 1, min(pieces, -(-SCAN_LIMIT // PIECE)), dtype=np.int64).tolist():
-            self.check(self.tokens[i * PIECE : (i + 1) * PIECE])
+            ids = self.tokens[i * PIECE : (i + 1) * PIECE]
+            self.check(ids)
+            digest = zlib.crc32(ids[:SAMPLE].tobytes(), digest)
+        self.fingerprint = f"{len(self.tokens)} tokens, CRC-32 {digest:08x}"
 
     def check(self, ids):
         """Raise UserError where an id lies outside the vocabulary; an embedding would read past its end."""

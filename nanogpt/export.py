@@ -316,7 +316,9 @@ def from_nanogpt(out_dir):
             f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})"
         ) from None
     state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
-    return Checkpoint(path, step, state, asdict(config), tokenizer_json, settings, {}, (found["model"], moments))
+    return Checkpoint(
+        path, step, state, asdict(config), tokenizer_json, settings, {}, in_memory=(found["model"], moments)
+    )
 
 
 def legacy_moments(model, state):

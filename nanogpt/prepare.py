@@ -531,7 +531,7 @@ def cut_in_two(cfg, state, work, buckets):
 
 
 def draw(cfg, state, work, buckets, separator):
-    """Documents in random order: some are validated on, or where that is too coarse, the end of each."""
+    """Documents in random order: some are validated on, or where they are too large or unequal, the end of each."""
     masks, total, documents, dropped = shuffle.choose(buckets, lambda n: val_tokens(cfg, n), cfg.drop_duplicates)
     train, val = (shuffle.Sink(work.folder, split, buckets.dtype, cfg.shard_tokens) for split in ("train", "val"))
     with tqdm(total=total, desc="shuffle", unit=" tokens", unit_scale=True, disable=None) as bar:
@@ -648,7 +648,7 @@ def how_split(state):
         return f"the last {share:.1%} of the text"
     documents = state.split["documents"]
     if state.split["how"] == "ends":
-        return f"the last {share:.1%} of each document, since so few ({documents['train']:,}) cannot be divided well"
+        return f"the last {share:.1%} of each of the {documents['train']:,} documents, which cannot be divided well as wholes"
     return f"{documents['val']:,} of {documents['train'] + documents['val']:,} documents, drawn at random"
 
 

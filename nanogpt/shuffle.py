@@ -14,6 +14,7 @@ import numpy as np
 from nanogpt.pool import FRAGMENT
 
 MAX_BITS = 6  # 64 buckets, of two open files each
+FEW = 10  # documents are too few to train on where more are validated on
 GATHER = 2**20  # ids that are put in order at a time
 
 
@@ -167,27 +168,29 @@ class Sink:
 def choose(buckets, target, drop_duplicates):
     """Which documents are validated on: of those in random order, each that fits, until there are `target` ids.
 
-    Returns (a function from a bucket's number to a mask of its groups, or None where documents are too large for
-    that; ids in all; documents in all; duplicates dropped). `target` is a function of the ids in all.
+    Returns ({a bucket's number: mask of its groups}, or None where they come nowhere near that, or only FEW others, all
+    the larger, would be left to train on; ids in all; documents in all; duplicates dropped). `target` is a function of
+    the ids in all.
     """
     total = documents = dropped = 0
     for bucket in buckets:
         dropped += bucket.drop_duplicates() if drop_duplicates else 0
         sizes, counts = bucket.sizes()
         total, documents = total + int(sizes.sum()), documents + int(counts.sum())
-    wanted, val, masks = target(total), 0, {}
+    wanted, val, taken, masks = target(total), 0, 0, {}
     for number, bucket in enumerate(buckets):
         if val >= wanted:
             break
         if drop_duplicates:
             bucket.drop_duplicates()
-        sizes, _ = bucket.sizes()
+        sizes, counts = bucket.sizes()
         masks[number] = np.zeros(len(sizes), dtype=bool)
-        for i, size in enumerate(sizes.tolist()):
+        for i, (size, count) in enumerate(zip(sizes.tolist(), counts.tolist(), strict=True)):
             if val < wanted and val + size <= 1.25 * wanted:
                 masks[number][i] = True
-                val += size
-    return (masks if val >= 0.75 * wanted and documents > 1 else None), total, documents, dropped
+                val, taken = val + size, taken + count
+    fair = val >= 0.75 * wanted and documents > 1 and documents - taken >= min(taken, FEW)
+    return (masks if fair else None), total, documents, dropped
 
 
 def write_documents(buckets, masks, drop_duplicates, train, val, limit, progress):

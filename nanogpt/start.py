@@ -130,6 +130,20 @@ def make_model(cfg, found, dataset, dist):
     return model.to(dist.device)
 
 
+def choose_context(cfg, found, dist):
+    """Where the settings name no context, take the model's own, if that is shorter than the default."""
+    if found is None or found in GPT2_NAMES or "block_size" in cfg.sources:
+        return
+    of = (
+        found.model_config["block_size"]
+        if isinstance(found, checkpoint.Checkpoint)
+        else export.read_config(Path(found), 0.0).block_size
+    )
+    if of < cfg.block_size:
+        dist.say(f"context: {of} tokens, as the model has (--block_size)")
+        cfg.block_size = of
+
+
 def keep_shape(cfg, found):
     """Refuse to resume with another shape or optimizer than the checkpoint's."""
     had = {name: found.model_config[name] for name in SHAPE} | {"optimizer": found.settings.get("optimizer", "adamw")}
@@ -182,6 +196,8 @@ def start(cfg, dist):
 
 def make_run(cfg, found, resuming, dist):
     """The Run that begins with what `find_start` found."""
+    if not resuming:
+        choose_context(cfg, found, dist)
     splits = ("train", "val")
     datasets = {s: data.Dataset(cfg.dataset, s, cfg.block_size, documents=cfg.documents) for s in splits}
     model = make_model(cfg, found, datasets["train"], dist)
@@ -192,6 +208,9 @@ def make_run(cfg, found, resuming, dist):
     if resuming:
         restore(run, found)
         dist.say(f"resuming {found.folder} at step {run.state.step}")
+        for split, dataset in datasets.items():
+            if found.data.get(split, dataset.fingerprint) != dataset.fingerprint:
+                dist.say(f"{dataset.path}: is not what it was; the run goes on with what is there now")
         if cfg.batch_size != found.settings.get("batch_size"):
             run.state.micro_batch = None
         if run.state.micro_batch:

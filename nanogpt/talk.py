@@ -99,7 +99,7 @@ def change(cfg, command):
     matching = [name for name in CHANGEABLE if name == typed or (typed and name.startswith(typed))]
     name = typed if typed in matching else matching[0] if len(matching) == 1 else None
     if name is None:
-        near = config.nearest(typed, [*CHANGEABLE, "again", "help"])
+        near = config.nearest(f"/{typed}", [f"/{name}" for name in (*CHANGEABLE, "again", "help")])
         raise UserError(f"/{typed}: there is no such command{near or '; /help lists them'}")
     if value or name == "stop":
         config.change(cfg, name, value)

@@ -205,7 +205,10 @@ def save(run, writer, cfg):
     state = replace(state, losses=state.losses if evaluated else None, improved=state.improved and evaluated)
     info = dict(step=state.step, state=asdict(state), model_config=asdict(run.model.config))
     info |= dict(
-        tokenizer=run.datasets["train"].tokenizer_json, settings=config.settings(cfg), scaler=run.scaler.state_dict()
+        tokenizer=run.datasets["train"].tokenizer_json,
+        data={split: dataset.fingerprint for split, dataset in run.datasets.items()},
+        settings=config.settings(cfg),
+        scaler=run.scaler.state_dict(),
     )
     writer.save(dict(run.model.named_parameters()), run.tensors(), info)
 

@@ -417,9 +417,11 @@ def test_all_problems_come_at_once_in_order(config_file):
         ("--dropout=1.0", "must be below 1"),
         ("--beta1=1", "must be below 1"),
         ("--beta2=1", "must be below 1"),
-        ("--dataset=data/tiny", "must be the name of a folder in data/, not a path"),
-        ("--dataset=..", "must be the name of a folder in data/, not a path"),
-        ("--dataset=", "must be the name of a folder in data/, not a path"),
+        ("--dataset=.hidden", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
+        ("--dataset=-x", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
+        ("--dataset=data/tiny", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
+        ("--dataset=..", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
+        ("--dataset=", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
     ],
 )
 def test_settings_that_do_not_fit_each_other(flag, why):

@@ -218,6 +218,7 @@ def test_gpt2_weights_on_a_text(trained_run, evaluate, tmp_path):
     "args, expected",
     [
         (["--text=nowhere.txt"], "--text=nowhere.txt: there is no such file"),
+        (["good.txt"], "^good.txt: a config file's name ends in .py; --text=good.txt evaluates on a text$"),
         (["--text=god.txt"], "there is no such file; did you mean good.txt?"),
         (["--text=*.rst"], "there is no such file"),
         (["--text=data"], r"--text=data: is a folder; --text='data/\*.txt' would be"),

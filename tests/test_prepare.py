@@ -248,7 +248,17 @@ def test_of_few_large_documents_the_ends_are_validated_on(run):
     assert len(train) == len(val) == 3
     for a, b in zip(train, val, strict=True):
         assert a + b in [f"Book {i} " + TEXT for i in range(3)] and 0.08 < len(b) / len(a + b) < 0.12
-    assert "the last 10.0% of each document" in printed
+    assert "the last 10.0% of each of the 3 documents" in printed
+
+
+def test_one_document_that_is_larger_than_all_others_is_not_all_there_is_to_train_on(run):
+    small = [f"Note {i}. " + "word " * 20 for i in range(20)]
+    jsonl("d.jsonl", [TEXT * 10, *small])
+    printed = run("d.jsonl", f"--val_fraction={len(''.join(small)) / len(''.join([TEXT * 10, *small]))}")
+    assert (
+        len(documents("train")) == 21
+        and "of each of the 21 documents, which cannot be divided well as wholes" in printed
+    )
 
 
 @settings(max_examples=15)
@@ -583,7 +593,7 @@ def test_a_text_of_just_one_window_is_enough(run):
 @pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "..", "."])
 def test_a_name_that_would_leave_data(name):
     write("a.txt", TEXT)
-    expected = f"--dataset={name}: must be the name of a folder in data/, not a path"
+    expected = f"--dataset={name}: must be the name of a folder in data/, not a path, and begin with neither . nor -"
     assert problem("a.txt", dataset=name) == expected
     assert sorted(p.name for p in Path().iterdir()) == ["a.txt"]
 

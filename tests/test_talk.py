@@ -182,7 +182,7 @@ def test_mistakes_are_said_and_it_goes_on(trained):
     assert lines[4].startswith("error: /t: there is no such command")
     assert lines[5].startswith("error: not in the tokenizer's vocabulary: '/'")
     assert lines[6].startswith("error: not in the tokenizer's vocabulary: 'Ö'")
-    assert lines[7] == "error: /helb: there is no such command; did you mean help?"
+    assert lines[7] == "error: /helb: there is no such command; did you mean /help?"
     assert lines[8].startswith("error: not in the tokenizer's vocabulary: '\ufffd'")
     assert any(line.startswith("  /temperature 0.8 ") for line in lines[9:])
     assert (len(text), code) == (31, 0)

@@ -4,12 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, losses, metrics, torchrun
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint, data, evaluate, train
+from nanogpt import checkpoint, cli, data, evaluate, train
 from nanogpt.config import UserError
 from nanogpt.data import write_dataset
 from nanogpt.tokenizer import CharTokenizer
@@ -162,6 +163,32 @@ def test_finetuning_a_hugging_face_folder_with_a_shorter_context(run, tmp_path):
     assert "cropped from 32 to 16" in out
     assert checkpoint.newest("out").model_config["activation"] == "gelu_new"
     assert "resuming" in run("--init_from=resume", "--max_iters=3", "--n_layer=1", "--bias=True")
+
+
+@pytest.mark.parametrize("kind", ["run", "hugging face"])
+def test_finetuning_takes_the_context_of_the_model_where_none_is_named(run, monkeypatch, kind):
+    run("--max_iters=2", "--out_dir=first")
+    if kind == "hugging face":
+        pytest.importorskip("transformers")
+        assert cli.main(["export", "--out_dir=first", "--to=hf"]) == 0
+    monkeypatch.setattr("conftest.SMALL", [a for a in SMALL if not a.startswith("--block_size")])
+    out = run(f"--init_from={'first' if kind == 'run' else 'hf'}", "--max_iters=1")
+    assert "context: 16 tokens, as the model has (--block_size)" in out
+    assert checkpoint.newest("out").settings["block_size"] == 16
+    assert "context:" not in run("--init_from=resume", "--max_iters=2")
+
+
+def test_a_resumed_run_says_that_its_data_has_changed(run, tiny):
+    run("--max_iters=2")
+    path = tiny / "train.bin"
+    ids = np.fromfile(path, np.uint16)
+    assert "is not what it was" not in run("--init_from=resume", "--max_iters=3")
+    ids[-1] = (ids[-1] + 1) % ids.max()
+    ids.tofile(path)
+    said = run("--init_from=resume", "--max_iters=4")
+    assert "data/tiny/train.bin: is not what it was; the run goes on with what is there now" in said
+    assert "val.bin" not in said
+    assert "is not what it was" not in run("--init_from=resume", "--max_iters=5")
 
 
 def refused(capsys, *args):
