@@ -230,12 +230,13 @@ class EvalConfig:
     init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
     out_dir: str = setting("out", "folder that a training run wrote")
     text: str = setting(
-        "", "a text file, several by a pattern such as 'essays/*.txt', or - for standard input", group="Text"
+        "", "what nanogpt prepare reads: a file, a folder, 'a glob*', hf:NAME, or - for standard input", group="Text"
     )
+    field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME")
     dataset: str = setting("", "instead of a text a folder in data/; with neither, the one it was trained on")
     split: str = setting("val", "of the dataset", choices=("train", "val"))
     per_document: bool = setting(
-        False, "a line for each file, or each document of the dataset, and no context from others"
+        False, "a line for each document (a file, a line of .jsonl, ...), and no context from others"
     )
     block_size: int | str = setting(
         "auto", "context in tokens; auto is the model's own", int, low=1, auto=True, group="Windows"

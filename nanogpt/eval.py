@@ -1,12 +1,11 @@
 """How well a trained model predicts a text: loss, perplexity and bits per byte, of all of it and of each document."""
 
-import glob
+import collections
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from nanogpt import config, data, distributed, evaluate, trained
+from nanogpt import config, data, distributed, evaluate, sources, trained
 from nanogpt.config import EvalConfig, UserError
 
 
@@ -15,7 +14,7 @@ def main(argv):
     cfg = config.load(EvalConfig, argv, "nanogpt eval")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the results alone go to standard output
         with dist.together():
-            texts = read_texts(cfg.text, dist) if cfg.text else None
+            texts = read_texts(cfg, dist) if cfg.text else None
             found = trained.load(cfg, dist)
             choose_context(cfg, found.model.config.block_size)
             dataset, documents, names = from_texts(cfg, texts, found, dist) if texts else from_split(cfg, found)
@@ -24,41 +23,46 @@ def main(argv):
             print("\n".join(lines(result, names)))
 
 
-def read_texts(pattern, dist):
-    """{name: text} of the files that `--text` means. UserError where there are none, or some are no text."""
-    if pattern == "-" and dist.world_size > 1:
+def read_texts(cfg, dist):
+    """{name: text} of the documents that `--text` means. UserError where there are none, or some are no text."""
+    if cfg.text == "-" and dist.world_size > 1:
         raise UserError("--text=-: several processes cannot share standard input; a file they can all read")
-    texts, problems = {}, []
-    for name in ["standard input"] if pattern == "-" else find_files(pattern):
-        try:
-            raw = sys.stdin.buffer.read() if pattern == "-" else Path(name).read_bytes()
-            texts[name] = raw.decode("utf-8")
-        except UnicodeDecodeError as e:
-            problems.append(f"{flag(pattern, name)}: is not UTF-8 text (byte {e.start} is 0x{raw[e.start]:02x})")
-        except OSError as e:
-            problems.append(f"{flag(pattern, name)}: cannot be read ({e.strerror})")
-    if not problems and not any(texts.values()):
-        problems.append(f"--text={pattern}: there is no text in it")
-    if problems:
-        raise UserError(*problems)
+    try:
+        found, documents = read_standard_input() if cfg.text == "-" else find_documents(cfg, dist)
+    except UserError as e:
+        raise UserError(*(flag(cfg.text, line) for line in e.problems)) from None
+    if not documents:
+        raise UserError(f"--text={cfg.text}: there is no text in it")
+    texts, count = {}, collections.Counter()
+    for number, text in documents:
+        count[number] += 1
+        source = found[number]
+        texts[source.name + (f", document {count[number]}" if source.kind != "text" else "")] = text
     return texts
 
 
-def flag(pattern, name):
-    """How a message names one of the files that `--text` means."""
-    return f"--text={pattern}" if name == pattern else f"--text={pattern}: {name}"
+def flag(pattern, line):
+    """A line about one of the files that `--text` means, as an error about that setting."""
+    if line.startswith("--"):
+        return line
+    return f"--text={line}" if line.startswith(pattern) else f"--text={pattern}: {line}"
 
 
-def find_files(pattern):
-    """The files that a path, or a pattern with *, names. UserError where there are none."""
-    if Path(pattern).is_dir():
-        raise UserError(f"--text={pattern}: is a folder; --text='{pattern.rstrip('/')}/*.txt' would be the texts in it")
-    found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
-    files = [path for path in found if not Path(path).is_dir()]
-    if not files:
-        near = config.nearest(Path(pattern).name, [path.name for path in Path(pattern).parent.glob("*")])
-        raise UserError(f"--text={pattern}: there is no such file{near}")
-    return files
+def read_standard_input():
+    """(its Source alone, [(0, its text)])."""
+    found, raw = [sources.Source(sources.STANDARD_INPUT, "-", "text")], sys.stdin.buffer.read()
+    documents, problems = sources.read_block("text", [[0, 0, 0, len(raw), True]], raw, "", False)
+    if problems:
+        raise UserError(*sources.explain(problems, found, False, remedy=""))
+    return found, [(0, text) for text, _, _ in documents]
+
+
+def find_documents(cfg, dist):
+    """(Sources, [(a Source's number, the text of a document), ...])."""
+    found, notes = sources.find([cfg.text], None, None)
+    for note in notes:
+        dist.say(note)
+    return found, sources.read_whole(found, cfg.field)
 
 
 def choose_context(cfg, longest):
@@ -87,7 +91,7 @@ def from_texts(cfg, texts, found, dist):
         try:
             encoded = tok.encode(text)
         except ValueError as e:
-            raise UserError(f"{flag(cfg.text, name)}: {e}") from None
+            raise UserError(flag(cfg.text, f"{name}: {e}")) from None
         ids.append(np.array(encoded if separator is None else [separator, *encoded], dtype=np.uint32))
         if unknown := getattr(tok, "about_unknown", lambda text: None)(text):
             dist.say(

@@ -10,6 +10,7 @@ import glob
 import gzip
 import json
 import lzma
+import math
 import os
 import re
 import stat
@@ -85,7 +86,7 @@ class Block:
 def find(arguments, target, standard_input):
     """(sources, notes) for the arguments of the command line; UserError with all that is wrong with them.
 
-    `target`: the folder that is written to, where nothing is read. `standard_input`: the file that it is copied to.
+    `target`: the folder that is written to, where nothing is read, or None. `standard_input`: the file that it is copied to.
     """
     sources, notes, problems, seen = [], [], [], set()
     for argument in arguments:
@@ -160,7 +161,7 @@ def refuse(error):
 
 
 def is_inside(path, folder):
-    return Path(folder).resolve() in path.resolve().parents
+    return folder is not None and Path(folder).resolve() in path.resolve().parents
 
 
 def describe(path):
@@ -543,11 +544,31 @@ def read_lines(raw, source, line, field, replace, documents, problems):
             documents.append((text, text.encode("utf-8"), True))
 
 
+def read_whole(sources, field):
+    """[(a source's number, text), ...] of all documents in order. UserError with everything in them that is no text."""
+    found, problems = [], Problems()
+    for block in blocks(sources, [0, 0, 0], lambda data: 0, field, math.inf, tempfile.gettempdir()):
+        begin = 0
+        for part in block.parts:
+            raw = block.data[begin : begin + part[3]]
+            begin += part[3]
+            documents, wrong = read_block(block.kind, [part], raw, field, False)
+            for (source, kind), (where, what, count) in wrong.items():
+                problems.note(source, kind, where, what, count)
+            for text, _, first in documents:
+                if first or not found:
+                    found.append((part[0], []))
+                found[-1][1].append(text)
+    if problems:
+        raise UserError(*explain(problems, sources, False, remedy=""))
+    return [(number, "".join(texts)) for number, texts in found]
+
+
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def explain(problems, sources, replace):
-    """A line for each source with problems that end the preparation: what is wrong, where, and how often."""
+def explain(problems, sources, replace, remedy="; --errors=replace makes each U+FFFD"):
+    """A line for each source with problems that end the reading: what is wrong, where, and how often."""
     lines = []
     for number in sorted({source for source, _ in problems}):
         name, place = sources[number].name, "line" if sources[number].kind == "jsonl" else "byte"
@@ -559,7 +580,5 @@ def explain(problems, sources, replace):
             lines.append(f"{name}:{found[0]}: {found[1]}{more}")
         elif (found := problems.get((number, "utf8"))) and not replace:
             many = f"{found[2]:,} places, the first" if found[2] > 1 else "1 place,"
-            lines.append(
-                f"{name}: is not UTF-8 in {many} at {place} {found[0]} ({found[1]}); --errors=replace makes each U+FFFD"
-            )
+            lines.append(f"{name}: is not UTF-8 in {many} at {place} {found[0]} ({found[1]}){remedy}")
     return lines

@@ -92,6 +92,7 @@ EVAL_DEFAULTS = dict(
     init_from="resume",
     out_dir="out",
     text="",
+    field="text",
     dataset="",
     split="val",
     per_document=False,

@@ -1,11 +1,11 @@
 """`nanogpt eval` as a person uses it: on texts, on datasets, document by document, and on what is neither."""
 
+import gzip
 import json
 import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Door, metrics, tiny_text
+from conftest import ROOT, SMALL, Door, free_port, metrics, tiny_text
 
-from nanogpt import checkpoint, cli, train, trained
+from nanogpt import checkpoint, cli, sources, train, trained
 from nanogpt import eval as program
-from nanogpt.config import UserError
+from nanogpt.config import EvalConfig, UserError
 from nanogpt.data import write_dataset
 from nanogpt.tokenizer import CharTokenizer
 
@@ -137,6 +137,29 @@ def test_a_line_for_each_file_and_none_sees_another(evaluate):
     assert found["all 3 documents"][:2] == (pytest.approx(mean, abs=1e-5), sum(tokens))
 
 
+def test_whatever_can_be_prepared_can_be_evaluated_on(evaluate):
+    first, second = tiny_text(2, seed=3), tiny_text(5, seed=4)
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_bytes(b"\xef\xbb\xbf" + first.encode())
+    with gzip.open("texts/b.txt.gz", "wt") as f:
+        f.write(second)
+    with gzip.open("both.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps({"body": text}) + "\n" for text in (first, second))
+    folder = evaluate("--text=texts", "--per_document=True")
+    assert list(folder) == ["texts/a.txt", "texts/b.txt.gz", "all 2 documents"]
+    assert folder["texts/a.txt"][1] == len(first) - 1
+    lines = evaluate("--text=both.jsonl.gz", "--field=body", "--per_document=True")
+    assert list(lines) == ["both.jsonl.gz, document 1", "both.jsonl.gz, document 2", "all 2 documents"]
+    assert list(lines.values()) == list(folder.values())
+
+
+def test_a_text_larger_than_a_block_is_one_document(evaluate, monkeypatch):
+    Path("a.txt").write_text(tiny_text(20, seed=9))
+    whole = evaluate("--text=a.txt")
+    monkeypatch.setattr(sources, "BLOCK", 100)
+    assert evaluate("--text=a.txt") == whole and len(whole) == 1
+
+
 def test_a_file_with_nothing_to_predict_says_so(evaluate, capsys):
     Path("a.txt").write_text("The cat.")
     Path("b.txt").write_text("T")
@@ -169,7 +192,7 @@ def test_a_model_trained_on_documents_is_evaluated_on_documents(evaluate, capsys
 
 def test_two_processes_find_what_one_does(evaluate, tmp_path):
     expected = evaluate("--per_document=True")
-    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     doors = [
         Door(
             tmp_path,
@@ -183,12 +206,6 @@ def test_two_processes_find_what_one_does(evaluate, tmp_path):
     found = {m[1]: float(m[2]) for m in map(LINE.fullmatch, doors[0].printed.splitlines()) if m}
     assert found == pytest.approx({name: values[0] for name, values in expected.items()}, abs=1e-5)
     assert not any(map(LINE.fullmatch, doors[1].printed.splitlines()))  # one alone speaks
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def test_standard_input_and_the_results_alone_on_standard_output(trained_run):
@@ -217,13 +234,15 @@ def test_gpt2_weights_on_a_text(trained_run, evaluate, tmp_path):
 @pytest.mark.parametrize(
     "args, expected",
     [
-        (["--text=nowhere.txt"], "--text=nowhere.txt: there is no such file"),
+        (["--text=zip"], "^--text=zip: there is no such file or folder$"),
         (["good.txt"], "^good.txt: a config file's name ends in .py; --text=good.txt evaluates on a text$"),
-        (["--text=god.txt"], "there is no such file; did you mean good.txt?"),
-        (["--text=*.rst"], "there is no such file"),
-        (["--text=data"], r"--text=data: is a folder; --text='data/\*.txt' would be"),
-        (["--text=empty.txt"], "--text=empty.txt: there is no text in it"),
-        (["--text=bad.txt"], "^--text=bad.txt: is not UTF-8 text \\(byte 3 is 0xff\\)"),
+        (["--text=god.txt"], "there is no such file or folder; did you mean good.txt?"),
+        (["--text=*.rst"], r"^--text=\*.rst: matches no file$"),
+        (["--text=empty.txt"], "^--text=empty.txt: is empty$"),
+        (["--text=mark.txt"], "^--text=mark.txt: there is no text in it$"),
+        (["--text=bad.txt"], r"^--text=bad.txt: is not UTF-8 in 1 place, at byte 3 \(0xff\)$"),
+        (["--text=ba*.txt"], r"^--text=ba\*.txt: bad.txt: is not UTF-8 in 1 place, at byte 3 \(0xff\)$"),
+        (["--text=bad.jsonl"], "^--text=bad.jsonl:2: has no field 'text', but txt; did you mean txt\\?$"),
         (["--text=one.txt"], "has but one token"),
         (["--text=other.txt"], r"^--text=other.txt: not in the tokenizer's vocabulary: 'M' \(U\+004D\), 'ß'"),
         (["--text=good.txt", "--dataset=tiny"], "either a text or a dataset"),
@@ -239,8 +258,10 @@ def test_gpt2_weights_on_a_text(trained_run, evaluate, tmp_path):
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(trained_run, args, expected):
-    for name, content in dict(good=b"The cat", empty=b"", bad=b"The\xff", one=b"T", other="Maß é".encode()).items():
+    texts = dict(good=b"The cat", empty=b"", bad=b"The\xff", one=b"T", other="Maß é".encode(), mark=b"\xef\xbb\xbf")
+    for name, content in texts.items():
         Path(f"{name}.txt").write_bytes(content)
+    Path("bad.jsonl").write_text('{"text": "The"}\n{"txt": "The"}\n')
     write_dataset(Path("data/other"), CharTokenizer("ab"), [0, 1] * 20, [0, 1] * 20)
     with pytest.raises(UserError, match=expected) as caught:
         program.main(["--device=cpu", *args])
@@ -266,7 +287,7 @@ def test_all_files_that_are_no_text_are_named(trained_run):
 def test_several_processes_cannot_share_standard_input(trained_run, dist):
     dist.world_size = 2
     with pytest.raises(UserError, match="several processes cannot share standard input"):
-        program.read_texts("-", dist)
+        program.read_texts(EvalConfig(text="-"), dist)
 
 
 def test_no_bits_per_byte_where_a_token_stands_for_any_character(trained_run, evaluate, tmp_path, capsys):
