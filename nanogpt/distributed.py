@@ -9,8 +9,10 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TextIO
@@ -276,7 +278,7 @@ def out_of_memory(error):
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-COMPILE_PAYS = {"cuda": 60, "cpu": 1800}  # from so many seconds of work on; docs/speed.md has the figures
+COMPILE_PAYS = {"cuda": 60, "cpu": 600}  # from so many seconds of work on; docs/speed.md has the figures
 
 
 def choose_compile(cfg, device, say, seconds):
@@ -304,17 +306,22 @@ def compiled(model, cfg, dist, eval_shape, train_shape=None, seconds=0.0):
     errors = CompileErrors()
     dist.say("compile: takes a while before the first step")
     began = time.perf_counter()
+    finding = threading.Thread(target=find_vector_units, daemon=True)
+    if dist.device.type == "cpu":
+        finding.start()
     fast = torch.compile(model)
     try:
+        if finding.ident:
+            finding.join()
         if train_shape:
             idx = torch.zeros(train_shape, dtype=torch.int64, device=dist.device)
             with dist.autocast():
-                loss = fast(idx, idx)[1]
+                loss = fast(idx, idx.clone())[1]  # with one tensor twice it would compile for that, and then again
             loss.backward()
         model.eval()
         idx = torch.zeros(eval_shape, dtype=torch.int64, device=dist.device)
         with torch.no_grad(), dist.autocast():
-            fast(idx, idx if train_shape else None)
+            fast(idx, idx.clone() if train_shape else None)
     except Exception as e:  # of any kind: a compiler, its driver, or PyTorch's own
         if out_of_memory(e):
             raise
@@ -328,6 +335,19 @@ def compiled(model, cfg, dist, eval_shape, train_shape=None, seconds=0.0):
     dist.say(f"compile: took {time.perf_counter() - began:.0f} s")
     errors.say = dist.say
     return fast
+
+
+def find_vector_units():
+    """Have the compiler find out what the CPU and its C++ compiler can do, which it remembers.
+
+    Left to itself it loads small libraries in ten processes, one after the other, for 1.5 s before the first step.
+    """
+    with suppress(Exception):  # the compiler will ask again, and what is wrong then is told
+        from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
+
+        flags = x86_isa_checker()
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(bool, (isa for isa in supported_vec_isa_list if set(str(isa).split()) <= set(flags))))
 
 
 class CompileErrors(logging.Filter):

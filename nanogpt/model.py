@@ -57,9 +57,19 @@ GPT2_SHAPES = {
 def attend(q, k, v, dropout):
     """Each token's mean of the values v, its own and those before it, weighted by q . k. All are (B, T, H, D)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    if q.device.type == "cpu" and torch.get_float32_matmul_precision() == "medium":
+    if q.device.type == "cpu" and products_in_bfloat16():
         return Float32Attention.apply(q, k, v, dropout).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
+
+
+def products_in_bfloat16():
+    """Whether this process has CPUs multiply float32 tensors in bfloat16, as `distributed.setup` decides once."""
+    return torch.get_float32_matmul_precision() == "medium"
+
+
+products_in_bfloat16._dynamo_marked_constant = (
+    True  # as torch.compiler.assume_constant_result says, without its imports
+)
 
 
 class Float32Attention(torch.autograd.Function):

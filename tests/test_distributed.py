@@ -1,6 +1,7 @@
 """What the machine decides: number formats, compilation. Several processes are tested where they train."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -94,10 +95,42 @@ def test_attention_stays_exact_beside_products_in_bfloat16(grad):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_the_model_is_compiled_whole_and_once_for_each_mode(monkeypatch, architecture):
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(distributed, "CompileErrors", lambda: SimpleNamespace(reasons=[], note=pytest.fail))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter, fullgraph=True))
+    monkeypatch.setattr(distributed, "find_vector_units", lambda: None)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, architecture=architecture))
+    cfg, dist = SimpleNamespace(compile=True), Dist(CPU, torch.float32)
+    fast = distributed.compiled(model, cfg, dist, (4, 8), (3, 8))
+    assert counter.frame_count == 2  # with gradients, and without
+    idx, targets = torch.randint(11, (3, 8)), torch.randint(11, (3, 8))
+    loss = fast(idx, targets)[1]
+    loss.backward()
+    with torch.no_grad():
+        model.eval()
+        fast(*torch.randint(11, (2, 4, 8)))
+    assert counter.frame_count == 2
+    assert loss.item() == pytest.approx(model(idx, targets)[1].item(), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_what_the_cpu_can_do_is_found_out_once(monkeypatch):
+    from torch._inductor import cpu_vec_isa
+
+    distributed.find_vector_units()
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: pytest.fail("it is asked again"))
+    assert cpu_vec_isa.pick_vec_isa()
+
+
 @pytest.mark.parametrize(
     "device, seconds, on, line",
     [
-        ("cpu", 5, False, "on cpu it pays in runs of more than 1800 seconds, and this one takes a minute or less"),
+        ("cpu", 5, False, "on cpu it pays in runs of more than 600 seconds, and this one takes a minute or less"),
         ("cpu", 3000, True, "this one takes about 50 minutes"),
         ("cuda", 30, False, "on cuda it pays in runs of more than 60 seconds"),
         ("cuda", 90, True, "this one takes about 2 minutes"),
