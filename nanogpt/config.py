@@ -397,17 +397,22 @@ def load(cls, argv, prog, inherit=None):
                 assign(source, f"{source}: {name} = {value!r}", name, value)
         cfg = cls(**values)
     cfg.sources, cfg.auto_batch, cfg.arguments = sources | asked, bool(asked), arguments
-    for names, why in cfg.problems():
-        if not failed & set(names):
-            name, where = names[0], cfg.sources.get(names[0], "default")
-            shown = where if where.startswith("-") else f"{where}: {name} = {getattr(cfg, name)!r}"
-            problems.append(f"{shown}: {why}")
+    problems += misfits(cfg, failed)
     if problems:
         raise UserError(*problems)
     if "-h" in argv or "--help" in argv:
         print(help_text(cfg, prog))
         raise SystemExit(0)
     return cfg
+
+
+def misfits(cfg, failed):
+    """Yield what no setting shows alone, blamed on the first one it takes; nothing about those that `failed` before."""
+    for names, why in cfg.problems():
+        if not failed & set(names):
+            name, where = names[0], cfg.sources.get(names[0], "default")
+            shown = where if where.startswith("-") else f"{where}: {name} = {getattr(cfg, name)!r}"
+            yield f"{shown}: {why}"
 
 
 class _Text(str):

@@ -253,6 +253,7 @@ def receive(pipe):
 
 
 def died(process):
+    """The RunFailed about a worker process that is no more."""
     code = process.wait()
     why = f"signal {-code}" if code < 0 else f"exit code {code}"
     return RunFailed(

@@ -32,6 +32,7 @@ class Int8Linear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x):
+        """x (..., K) times the weights: each row as two numbers of 8 bits, a coarse one and a fine one for what it leaves."""
         shape, x = x.shape, x.flatten(0, -2)  # (M, K)
         scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30).div_(127)
         x = x / scale

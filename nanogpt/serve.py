@@ -351,6 +351,7 @@ def make_app(server):
     app.router.routes.append(Route("/v1/completions", Completions(server), methods=["POST"]))
 
     async def refuse(request, error):
+        """Any error as OpenAI's clients expect it."""
         if isinstance(error, HTTPException) and error.status_code == 404:
             there = "this server has POST /v1/completions, GET /v1/models, /health and /metrics"
             error = ApiError(404, f"{request.method} {request.url.path}: {error.detail}; {there}")
@@ -396,6 +397,7 @@ class Completions:
             raise ApiError(408, f"the request took longer than {BODY_TIME} s to arrive") from None
 
     async def read(self, scope, receive):
+        """The bytes of a request's body. Raises ApiError where it is not JSON or too large, Gone where its sender left."""
         limit, headers = self.server.cfg.max_body, dict(scope["headers"])
         if not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
             raise ApiError(415, "expected the header Content-Type: application/json")  # a page elsewhere cannot send it
@@ -484,6 +486,7 @@ class Reply:
             yield added
 
     async def take(self):
+        """The next parts of text, as `Outbox.take`; what ends the waiting is an ApiError."""
         try:
             return await self.outbox.take(self.deadline)
         except TimeoutError:

@@ -146,6 +146,7 @@ class Sink:
         self.names, self.file, self.room, self.tokens, self.documents = [], None, 0, 0, 0
 
     def write(self, ids):
+        """Append ids, over as many files as they take."""
         self.tokens += len(ids)
         while len(ids):
             if not self.room:
