@@ -329,7 +329,8 @@ def draw_losses(out_dir):
         axes.axhline(best["val_loss"], color="#d9662b", linewidth=0.7, linestyle=":")
         axes.set_title(f"best validation loss {best['val_loss']:.4f} at iteration {best['step']:,}", fontsize=11)
         seen = [r["loss"] for r in steps] + [r[name] for r in evals[1:] for name in ("train_loss", "val_loss")]
-        if seen and all(map(math.isfinite, seen)):  # the fall from the untrained model may leave the picture
+        seen = [loss for loss in seen if loss is not None and math.isfinite(loss)]
+        if seen:  # the fall from the untrained model may leave the picture
             axes.set_ylim(top=1.05 * max(seen))
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(color="#e6e6e6", linewidth=0.6)

@@ -127,13 +127,16 @@ def find_files(argument, target, notes):
         raise UserError(f"{argument}: there is no such file or folder{nearest_path(path)}")
     for path in paths:
         if path.is_dir():
-            yield from find_in_folder(path, target, notes)
+            yield from find_in_folder(path, target, notes, required=len(paths) == 1)
         elif not (len(paths) > 1 and is_inside(path, target)):
             yield describe(path)
 
 
-def find_in_folder(folder, target, notes):
-    """Yield the Sources in a folder and those below it, in the order of their names, but hidden ones."""
+def find_in_folder(folder, target, notes, required):
+    """Yield the Sources in a folder and those below it, in the order of their names, but hidden ones.
+
+    Where there are none, that is an error if it is `required` that there be some, and a note otherwise.
+    """
     found, left_out = 0, []
     for here, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -151,8 +154,10 @@ def find_in_folder(folder, target, notes):
         notes.append(
             f"{folder}: left out {len(left_out):,} {'file that is' if len(left_out) == 1 else 'files that are'} not text ({kinds})"
         )
-    if not found:
+    if not found and required:
         raise UserError(f"{folder}: holds no text")
+    if not found and not left_out:
+        notes.append(f"{folder}: holds no text")
 
 
 def refuse(error):

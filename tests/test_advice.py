@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,6 +49,14 @@ def test_the_larger_the_text_and_the_faster_the_machine_the_larger_the_model():
     assert sizes[0] == [64, 64, 64, 64]
     assert all(row == sorted(row) for row in sizes) and sizes[2][0] < sizes[2][3] == LARGEST["n_embd"]
     assert all(a <= b for row, faster in zip(sizes, sizes[1:], strict=False) for a, b in zip(row, faster, strict=True))
+
+
+def test_a_model_fits_the_gpu(monkeypatch):
+    runs, gpu = [run(10**10, shape=shape) for shape in advice.SHAPES], Dist(torch.device("cuda"), torch.bfloat16)
+    for room, chosen in ((1e12, -1), (runs[-1].memory(), -2), (runs[2].memory(), 1), (1e6, 0)):
+        about = SimpleNamespace(total_memory=room)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, about=about: about)
+        assert choose(runs, 1e16, gpu) is runs[chosen]
 
 
 def test_a_run_ends_within_the_hour():

@@ -107,6 +107,33 @@ def test_a_stop_string_frees_the_row(batcher):
     assert batcher.engine.free == 4
 
 
+def test_what_might_have_become_a_stop_string_is_shown_when_the_text_ends(batcher):
+    async def ask(stops=(), end=frozenset()):
+        box, parts = Outbox(), []
+        batcher.submit([Job([0, 1], Options(20, seed=1, stop=end), list(stops), range(1), box)])
+        while not parts or not parts[-1].finish:
+            parts += await box.take(time.monotonic() + 60)
+        return "".join(part.text for part in parts), parts[-1].finish, [part.start for part in parts if part.token]
+
+    text, _, starts = asyncio.run(ask())
+    assert starts == list(range(20))
+    assert asyncio.run(ask([text[-1] + "?"])) == (text, "length", starts)
+    last = next(i for i in range(2, 20) if text[i] not in text[:i])  # a token that ends the text
+    expected = text[:last], "stop", starts[:last]
+    assert asyncio.run(ask([text[last - 1] + "?"], frozenset(["abcd".index(text[last])]))) == expected
+
+
+def test_a_job_that_cannot_begin_is_told(batcher, capsys):
+    async def ask():
+        box = Outbox()
+        batcher.submit([Job([0, 99], Options(5), [], range(1), box)])
+        await box.take(time.monotonic() + 60)
+
+    with pytest.raises(Failed):
+        asyncio.run(ask())
+    assert "outside the vocabulary" in capsys.readouterr().err
+
+
 def test_a_failure_is_told_to_those_concerned_and_the_next_one_is_served(batcher, capsys):
     async def ask(delay=0.0, fail=False):
         box = Outbox()

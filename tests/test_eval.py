@@ -231,6 +231,15 @@ def test_gpt2_weights_on_a_text(trained_run, evaluate, tmp_path):
         program.main(["--device=cpu", "--init_from=gpt"])
 
 
+def test_a_tokenizer_that_is_larger_than_the_models_vocabulary_is_refused(trained_run, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=100)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt")
+    Path("a.txt").write_text("The cat sat.")
+    with pytest.raises(UserError, match="the model's vocabulary of 100 is smaller than the 50257 of its tokenizer"):
+        program.main(["--device=cpu", "--init_from=gpt", "--text=a.txt"])
+
+
 @pytest.mark.parametrize(
     "args, expected",
     [

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import nanogpt.export
 from nanogpt.config import RunFailed, UserError
-from nanogpt.export import read_tokenizer, to_hugging_face
+from nanogpt.export import is_hugging_face, read_tokenizer, to_hugging_face
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_json
 
@@ -380,12 +380,44 @@ def test_transformers_has_every_tokenizer(tmp_path, kind):
     assert read_tokenizer(tmp_path / "to") == tok.to_json()
 
 
+def test_the_order_in_which_a_file_names_the_tokens_does_not_matter(tmp_path):
+    to_hugging_face(our_model(), CHARS, tmp_path / "to")
+    path = tmp_path / "to" / "tokenizer.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found["model"]["vocab"] = dict(reversed(found["model"]["vocab"].items()))
+    path.write_text(json.dumps(found), encoding="utf-8")
+    assert read_tokenizer(tmp_path / "to") == CHARS.to_json()
+
+
+def test_weights_alone_are_no_model_of_hugging_faces(tmp_path):
+    to_hugging_face(our_model(), CHARS, tmp_path / "to")
+    assert is_hugging_face(tmp_path / "to")
+    (tmp_path / "to" / "config.json").unlink()
+    assert not is_hugging_face(tmp_path / "to")
+
+
+def test_all_files_of_an_export_can_be_read_by_the_same_people(tmp_path):
+    to_hugging_face(our_model(), CHARS, tmp_path / "to")
+    assert len({path.stat().st_mode for path in (tmp_path / "to").iterdir()}) == 1
+
+
+def test_an_export_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    events, rename = [], os.rename
+    monkeypatch.setattr(nanogpt.export.checkpoint, "flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(os, "rename", lambda a, b: (events.append("renamed"), rename(a, b)))
+    to_hugging_face(our_model(), CHARS, tmp_path / "to")
+    *before, folder, renamed, parent = events
+    assert {path.name for path in (tmp_path / "to").iterdir()} <= {*before}
+    assert (folder, renamed, parent) == (".to.tmp", "renamed", tmp_path.name)
+
+
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_norm.weight"])
 def test_a_qwen3_with_gains_is_refused_by_name(tmp_path, name):
     to_hugging_face(our_model(architecture="qwen3"), CHARS, tmp_path / "to")
     path = tmp_path / "to" / "model.safetensors"
     tensors = load_file(path)
-    save_file(tensors | {name: tensors[name] * 1.5}, path)
+    tensors[name][-1] = 1.5
+    save_file(tensors, path)
     with pytest.raises(UserError, match=f"{name} has gains"):
         GPT.from_pretrained(tmp_path / "to")
 

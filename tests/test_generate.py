@@ -259,12 +259,49 @@ def test_a_prompt_is_encoded_once_for_all_its_rows(either):
     assert encoded == [4, 5, 5]
 
 
+def test_rows_whose_prompt_another_was_encoding_go_on_without_it(either):
+    engine = Engine(either, 3, chunk=2)
+    rows = engine.add([1, 2, 3, 4], Options(max_new_tokens=3, seed=5), n=3)
+    engine.step()
+    engine.remove(rows[0])
+    for _ in range(5):
+        engine.step()
+    assert not engine.rows
+    for i in (1, 2):
+        assert rows[i].ids[4:] == new_tokens(either, torch.tensor([[1, 2, 3, 4]]), 3, seed=5 + i)[0].tolist()
+
+
+def test_a_compiled_model_always_reads_the_whole_cache_and_writes_the_same(either):
+    ends = []
+
+    def fast(idx, past):
+        ends.append(past.seen[1].stop)
+        return either(idx, past=past)
+
+    engine = Engine(either, 2, fast=fast)
+    rows = engine.add([1, 2], Options(max_new_tokens=20, seed=5), n=2)
+    write_all(engine)
+    assert ends and set(ends) == {S}
+    for i in range(2):
+        assert rows[i].ids[2:] == new_tokens(either, torch.tensor([[1, 2]]), 20, seed=5 + i)[0].tolist()
+
+
 def test_a_long_prompt_does_not_hold_up_the_others(either):
     engine = Engine(either, 2, chunk=2)
     (first,) = engine.add([1], Options(max_new_tokens=5))
     engine.step()
     (second,) = engine.add([1, 2, 3, 4, 5, 6], Options(max_new_tokens=2))
     assert [[t.row for t in engine.step()] for _ in range(4)] == [[first], [first], [first, second], [first, second]]
+
+
+def test_many_prompts_do_not_hold_up_the_others_either(either):
+    encoded = []
+    engine = Engine(either, 4, chunk=2)
+    for first in (1, 2, 3):
+        engine.add([first, 4], Options(max_new_tokens=9))
+    either.transformer.wte.register_forward_hook(lambda module, args, out: encoded.append(args[0].numel()))
+    assert [len(engine.step()) for _ in range(3)] == [1, 2, 3]
+    assert encoded == [2, 1, 2, 2, 2]
 
 
 def test_rows_that_do_not_fit_are_refused(either):

@@ -211,6 +211,19 @@ def test_some_memory_is_free():
     assert 2**20 < memory.free_memory() < 2**50
 
 
+def test_what_is_free_is_shared_by_processes_and_no_more_than_a_container_may_take(monkeypatch):
+    system = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable: 1000 kB\n"}
+    container = {"max": "600000\n", "current": "500000\n", "stat": "anon 5\ninactive_file 100000\n"}
+    files = system | {f"/sys/fs/cgroup/memory.{name}": text for name, text in container.items()}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert memory.free_memory() == 200_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_memory() == 50_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert memory.free_memory() == 256_000
+
+
 def test_a_compiler_that_runs_out_of_memory_is_no_compiler_that_fails(dist, monkeypatch):
     """The micro-batch gives way then, not the compiler."""
 

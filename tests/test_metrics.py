@@ -92,7 +92,7 @@ def test_going_on_from_a_step_forgets_what_came_after_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
     train, evaluation = [{"step": s, "loss": 1.0} for s in (1, 2, 3)], {"step": 2, "val_loss": 1.0}
     for evaluated, kept in ((2, [*train[:2], evaluation]), (0, train[:2])):  # at 0, that at 2 is about to be made again
-        write(path, *train[:2], evaluation, train[2], '{"step": 4, "lo')
+        write(path, *train[:2], {"step": 2, "exact_loss": 1.0}, evaluation, train[2], '{"step": 4, "lo')
         metrics.drop_after(path, 2, evaluated)
         assert metrics.read_metrics(path) == kept
         assert path.read_text().count("\n") == len(kept)
@@ -111,6 +111,33 @@ def test_a_loss_that_is_not_finite_leaves_valid_json(tmp_path, dist):
         "lr": 0.1,
     }
     assert (tmp_path / "loss.png").exists()  # an empty picture, not a crash
+
+
+def picture(folder, monkeypatch, *records):
+    """The axes of what `draw_losses` draws of these records."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, save = [], figure.savefig
+    monkeypatch.setattr(
+        figure, "savefig", lambda self, *args, **kwargs: (drawn.append(self), save(self, *args, **kwargs))
+    )
+    write(folder / "metrics.jsonl", *records)
+    assert metrics.draw_losses(folder) == f"loss curves: {folder / 'loss.png'}"
+    return drawn[0].axes[0]
+
+
+def test_the_fall_from_the_untrained_model_may_leave_the_picture(tmp_path, monkeypatch):
+    steps = [{"step": s, "loss": 4 - s / 5} for s in range(1, 11)]
+    evals = [{"step": s, "train_loss": t, "val_loss": v} for s, t, v in ((0, 9.0, 9.1), (5, 2.9, 2.5), (10, 2.0, 4.0))]
+    axes = picture(tmp_path, monkeypatch, *steps, *evals)
+    assert axes.get_ylim()[1] == pytest.approx(1.05 * 4.0)
+    assert axes.get_title() == "best validation loss 2.5000 at iteration 5"
+    assert [list(line.get_ydata()) for line in axes.lines[1:3]] == [[9.0, 2.9, 2.0], [9.1, 2.5, 4.0]]
+
+
+def test_losses_that_were_no_numbers_leave_gaps_in_the_picture(tmp_path, monkeypatch):
+    evals = [{"step": s, "train_loss": None, "val_loss": v} for s, v in ((5, 2.0), (10, 2.5))]
+    axes = picture(tmp_path, monkeypatch, {"step": 1, "loss": 3.0}, *evals)
+    assert axes.get_ylim()[1] == pytest.approx(1.05 * 3.0)
 
 
 def test_the_peak_is_this_devices_own_and_named(dist):

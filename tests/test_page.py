@@ -175,6 +175,23 @@ def test_go_on_continues_the_text(page):
     assert shown(page, "#text .prompt") == before and len(shown(page, "#text")) > len(before)
 
 
+def test_go_on_sends_no_more_than_the_server_takes(page):
+    before = generate(page)
+    page.run("model.max_prompt = 20")
+    page.click("#on")
+    page.wait("document.body.dataset.state === 'done'")
+    assert shown(page, "#text .prompt") == before[-20:]
+
+
+def test_no_text_can_be_longer_than_the_server_allows(page):
+    assert page.run("return document.getElementById('max_tokens').max") == "2000"
+    page.run(
+        "window.real = ask; ask = async () => new Response(JSON.stringify({ data: [{ ...model, max_tokens: 70 }] }))"
+    )
+    page.run("return meet()")
+    assert page.run("ask = real; return document.getElementById('max_tokens').max") == "70"
+
+
 def test_what_the_server_refuses_is_shown_in_its_words(window, server):
     open_page(window, server)
     generate(window, prompt="abcX")
@@ -189,6 +206,26 @@ def test_the_runs_curve_is_drawn_and_told(page):
     page.wait("!document.getElementById('curve').hidden")
     said = page.run("return document.querySelector('#curve svg').getAttribute('aria-label')")
     assert said == "Validation loss 3.10 at iteration 0, 2.1000 at best, at iteration 20"
+
+
+def drawn(page, name):
+    """The points [x, y] of a line in the picture of the curve; y grows downwards."""
+    line = page.run("return document.querySelector('#curve path.' + arguments[0]).getAttribute('d')", name)
+    return [[float(number) for number in point.split()] for point in line.removeprefix("M").split("L")]
+
+
+def test_the_curve_fills_the_picture_but_for_the_fall_from_the_untrained_model(page):
+    page.wait("!document.getElementById('curve').hidden")
+    train, val = drawn(page, "train"), drawn(page, "val")
+    assert (train[0], train[-1], len(train)) == ([26, 6], [250, 122], 21)  # from 3.0 down to 2.0
+    assert [x for x, _ in val] == [26, 82, 138, 194, 250]
+    assert val[0][1] < 6 < val[1][1] < val[-1][1] < 122
+
+
+def test_a_curve_that_does_not_fall_is_drawn_too(page):
+    page.wait("!document.getElementById('curve').hidden")
+    page.run("document.querySelector('#curve svg').remove(); draw({train: [], val: [[0, 2], [5, 2]]})")
+    assert drawn(page, "val") == [[26, 122], [250, 122]]
 
 
 def test_everything_has_a_name_and_comes_from_here(page, server):

@@ -228,6 +228,8 @@ def test_equal_documents_are_in_one_split_and_are_dropped_on_request(run):
     printed = run("d.jsonl", "--val_fraction=0.3", "--drop_duplicates=True")
     assert sorted(documents("train") + documents("val")) == sorted({*DOCUMENTS, TEXT * 2, TEXT})
     assert "duplicates: 301 documents dropped" in printed
+    train, val = len(ids("train")), len(ids("val"))
+    assert 0.27 < val / (train + val) < 0.38  # of what is left
 
 
 def test_long_documents_that_begin_alike_are_no_duplicates(run, monkeypatch):
@@ -240,7 +242,10 @@ def test_long_documents_that_begin_alike_are_no_duplicates(run, monkeypatch):
     assert sorted(found) == sorted({*alike, *DOCUMENTS})
 
 
-def test_of_few_large_documents_the_ends_are_validated_on(run):
+@pytest.mark.parametrize("block", [1000, 2**20])
+def test_of_few_large_documents_the_ends_are_validated_on(run, block, monkeypatch):
+    for module in (sources, pool):
+        monkeypatch.setattr(module, "BLOCK", block)
     for i in range(3):
         write(f"book{i}.txt", f"Book {i} " + TEXT)
     printed = run("book0.txt", "book1.txt", "book2.txt")
@@ -259,6 +264,27 @@ def test_one_document_that_is_larger_than_all_others_is_not_all_there_is_to_trai
         len(documents("train")) == 21
         and "of each of the 21 documents, which cannot be divided well as wholes" in printed
     )
+
+
+def test_a_note_among_books_is_not_all_there_is_to_validate_on(run):
+    jsonl("d.jsonl", ["x" * 100, *(f"Book {i} " + TEXT for i in range(3))])
+    assert "of each of the 4 documents, which cannot be divided well as wholes" in run("d.jsonl")
+    assert len(documents("train")) == len(documents("val")) == 4
+
+
+@pytest.mark.parametrize("large, wholes", [(10, True), (9, False)])
+def test_ten_documents_are_enough_to_train_on_where_more_are_validated_on(run, large, wholes):
+    small, large = [f"{i:020}" for i in range(30)], [f"{i} " + "word " * 400 for i in range(large)]
+    jsonl("d.jsonl", small + large)
+    share = 30 * 21 / sum(len(d) + 1 for d in small + large)
+    assert ("drawn at random" in run("d.jsonl", f"--val_fraction={share}")) is wholes
+    assert set(documents("val")) <= set(small) if wholes else len(documents("val")) == len(small + large)
+
+
+def test_of_two_equally_large_documents_one_can_be_validated_on(run):
+    jsonl("d.jsonl", ["a" * 100, "b" * 100])
+    assert "1 of 2 documents, drawn at random" in run("d.jsonl", "--val_fraction=0.5")
+    assert {*documents("train"), *documents("val")} == {"a" * 100, "b" * 100}
 
 
 @settings(max_examples=15)
@@ -334,6 +360,77 @@ def test_memory_stays_within_its_bound(kind, here, figure):
     assert process.returncode == 0
     figure(f"memory of 300 MB, a corpus of 1 GB, {kind}", f"{peak / 1e6:.0f} MB")
     assert peak < 300e6
+
+
+# -- the processes, and what they keep
+
+
+def test_what_bpe_is_trained_on_fits_the_memory_and_is_spread_evenly():
+    worker = pool.Worker(prepare.worker_settings(PrepareConfig()) | {"budget": 10_000, "vocab_size": 300})
+    texts = [f"word{i} " * 20 for i in range(100)]
+    for text in texts:
+        worker.sample([(text, b"", True)])
+    assert worker.cost <= 10_000 and len(worker.kept) > 5
+    assert worker.kept == [[text] for text in texts[:: worker.stride]]
+
+
+def test_bpe_is_trained_on_all_of_a_long_text(run):
+    run(write("a.txt", "12 34 56 78\n" * 5000 + " lamp" * 5000), "--tokenizer=bpe:300")
+    assert len(from_json(meta()["tokenizer"]).encode(" lamp")) == 1
+
+
+def test_as_many_processes_as_cores_and_as_the_memory_allows(monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "cores", lambda: 8)
+
+    def workers(memory, size=10**9, kind="text", packing=""):
+        found = [sources.Source("a", "a", kind, packing, size)]
+        return prepare.choose_workers(PrepareConfig(memory=memory), found)
+
+    assert (workers(4000), capsys.readouterr().out) == (8, "")
+    assert workers(600) == 4 and "workers: 4 of 8 cores, as --memory=600 allows" in capsys.readouterr().out
+    assert (workers(600, packing=".xz"), workers(600, kind="rows"), workers(4000, size=10**6)) == (3, 2, 0)
+
+
+def test_a_bucket_is_small_beside_the_memory():
+    cfg, found = PrepareConfig(memory=200), [sources.Source("a", "a", "jsonl", size=2 * 10**8)]
+    bits = prepare.choose_bits(cfg, found, 100)
+    assert 4 * 10**8 >> bits <= 200 * 10**6 // 8 < 4 * 10**8 >> (bits - 1)
+
+
+def test_workers_get_no_more_blocks_than_they_have_use_for():
+    taken, workers = [], pool.Pool(1)
+
+    def blocks():
+        for i in range(20):
+            taken.append(i)
+            yield sources.Block("text", [[0, i, 0, 1, True]], b"x", [0, i + 1, 0], 0)
+
+    try:
+        workers.setup(**prepare.worker_settings(PrepareConfig()))
+        for done, _ in enumerate(workers.map(blocks(), lambda: "check"), 1):
+            assert len(taken) <= done + pool.AHEAD
+        assert done == 20
+    finally:
+        workers.kill()
+
+
+def test_a_terminals_ctrl_c_does_not_reach_a_worker():
+    workers = pool.Pool(1)
+    try:
+        assert os.getsid(workers.workers[0].pid) != os.getsid(0)
+    finally:
+        workers.kill()
+
+
+def test_a_worker_ends_with_the_process_that_started_it():
+    worker = pool.start_worker()
+    try:
+        worker.stdin.close()
+        assert worker.wait(timeout=60) == 0
+    finally:
+        worker.kill()
+        worker.wait()
+        worker.stdout.close()
 
 
 # -- stopped, and going on
@@ -491,18 +588,73 @@ def test_standard_input_goes_on_too(run, stopped, monkeypatch):
     assert "standard input has changed" in run("-")
 
 
-def test_what_the_disk_lost_is_made_again(run, stopped):
+@pytest.mark.parametrize("lose", [lambda path: os.truncate(path, 100), os.unlink], ids=["a part", "a file"])
+def test_what_the_disk_lost_is_made_again(run, stopped, lose):
     stopped(write("a.txt", TEXT))
-    os.truncate("data/own/.prepare/bucket-00.ids", 100)
+    lose("data/own/.prepare/bucket-00.ids")
     run("a.txt")
     assert text("train") + text("val") == TEXT
 
 
+def test_what_cannot_be_done_now_keeps_what_was_done(run, stopped):
+    stopped(write("a.txt", TEXT))
+    assert "--workers=50: take up to" in problem("a.txt", "--workers=50")
+    assert "going on where the last run stopped" in run("a.txt")
+
+
+def test_what_cannot_be_done_at_all_leaves_nothing_of_what_was_done(stopped):
+    stopped(write("a.txt", TEXT))
+    write("a.txt", b"x" * 5000 + b"\0")
+    assert "a.txt: is not text" in problem("a.txt")
+    assert not Path("data/own").exists()
+
+
+def test_what_was_written_before_needs_no_more_room(run, stopped, monkeypatch):
+    stopped(write("a.txt", TEXT))
+    free = len(TEXT.encode()) // 2 - 1000  # less than all of it is taken for
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - free, free))
+    assert "going on where the last run stopped" in run("a.txt")
+    assert text("train") + text("val") == TEXT
+
+
+@pytest.mark.parametrize("name", ["a.txt", "d.jsonl"])
+def test_nothing_takes_its_place_before_it_is_on_the_disk(run, name, monkeypatch):
+    """meta.json, which makes a dataset of the files, comes last; and no state tells of more than buckets hold."""
+    write("a.txt", TEXT)
+    jsonl("d.jsonl", DOCUMENTS)
+    fsync, replace, flushed, events = os.fsync, os.replace, set(), []
+    folder = Path("data/own")
+
+    def known(about):
+        return about.st_ino, about.st_size
+
+    def flush(handle):
+        fsync(handle)
+        flushed.add(known(os.fstat(handle)))
+        if os.fstat(handle).st_ino == folder.stat().st_ino:
+            events.append("flushed")
+
+    def place(source, target):
+        assert known(os.stat(source)) in flushed, source
+        if Path(target).name == "state.json":
+            assert {known(path.stat()) for path in folder.glob(".prepare/bucket-*")} <= flushed
+        elif Path(target).parent == folder:
+            events.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", place)
+    run(name)
+    assert events == ["train.bin", "val.bin", "flushed", "meta.json", "flushed"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "d.jsonl"])
 @pytest.mark.parametrize("fails", range(1, 9))
-def test_killed_while_the_files_take_their_places(run, fails, monkeypatch):
+def test_killed_while_the_files_take_their_places(run, name, fails, monkeypatch):
     """A dataset is whole or absent at every moment, and it can be made whole."""
     run(write("old.txt", "old " * 1000))
     old = contents()
+    write("a.txt", TEXT)
     jsonl("d.jsonl", DOCUMENTS)
     replace, calls = os.replace, []
 
@@ -515,15 +667,18 @@ def test_killed_while_the_files_take_their_places(run, fails, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     ended = False
     try:
-        run("d.jsonl")
+        run(name)
         ended = True
     except MemoryError:
         pass
     monkeypatch.setattr(os, "replace", replace)
     left = {name: data for name, data in contents().items() if name in old}
     assert ended or left == old or "meta.json" not in left
-    run("d.jsonl")
-    assert sorted(documents("train") + documents("val")) == sorted(DOCUMENTS)
+    run(name)
+    if name == "a.txt":
+        assert text("train") + text("val") == TEXT
+    else:
+        assert sorted(documents("train") + documents("val")) == sorted(DOCUMENTS)
     assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"]
 
 
@@ -619,6 +774,14 @@ def test_a_disk_that_is_too_small_is_noticed_first(run, monkeypatch):
     write("a.txt", "x" * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
     assert problem("a.txt").startswith("data/own: takes about 0.5 MB of disk, and 0.0 MB are free")
+    assert not Path("data").exists()
+
+
+def test_a_disk_is_judged_by_the_characters_once_they_are_counted(run, monkeypatch):
+    """Before, a character might have four bytes."""
+    write("a.txt", "x" * 3 * 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**7, 8 * 10**6, 2 * 10**6))
+    assert problem("a.txt").startswith("data/own: takes about 6.0 MB of disk, and 2.0 MB are free")
     assert not Path("data").exists()
 
 

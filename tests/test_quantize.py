@@ -128,7 +128,10 @@ def test_what_the_user_says_counts(dist, monkeypatch):
     assert not taken and "dtype is float32" in said[0]
 
 
-def test_it_is_for_cpus(dist):
+def test_it_is_for_cpus(dist, monkeypatch):
+    monkeypatch.setattr(quantize, "LARGE", 100)
+    monkeypatch.setattr(quantize, "seconds", lambda layer, x: 1.0 if isinstance(layer, nn.Linear) else 0.1)
+    assert choice(dist, device=torch.device("meta")) == (False, [])
     with pytest.raises(UserError, match="--int8=True: works on CPUs alone, and the device is meta"):
         choice(dist, int8=True, device=torch.device("meta"))
 

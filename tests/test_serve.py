@@ -11,7 +11,8 @@ import openai
 import pytest
 from serving import CHARS, Served, write_run
 
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.serve import curve
+from nanogpt.tokenizer import UNKNOWN, ByteTokenizer, CharTokenizer
 
 FOREVER = 10**6  # tokens: more than are written while a test looks
 
@@ -119,6 +120,11 @@ def test_what_is_asked_for_beyond_openais_reaches_the_model(client):
     assert ask(client, temperature=1, top_p=0.0).choices[0].text == greedy
 
 
+def test_each_prompt_draws_from_seeds_of_its_own(client):
+    found = ask(client, prompt=["abc", "abc"], n=2, temperature=1, seed=7).choices
+    assert [c.text for c in found] == [ask(client, temperature=1, seed=7 + i).choices[0].text for i in range(4)]
+
+
 def test_logprobs_name_each_token_and_its_alternatives(client):
     choice = ask(client, logprobs=4).choices[0]
     found = choice.logprobs
@@ -224,7 +230,24 @@ def test_no_character_is_cut_in_a_stream(place):
         server.close()
 
 
+def test_the_end_of_text_ends_a_text(place, another):
+    tok = CharTokenizer(["a", "b", UNKNOWN], unknown=UNKNOWN, separated=True)
+    write_run(place / "out-ends", tok)
+    server = another("--out_dir=out-ends")
+    found = server.complete(prompt="ab", temperature=2.0, seed=1, max_tokens=1000)
+    (choice,) = found["choices"]
+    assert choice["finish_reason"] == "stop" and "endoftext" not in choice["text"]
+    assert len(choice["text"]) == found["usage"]["completion_tokens"] < 1000
+
+
 # Limits
+
+
+def test_a_prompt_of_few_characters_may_have_too_many_tokens(place, another):
+    write_run(place / "out-bytes", ByteTokenizer())
+    server = another("--out_dir=out-bytes", "--max_prompt=100")
+    status, error = server.refused({"prompt": "€" * 50})
+    assert (status, error["message"]) == (400, "prompt: has 150 tokens; 1 to 100 are taken")
 
 
 def test_a_body_that_is_too_large_is_refused(server):
@@ -385,7 +408,9 @@ def locked(place):
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/completions", "/metrics", "/losses", "/nope"])
 @pytest.mark.parametrize(
-    "given", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}, {"Authorization": "Bearer é"}]
+    "given",
+    [{}]
+    + [{"Authorization": given} for given in ("Bearer wrong", KEY, "Bearer é", f"Bearer {KEY}s", f"Bearer {KEY[:-1]}")],
 )
 def test_without_the_key_nothing_is_told(locked, path, given):
     status, error = locked.refused(None, path, "GET", **given)
@@ -439,6 +464,11 @@ def test_pages_elsewhere_may_ask_only_where_that_is_allowed(server, locked):
         assert headers["Access-Control-Allow-Origin"] is None
 
 
+def test_pages_of_any_origin_may_ask_where_that_is_allowed(another):
+    headers = another("--allow_origin=*").ask("GET", "/health", Origin="https://example.com")[1]
+    assert headers["Access-Control-Allow-Origin"] == "*"
+
+
 def test_every_answer_tells_browsers_to_trust_nothing(server):
     for path in ("/", "/health", "/nope", "/v1/models"):
         headers = server.ask("GET", path)[1]
@@ -471,6 +501,13 @@ def test_the_runs_curve_is_told(server):
     assert curves["val"] == [[s, 3.1 - s / 20] for s in range(0, 21, 5)] and len(curves["train"]) == 21
 
 
+def test_a_long_curve_is_thinned_evenly_to_its_end():
+    records = [{"step": s, "loss": float(s)} for s in range(1, 1235)] + [{"step": 1235, "loss": None}]
+    found = curve(records, "loss")
+    assert 400 < len(found) <= 500 and found[-1] == [1234, 1234.0]
+    assert len({b - a for (a, _), (b, _) in zip(found, found[1:], strict=False)}) == 1
+
+
 # When the model fails, and when the server ends
 
 
@@ -501,6 +538,27 @@ def test_a_failure_of_the_model_is_told_and_survived(another):
         assert b'"error"' in last
     assert server.text(prompt=[2, 3]) == text
     assert server.metric("failures_total") == 1 and "out of memory" in server.door.printed
+
+
+def broken_for_good():
+    """Before the server starts, in its process: the model cannot be run, and there is room for no other one."""
+    from nanogpt import generate
+
+    def fail(self):
+        generate.Engine.__init__ = fail
+        raise RuntimeError("out of memory")
+
+    generate.Engine.step = fail
+
+
+def test_a_model_that_cannot_be_run_any_more_is_no_health(another):
+    server = another(before=broken_for_good)
+    assert server.ask("GET", "/health")[0] == 200
+    assert server.refused({"prompt": "a"})[0] == 500
+    end = time.monotonic() + 60
+    while server.ask("GET", "/health")[0] == 200:
+        assert time.monotonic() < end
+    assert server.refused(None, "/health", "GET")[0] == server.refused({"prompt": "a"})[0] == 503
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

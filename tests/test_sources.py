@@ -130,7 +130,9 @@ def test_a_folder_is_read_in_the_order_of_names_and_what_is_no_text_is_left_out(
 def test_the_dataset_itself_is_not_read():
     write("data/own/meta.json", "{}")
     write("data/text.txt", "text")
-    assert [s.name for s in listed("data")] == ["data/text.txt"]
+    write("data/own/train.txt", "x")
+    for argument in ("data", "data/*", "data/**/*.txt"):
+        assert [s.name for s in listed(argument)] == ["data/text.txt"]
 
 
 def test_globs_and_several_sources():
@@ -142,6 +144,8 @@ def test_globs_and_several_sources():
     found, notes = find(["a.txt", "./a.txt", "*.txt"], "data/own", None)
     assert [s.name for s in found] == ["a.txt", "b.txt"]
     assert notes == ["a.txt: was named twice, and is read once"] * 2
+    os.symlink("a.txt", "link.txt")
+    assert [s.name for s in listed("a.txt", "link.txt")] == ["a.txt"]
 
 
 def test_a_name_with_brackets_is_a_name():
@@ -152,6 +156,32 @@ def test_a_mark_at_the_beginning_is_no_text():
     write("a.txt", b"\xef\xbb\xbftext")
     write("b.jsonl", b'\xef\xbb\xbf{"text": "more"}')
     assert documents(listed("a.txt", "b.jsonl"))[0] == ["text", "more"]
+
+
+def test_a_folder_without_text_is_an_error_where_it_is_named_and_a_note_where_it_is_found():
+    write("f/a.txt", "text")
+    os.mkdir("f/empty")
+    found, notes = find(["f/*"], None, None)
+    assert [s.name for s in found] == ["f/a.txt"] and notes == ["f/empty: holds no text"]
+    with pytest.raises(UserError, match="^f/empty: holds no text$"):
+        find(["f/empty"], None, None)
+
+
+def test_such_a_mark_where_a_block_begins_is_text():
+    text = "x" * 999 + "\ufeff" + "y" * 500
+    assert documents(listed(write("a.txt", text)))[0] == [text]
+
+
+def test_a_file_whose_head_ends_within_a_character_is_text():
+    write("f/a.log", "世" * sources.HEAD)
+    assert documents(listed("f"))[0] == ["世" * sources.HEAD]
+
+
+def test_a_parquet_is_read_on_from_any_row():
+    texts = [f"document {i}" for i in range(100)]
+    found = listed(parquet("a.parquet", {"text": texts}, rows_in_group=30))
+    for row in (0, 1, 29, 30, 45, 99, 100):
+        assert documents(found, (0, row, 0))[0] == texts[row:]
 
 
 def test_a_dataset_in_hugging_faces_format(tmp_path, monkeypatch):
@@ -222,11 +252,13 @@ def test_a_block_knows_how_much_has_been_read():
     assert done == sorted(done) and done[-1] == sum(s.size for s in found)
 
 
-def test_a_file_that_changes_meanwhile_is_noticed():
+@pytest.mark.parametrize("more", ["more", ""])
+def test_a_file_that_changes_meanwhile_is_noticed(more):
     found = listed(write("a.txt", TEXT))
     reading = blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")
     next(reading)
-    write("a.txt", TEXT + "more")
+    write("a.txt", TEXT[::-1] + more)
+    os.utime("a.txt", ns=(0, found[0].mtime + 1))  # however coarse the clock of the disk is
     with pytest.raises(UserError, match="a.txt: was changed while it was read"):
         list(reading)
 
@@ -245,6 +277,13 @@ def test_what_is_not_there_and_what_is_empty_comes_at_once():
         "*.csv: matches no file",
         "no/such/file: there is no such file or folder",
     ]
+
+
+def test_what_is_packed_is_more_than_it_looks():
+    for name in ("a.txt.gz", "a.txt.xz", "a.txt.zst", "a.parquet", "a.parquet.gz"):
+        (source,) = listed(write(name, "x" * 100))
+        assert source.text_size() >= 2 * 100
+    assert listed(write("a.txt", "x" * 100))[0].text_size() == 100
 
 
 def test_archives_and_devices():
@@ -275,6 +314,11 @@ def test_broken_utf8_is_counted_over_all_files():
         "a.txt: is not UTF-8 in 3 places, the first at byte 1500 (0xff); --errors=replace makes each U+FFFD",
         "b.txt: is not UTF-8 in 2 places, the first at byte 2 (0xf6); --errors=replace makes each U+FFFD",
     ]
+
+
+def test_what_was_replaced_before_is_no_broken_utf8():
+    write("a.txt", "Gr\ufffd\ufffde ".encode() + b"gr\xf6ber")
+    assert refused("a.txt") == ["a.txt: is not UTF-8 in 1 place, at byte 12 (0xf6); --errors=replace makes each U+FFFD"]
 
 
 def test_broken_utf8_can_be_replaced():

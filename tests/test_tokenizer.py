@@ -78,6 +78,12 @@ def test_char_has_a_token_for_unknown_characters():
     assert t.about_unknown("abba") is None and t.count_unknown("aßß") == 2
 
 
+@pytest.mark.parametrize("text", ["abXYb\x7f", "abXYbß"], ids=["ascii", "not ascii"])
+def test_unknown_characters_become_that_token_in_an_array_too(text):
+    t = CharTokenizer(["a", "b", tok.UNKNOWN], unknown=tok.UNKNOWN)
+    assert t.encode_numpy(text).tolist() == t.encode(text) == [0, 1, 2, 2, 1, 2]
+
+
 def test_char_without_such_a_token_is_as_it_always_was():
     t = CharTokenizer(["a", "b"])
     assert t.to_json() == {"type": "char", "chars": ["a", "b"]}

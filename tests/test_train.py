@@ -10,7 +10,7 @@ import torch
 from conftest import SMALL, losses, metrics, torchrun
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint, cli, data, evaluate, train
+from nanogpt import checkpoint, cli, config, data, evaluate, start, train
 from nanogpt.config import UserError
 from nanogpt.data import write_dataset
 from nanogpt.tokenizer import CharTokenizer
@@ -178,6 +178,21 @@ def test_finetuning_takes_the_context_of_the_model_where_none_is_named(run, monk
     assert "context:" not in run("--init_from=resume", "--max_iters=2")
 
 
+def test_finetuning_with_a_longer_context_than_the_models_is_refused(run, capsys):
+    run("--max_iters=1", "--out_dir=first")
+    message = refused(capsys, "--init_from=first", "--block_size=17")
+    assert message == "--block_size=17: longer than the 16 tokens of context of first"
+
+
+def test_a_model_of_longer_context_than_the_default_is_finetuned_with_the_default(tmp_path, dist):
+    cfg = config.load(config.TrainConfig, [], "train.py")
+    default = cfg.block_size
+    shape = dict(n_positions=4 * default, vocab_size=9, n_layer=1, n_head=1, n_embd=8)
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "gpt2"}))
+    start.choose_context(cfg, str(tmp_path), dist)
+    assert cfg.block_size == default
+
+
 def test_a_resumed_run_says_that_its_data_has_changed(run, tiny):
     run("--max_iters=2")
     path = tiny / "train.bin"
@@ -189,6 +204,16 @@ def test_a_resumed_run_says_that_its_data_has_changed(run, tiny):
     assert "data/tiny/train.bin: is not what it was; the run goes on with what is there now" in said
     assert "val.bin" not in said
     assert "is not what it was" not in run("--init_from=resume", "--max_iters=5")
+
+
+def test_an_earlier_checkpoint_that_does_not_know_its_data_is_resumed_without_a_word_about_them(run, monkeypatch):
+    write = checkpoint.write
+    monkeypatch.setattr(
+        checkpoint, "write", lambda *args: write(*args[:3], {k: args[3][k] for k in args[3] if k != "data"})
+    )
+    run("--max_iters=2")
+    assert checkpoint.newest("out").data == {}
+    assert "is not what it was" not in run("--init_from=resume", "--max_iters=3")
 
 
 def refused(capsys, *args):

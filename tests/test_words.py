@@ -95,6 +95,13 @@ def test_most_words_come_from_memory(slow):
     assert all(len(text) > 4 * words.LONGEST for text in asked[count:])
 
 
+def test_no_more_is_remembered_than_there_is_room_for(slow):
+    fast, text = Words(slow, entries=20), Path(words.__file__).read_text(encoding="utf-8")
+    for _ in range(2):
+        assert fast.encode(text + "x" * 5 * words.LONGEST).tolist() == slow(text + "x" * 5 * words.LONGEST)
+    assert len(fast.known) == 20 and max(map(len, fast.known)) <= 4 * words.LONGEST
+
+
 @pytest.mark.parametrize("kind", ["new words", "another script"])
 def test_what_memory_does_not_help_with_is_left_to_the_tokenizer(slow, kind):
     draw, asked = random.Random(1), []
