@@ -295,46 +295,54 @@ def choose_compile(cfg, device, say, seconds):
     return seconds >= least
 
 
-def compiled(model, cfg, dist, eval_shape, train_shape=None, seconds=0.0):
+def compiled(model, cfg, dist, eval_shape=None, train_shape=None, seconds=0.0):
     """`torch.compile` of the model where `compile` says so, tried out on batches of these shapes; the same weights.
 
-    `train_shape`: of a batch whose backward pass is needed too. `seconds`: how much training lies ahead, about.
+    `eval_shape`: of a batch with targets. `train_shape`: of one whose backward pass is needed too. Without them nothing
+    is tried out, as for writing text. `seconds`: how much training lies ahead, about.
     Where compilation fails, one line says so, and the model runs uncompiled; but not where the memory runs out.
     """
     if not choose_compile(cfg, dist.device, dist.say, seconds):
         return model
     errors = CompileErrors()
-    dist.say("compile: takes a while before the first step")
+    dist.say(f"compile: takes a while before the first {'step' if eval_shape else 'token'}")
     began = time.perf_counter()
     finding = threading.Thread(target=find_vector_units, daemon=True)
     if dist.device.type == "cpu":
         finding.start()
     fast = torch.compile(model)
+    if finding.ident:
+        finding.join()
+    if eval_shape:
+        try:
+            try_out(fast, model, dist, eval_shape, train_shape)
+        except Exception as e:  # of any kind: a compiler, its driver, or PyTorch's own
+            if out_of_memory(e):
+                raise
+            errors.note(e)
+        if errors.reasons:
+            dist.say(f"compile: failed, going on without it ({errors.reasons[0]})")
+            return model
+        dist.say(f"compile: took {time.perf_counter() - began:.0f} s")
+    errors.say = dist.say
+    return fast
+
+
+def try_out(fast, model, dist, eval_shape, train_shape):
+    """Have a compiled model compiled for what a run does. Targets of their own: else it would be for that alone."""
     try:
-        if finding.ident:
-            finding.join()
         if train_shape:
             idx = torch.zeros(train_shape, dtype=torch.int64, device=dist.device)
             with dist.autocast():
-                loss = fast(idx, idx.clone())[1]  # with one tensor twice it would compile for that, and then again
+                loss = fast(idx, idx.clone())[1]
             loss.backward()
         model.eval()
         idx = torch.zeros(eval_shape, dtype=torch.int64, device=dist.device)
         with torch.no_grad(), dist.autocast():
-            fast(idx, idx.clone() if train_shape else None)
-    except Exception as e:  # of any kind: a compiler, its driver, or PyTorch's own
-        if out_of_memory(e):
-            raise
-        errors.note(e)
+            fast(idx, idx.clone())
     finally:
         model.train(train_shape is not None)
         model.zero_grad(set_to_none=True)
-    if errors.reasons:
-        dist.say(f"compile: failed, going on without it ({errors.reasons[0]})")
-        return model
-    dist.say(f"compile: took {time.perf_counter() - began:.0f} s")
-    errors.say = dist.say
-    return fast
 
 
 def find_vector_units():

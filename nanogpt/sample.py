@@ -76,7 +76,7 @@ def sample(cfg, dist):
     if cfg.compile == "auto":
         cfg.compile = False
         dist.say("compile: False, because a few texts are written sooner than a model is compiled (--compile)")
-    engine = make_engine(cfg, model, distributed.compiled(model, cfg, dist, (1, 1)), tok, ids)
+    engine = make_engine(cfg, model, distributed.compiled(model, cfg, dist), tok, ids)
     began, count, texts, shown = time.perf_counter(), 0, {}, []  # texts by their rows; those to be shown, in order
     while len(texts) < cfg.num_samples or shown:
         n = min(engine.free, cfg.num_samples - len(texts))

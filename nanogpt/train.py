@@ -189,7 +189,7 @@ def compile_model(run, log, cfg, dist, stop):
     def compiled(most):
         evaluated = distributed.largest_divisor(cfg.batch_size, most), cfg.block_size
         trained = distributed.share_batch(cfg, dist.world_size, most)[1], cfg.block_size
-        return distributed.compiled(run.model, cfg, dist, evaluated, trained, seconds)
+        return distributed.compiled(run.model, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
 
     try:
         with stop.at_once():
