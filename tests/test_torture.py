@@ -116,14 +116,36 @@ def slow_disk(seconds):
         setattr(module, name, slow)
 
 
+def watched(marker, seconds):
+    """In another process: a disk that takes `seconds` longer, and a file `marker` from asking for a save to its end.
+
+    What lies in the folder does not tell: a save asked for may not have made its own folder yet.
+    """
+    slow_disk(seconds)
+    save, write = checkpoint.Writer.save, checkpoint.Writer._write
+
+    def save_and_mark(self, *args):
+        self.wait()
+        marker.touch()
+        save(self, *args)
+
+    def write_and_unmark(self, *args):
+        write(self, *args)
+        marker.unlink()
+
+    checkpoint.Writer.save, checkpoint.Writer._write = save_and_mark, write_and_unmark
+
+
 def killed_again_and_again(start, root, draw, n, *args, interval):
     """Kill a run `n` times at random moments, each time resuming it; then let it end.
 
     Returns [(updates lost, whether a checkpoint was being written), ...] of all kills.
     """
-    done = []
+    done, marker = [], root / "saving"
     while len(done) < n:
-        door = start(*args, "--init_from=auto", before=partial(slow_disk, 0.003) if draw.random() < 0.7 else None)
+        marker.unlink(missing_ok=True)
+        slowness = 0.003 if draw.random() < 0.7 else 0
+        door = start(*args, "--init_from=auto", before=partial(watched, marker, slowness))
         try:
             door.wait_for(r"^iter \d")
         except AssertionError:
@@ -134,7 +156,7 @@ def killed_again_and_again(start, root, draw, n, *args, interval):
         code = door.end()
         assert code in (0, -signal.SIGKILL), door.printed
         if code == -signal.SIGKILL:
-            done.append(lost(root / "out"))
+            done.append((lost(root / "out")[0], marker.exists()))
             assert done[-1][0] <= interval * (2 if done[-1][1] else 1), door.printed
     door = start(*args, "--init_from=auto")
     assert door.end() == 0, door.printed
