@@ -132,13 +132,15 @@ def setup(cfg, out=None):
     `out`: where its announcements are printed, by default standard output.
     """
     out = out or sys.stdout
+    several = "LOCAL_RANK" in os.environ  # some clusters set the other two where one process is all there is
     rank, local_rank, world_size = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        int(os.environ.get(k, d)) if several else d for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
-    several = "LOCAL_RANK" in os.environ
     say = partial(print, file=out, flush=True) if rank == 0 else lambda line: None
+    if not several and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        say("processes: one, because LOCAL_RANK is not set, whatever RANK and WORLD_SIZE say; torchrun sets all three")
     device = choose_device(cfg, say, local_rank, several)
-    dist = Dist(device, choose_dtype(cfg, device, say), rank, local_rank, world_size if several else 1, out)
+    dist = Dist(device, choose_dtype(cfg, device, say), rank, local_rank, world_size, out)
     prepare_device(device, dist.dtype, getattr(cfg, "deterministic", False))
     if device.type == "cuda" and dist.dtype == torch.float32:
         say("float32 products: in TF32, with 10 bits of mantissa, many times faster (--dtype)")

@@ -103,7 +103,8 @@ class Log:
     """Reports a run: on the main process alone, and to files only where something is trained.
 
     Steps are read in arrears, when the next step has been given to the device, so that a GPU never waits for the
-    host. All processes read the same numbers and give them to `watch`, which ends a sick run on all of them.
+    host. All processes read the same numbers and give them to `watch`, which ends a sick run on all of them. A write
+    that fails concerns the main process alone, so it is kept, and raised by `check`, when all have agreed to stop.
     """
 
     def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak, epoch_windows):
@@ -112,7 +113,7 @@ class Log:
         self.epoch_windows = epoch_windows
         self.unread = []  # steps whose numbers are still on the device
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
-        self.file = self.wandb = self.bar = None
+        self.file = self.wandb = self.bar = self.failure = None
         if not dist.is_main or cfg.eval_only:
             return
         path = Path(cfg.out_dir) / "metrics.jsonl"
@@ -234,9 +235,14 @@ class Log:
             try:
                 self.file.write(json.dumps(values) + "\n")
             except OSError as e:
-                raise RunFailed(
+                self.failure = RunFailed(
                     f"{self.file.name}: cannot be written to ({e.strerror}); the run stops; its checkpoints are safe"
-                ) from None
+                )
+
+    def check(self):
+        """Raise the failure of a write."""
+        if self.failure:
+            raise self.failure
 
     def _send(self, step, values):
         if self.wandb:

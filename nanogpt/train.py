@@ -51,7 +51,7 @@ def train(cfg, dist):
         }
         with dist.together():
             log = start_log(cfg, dist, run, batches.epoch_windows, health.Watch(cfg, dist, state, writer))
-        stop.failed = lambda: writer.failure is not None
+        stop.failed = lambda: writer.failure is not None or log.failure is not None
         try:
             with log.paused():
                 compiled_model = compile_model(run, log, cfg, dist, stop)  # the same weights
@@ -68,8 +68,9 @@ def train(cfg, dist):
                             break
                         state.note(losses)
                         log.evaluation(state.step, losses, lr)
-                        if state.step > 0 and dist.is_main and not cfg.eval_only:
-                            save(run, writer, cfg)
+                        with dist.together():
+                            if state.step > 0 and dist.is_main and not cfg.eval_only:
+                                save(run, writer, cfg)
                 if finished or is_out_of_patience(state, cfg, log):
                     finish(run, compiled_model, log, cfg, dist, stop)
                     break
@@ -103,7 +104,7 @@ def train_step(model, run, batches, cfg, dist):
 
 
 def gradients(model, run, batches, cfg, dist, most):
-    """Leave those of this process's part of the global batch, at most so many sequences at a time; its mean loss."""
+    """Gradients of this process's part of the global batch, in `.grad`, `most` sequences at a time; its mean loss."""
     step = run.state.step
     micro_steps, size = distributed.share_batch(cfg, dist.world_size, most)
     window = (step * dist.world_size + dist.rank) * micro_steps * size
@@ -228,6 +229,7 @@ def save_and_stop(run, writer, log, cfg, dist, stop):
     with dist.together():
         log.read()  # a sick step is found before it is saved
         writer.check()
+        log.check()
         if not cfg.eval_only and dist.is_main and stop.agreed != signals.FAILED:
             if writer.step != run.state.step:
                 save(run, writer, cfg)

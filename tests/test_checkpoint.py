@@ -81,6 +81,14 @@ def test_a_run_that_was_stopped_twice_ends_as_one_that_never_was(run, monkeypatc
     assert list(losses("parts")) == list(range(1, 13))
 
 
+def test_a_checkpoint_between_two_evaluations_claims_neithers_losses(run, monkeypatch):
+    stop_at(monkeypatch, 5)
+    stopped(run)
+    found = checkpoint.newest("out")
+    assert (found.step, found.state["losses"], found.state["improved"]) == (6, None, False)
+    assert checkpoint.best("out").step == 4
+
+
 def raise_at(steps, rank):
     """In another process: the signal comes to this rank alone."""
     if os.environ["RANK"] == rank:
@@ -452,6 +460,39 @@ def test_a_file_size_limit_leaves_the_older_checkpoints_intact_and_ends_the_run(
     after = snapshot(tmp_path / "out/checkpoints")
     assert after == before
     assert start("--init_from=resume").end() == 0
+
+
+@pytest.mark.parametrize("every, lines, file", [(400, 100, "checkpoints"), (10**6, 1, "metrics.jsonl")])
+def test_what_the_main_process_cannot_write_ends_the_others_too(start_two, every, lines, file):
+    """At once, and as quietly: they would wait for it, on GPUs for minutes."""
+    args = [f"--eval_interval={every}", f"--log_interval={lines}", "--max_iters=1000000"]
+    doors = start_two(*args, before=partial(limit_files, 40_000))
+    assert [d.end() for d in doors] == [1, 1]
+    assert [re.findall(r"^error: out/(checkpoints|metrics.jsonl):", d.printed, re.M) for d in doors] == [[file], []]
+    assert "Traceback" not in doors[0].printed + doors[1].printed and "step 800:" not in doors[0].printed
+
+
+def fail_late():
+    """In another process: a checkpoint fails when the next one is due."""
+    save, due = checkpoint.Writer.save, threading.Event()
+
+    def write(*args):
+        assert due.wait(60)
+        raise OSError(28, "No space left on device")
+
+    def save_and_tell(self, *args):
+        if self.thread:
+            due.set()
+        save(self, *args)
+
+    checkpoint.Writer.save, checkpoint.write = save_and_tell, write
+
+
+def test_a_save_that_fails_when_the_next_is_due_ends_the_others_too(start_two):
+    doors = start_two("--eval_interval=1", before=fail_late)
+    assert [d.end() for d in doors] == [1, 1]
+    assert ["step 1 could not be saved (No space left" in d.printed for d in doors] == [True, False]
+    assert "Traceback" not in doors[0].printed + doors[1].printed
 
 
 @pytest.fixture

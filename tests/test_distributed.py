@@ -1,6 +1,8 @@
 """What the machine decides: number formats, compilation. Several processes are tested where they train."""
 
+import logging
 import re
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,7 +10,8 @@ import pytest
 import torch
 
 from nanogpt import distributed
-from nanogpt.distributed import Dist, choose_compile, choose_dtype, prepare_device
+from nanogpt.config import RunFailed, UserError
+from nanogpt.distributed import Dist, choose_compile, choose_device, choose_dtype, prepare_device
 from nanogpt.model import GPT, GPTConfig, attend
 
 CPU = torch.device("cpu")
@@ -47,10 +50,10 @@ def test_a_cpu_multiplies_in_bfloat16_where_it_is_asked_to_and_can(monkeypatch, 
         assert re.match(line, said[0])
 
 
-def model_and_batch(architecture, dropout=0.0):
+def model_and_batch(architecture):
     torch.manual_seed(3)
     shape = dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=64, bias=False)
-    model = GPT(GPTConfig(**shape, architecture=architecture, dropout=dropout))
+    model = GPT(GPTConfig(**shape, architecture=architecture))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     return model, torch.randint(50, (4, 32))
@@ -93,6 +96,13 @@ def test_attention_stays_exact_beside_products_in_bfloat16(grad):
         results.append([y, *(torch.autograd.grad(y.square().sum(), tensors) if grad else ())])
         assert torch.get_float32_matmul_precision() == before
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_attention_beside_products_in_bfloat16_still_has_its_dropout():
+    prepare_device(CPU, torch.bfloat16)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 16, 3, 8) for _ in range(3))
+    assert not torch.equal(attend(q, k, v, dropout=0.5), attend(q, k, v, dropout=0.5))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
@@ -155,3 +165,132 @@ def test_cpus_without_known_capabilities_count_as_without(monkeypatch, said):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert choose_dtype(SimpleNamespace(dtype="bfloat16"), CPU, said.append) == torch.float32
     assert distributed.choose_dtype(SimpleNamespace(dtype="auto"), CPU, said.append) == torch.float32
+
+
+@pytest.mark.parametrize("emulated, chosen", [(True, torch.float16), (False, torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch, said, emulated, chosen):
+    def supported(including_emulation=True):
+        return including_emulation or not emulated
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert choose_dtype(SimpleNamespace(dtype="auto"), torch.device("cuda", 0), said.append) == chosen
+
+
+# Devices that this machine may not have
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """PyTorch sees two GPUs; the list of those that were made the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.mark.parametrize(
+    "name, local_rank, several, index",
+    [("cuda", 0, False, 0), ("cuda:1", 0, False, 1), ("auto", 1, True, 1), ("cuda:0", 1, True, 1)],
+)
+def test_each_process_has_a_gpu_of_its_own(two_gpus, said, name, local_rank, several, index):
+    device = choose_device(SimpleNamespace(device=name), said.append, local_rank, several)
+    assert device == torch.device("cuda", index) and two_gpus == [device]
+
+
+@pytest.mark.parametrize(
+    "name, local_rank, several, problem",
+    [
+        ("cuda:2", 0, False, "--device=cuda:2: there is no device 2, and this machine has 2"),
+        ("cuda", 2, True, "--device=cuda: 3 processes need as many GPUs, and this machine has 2"),
+        ("meta", 0, False, "--device=meta: expected cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_in_one_line(two_gpus, said, name, local_rank, several, problem):
+    with pytest.raises(UserError) as caught:
+        choose_device(SimpleNamespace(device=name), said.append, local_rank, several)
+    assert caught.value.problems == (problem,) and not two_gpus
+
+
+@pytest.mark.parametrize("several, expected", [(False, "mps"), (True, "cpu")])
+def test_apples_gpu_is_for_one_process(monkeypatch, said, several, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device(SimpleNamespace(device="auto"), said.append, 0, several).type == expected
+    assert said[0].startswith(f"device: {expected}, because ")
+
+
+def test_what_is_to_give_the_same_bits_is_told_to_pytorch():
+    try:
+        prepare_device(CPU, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# Processes
+
+ONE = SimpleNamespace(device="cpu", dtype="float32", backend="auto")
+
+
+def test_ranks_that_a_cluster_sets_for_one_process_do_not_silence_it(monkeypatch, capsys):
+    """Kubernetes sets RANK and WORLD_SIZE for each of its machines, whatever is started there."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with distributed.setup(SimpleNamespace(**vars(ONE) | dict(device="auto"))) as dist:
+        assert (dist.rank, dist.local_rank, dist.world_size, dist.is_main) == (0, 0, 1, True)
+    said = capsys.readouterr().out
+    assert said.startswith("processes: one, because LOCAL_RANK is not set") and "\ndevice: " in said
+
+
+def test_a_backend_for_gpus_is_refused_without_one(monkeypatch):
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="--backend=nccl: works on GPUs alone, and the device is cpu; --backend=gloo"):
+        with distributed.setup(SimpleNamespace(**vars(ONE) | dict(backend="nccl"))):
+            pass
+
+
+def work_together():
+    """In each of two processes: what they do together, and its results."""
+    with distributed.setup(ONE) as dist:
+        assert dist.world_size == 2
+        assert dist.max(5 + dist.rank) == 6
+        assert dist.sum([dist.rank + 1, 0.5]) == [3, 1.0]
+        mine = torch.tensor([1.0, 4.0 * dist.rank])
+        assert dist.mean(mine).tolist() == [1.0, 2.0] and mine.tolist() == [1.0, 4.0 * dist.rank]
+        assert dist.gather(mine).tolist() == [1.0, 0.0, 1.0, 4.0]
+        with pytest.raises((RunFailed, KeyError)[dist.rank]):
+            with dist.together():
+                if dist.rank == 1:
+                    raise KeyError
+        cfg = SimpleNamespace(seed="auto")
+        distributed.choose_seed(cfg, dist)
+        assert dist.max(cfg.seed) == cfg.seed == -dist.max(-cfg.seed)
+        dist.say("both agree")
+    sys.exit(0)
+
+
+def test_what_two_processes_do_together(start_two):
+    doors = start_two(before=work_together)
+    assert [d.end() for d in doors] == [0, 0], doors[0].printed + doors[1].printed
+    assert ["both agree" in d.printed for d in doors] == [True, False]
+
+
+# Compilation
+
+
+def test_a_part_that_fails_to_compile_later_is_told_once(monkeypatch, capsys):
+    import torch._dynamo
+
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    monkeypatch.setattr(logger, "filters", [])
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(distributed, "find_vector_units", lambda: None)
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
+    distributed.compiled(model, SimpleNamespace(compile=True), Dist(CPU, torch.float32, out=sys.stdout), (4, 8), (3, 8))
+    logger.warning("no C++ compiler\nand why")
+    logger.warning("again")
+    assert capsys.readouterr().out.splitlines()[2:] == ["compile: a part runs uncompiled (no C++ compiler)"]

@@ -10,14 +10,15 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 from test_train import SMALL, losses
 
-from nanogpt import metrics
-from nanogpt.config import TrainConfig
+from nanogpt import health, metrics
+from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.start import TrainState
 
 
@@ -171,3 +172,94 @@ def test_a_peak_is_never_another_devices(name, tflops, dist, monkeypatch):
     monkeypatch.setattr(metrics, "measured_peak", lambda dist: 7.0)
     dist.device, dist.dtype = torch.device("cuda", 0), torch.bfloat16
     assert metrics.device_peak(dist) == (tflops * 1e12 if tflops else 7.0)
+
+
+# A Log by itself
+
+
+@pytest.fixture
+def make_log(tmp_path, dist, undrawn):
+    """make_log(step=3, log_interval=2) is the Log of a run that stands at this step, with these settings."""
+    logs = []
+
+    def make_log(step=0, peak=0.5, **given):
+        cfg, state = TrainConfig(out_dir=str(tmp_path), **given), TrainState(step=step)
+        watch = health.Watch(cfg, dist, state, SimpleNamespace(last=lambda: None))
+        sizes = dict(tokens_per_iter=100, flops_per_iter=1.0, peak=peak, epoch_windows=10)
+        logs.append(metrics.Log(cfg, dist, watch, state, **sizes))
+        return logs[-1]
+
+    yield make_log
+    for log in logs:
+        log.close()
+
+
+def numbers(loss=1.0):
+    """A loss, the norm of its gradient, and that it is no spike."""
+    return torch.tensor(loss), torch.tensor(1.0), torch.tensor(0.0)
+
+
+def test_only_the_time_of_the_steps_counts_and_each_has_its_share(make_log, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    log = make_log(step=3, log_interval=4)  # goes on: its first line is about one step, the second about four
+    for step in range(4, 9):
+        now[0] += 2.0
+        log.step(step, 0.1, *numbers())
+        if step in (4, 6):
+            with log.paused():
+                now[0] += 50.0
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["ms"], r["tokens_per_second"]) for r in found] == [(4, 2000.0, 50.0), (8, 2000.0, 50.0)]
+    assert [r["mfu"] for r in found] == [1.0, 1.0]
+
+
+def test_no_share_of_the_peak_exceeds_it(make_log, tmp_path, monkeypatch):
+    """A peak that was measured while others used the machine too is corrected by what is reached."""
+    now = [0.0]
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    log = make_log(peak=0.1)
+    for step, seconds in ((1, 1.0), (2, 2.0)):
+        now[0] += seconds
+        log.step(step, 0.1, *numbers())
+    found = [json.loads(line)["mfu"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert found == [1.0, 0.5]
+
+
+def test_a_sick_step_is_found_soon_where_lines_are_far_apart(make_log):
+    log = make_log(log_interval=10**6)
+    log.step(1, 0.1, *numbers(float("nan")))
+    with pytest.raises(RunFailed, match="step 1: the loss is nan"):
+        for step in range(2, 200):
+            log.step(step, 0.1, *numbers())
+
+
+def test_a_report_that_cannot_be_opened_ends_the_run_with_a_line(make_log, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunFailed, match=r"metrics\.jsonl: cannot be written to \(Is a directory\)"):
+        make_log()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
+def test_a_report_on_a_full_disk_ends_the_run_with_a_line(make_log):
+    log = make_log()
+    log.file.close()
+    log.file = open("/dev/full", "w", buffering=1)
+    log.step(1, 0.1, *numbers())
+    with pytest.raises(RunFailed, match=r"No space left on device\); the run stops; its checkpoints are safe"):
+        log.check()
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(make_log, dist, monkeypatch):
+    def fail(out_dir):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(metrics, "draw_losses", fail)
+    dist.out = io.StringIO()
+    make_log().close()
+    assert dist.out.getvalue() == "no picture of the losses: no font\n"
+
+
+def test_what_a_crash_left_behind_the_last_line_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n\0\0\xff')
+    assert metrics.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
