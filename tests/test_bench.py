@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from nanogpt import bench, memory, metrics
-from nanogpt.config import BenchConfig
+from nanogpt import bench, memory, metrics, start
+from nanogpt.config import BenchConfig, load
 from nanogpt.model import GPT, GPTConfig
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=2", "--device=cpu"]
@@ -32,7 +32,27 @@ def test_the_phases_make_up_the_iteration(run, tmp_path):
     assert sum(rows.values()) == pytest.approx(whole, abs=0.03)  # each is rounded to 0.01
     for name in ("speed", "MFU", "yardstick", "of that", "memory"):
         assert re.search(rf"^{name} +[\d,.]+", out, re.M), name
+    assert re.search(r"^iteration +32 tokens, ", out, re.M)  # 2 x 2 sequences of 8
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_what_is_measured_is_the_model_of_the_settings(dist, tmp_path, monkeypatch, architecture):
+    monkeypatch.chdir(tmp_path)
+    cfg = load(BenchConfig, [*SMALL, f"--architecture={architecture}", "--dropout=0.25"], "bench.py")
+    model, _, seconds = bench.measure(cfg, dist)
+    assert all(getattr(model.config, name) == getattr(cfg, name) for name in (*start.SHAPE, "dropout"))
+    assert len(seconds) == cfg.iters
+
+
+def test_each_phase_has_its_own_time(dist, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    clock = bench.Clock(dist)
+    for phase, seconds in (("data", 1.0), ("forward", 2.0), ("backward", 4.0), ("data", 8.0), ("optimizer", 16.0)):
+        now[0] += seconds
+        clock.ends(phase)
+    assert clock.seconds == dict(data=9.0, forward=2.0, backward=4.0, optimizer=16.0)
 
 
 def test_without_a_dataset_the_tokens_are_random_and_one_line_says_so(run):

@@ -110,6 +110,34 @@ def test_what_cannot_be_is_named(field, value, why):
     assert error.body()["error"] == dict(message=error.message, type="invalid_request_error", param=field, code=None)
 
 
+@pytest.mark.parametrize(
+    "asked, why",
+    [
+        (dict(prompt=["a", "b", "c"], n=2), "prompt: expected 1 to 4 texts in a request, not 3 prompts x n 2"),
+        (dict(echo=True, logprobs=0), "echo: is not supported together with logprobs"),
+        (dict(stream=True, stream_options=dict(include_usage=1)), "stream_options: expected {"),
+        (dict(stream=True, stream_options=[]), "stream_options: expected {"),
+        (dict(stop=["x" * 257]), "stop: expected 1 to 256 characters, not 257"),
+    ],
+)
+def test_what_does_not_go_together_is_named(asked, why):
+    assert refused({"prompt": "a"} | asked).message.startswith(why)
+
+
+def test_no_more_texts_are_taken_than_can_be_written_together():
+    """Those of one request wait for each other; more would wait for ever."""
+    cfg = ServeConfig(max_n=8, max_batch=3)
+    assert "n: expected an integer from 1 to 3, not 4" in refused(dict(prompt="a", n=4), cfg).message
+    assert read_ask(b'{"prompt": "a", "n": 3}', cfg).n == 3
+
+
+@pytest.mark.parametrize(
+    "asked", [dict(seed="9" * 9999), {"x" * 9999: 1}, dict(stop=["x" * 9999] * 5)], ids=["value", "name", "texts"]
+)
+def test_what_is_wrong_is_cut_short(asked):
+    refused({"prompt": "a"} | asked)  # which looks at the length
+
+
 def test_all_problems_come_at_once():
     error = refused(dict(prompt="", max_tokens=0, temprature=1))
     assert [p.split(":")[0] for p in error.message.split("; ") if ":" in p] == ["max_tokens", '"temprature"', "prompt"]

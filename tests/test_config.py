@@ -19,6 +19,7 @@ from nanogpt.config import (
     UserError,
     load,
     settings,
+    unescaped,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -264,6 +265,12 @@ def test_below_an_automatic_batch_size_stands_that_of_the_run_that_goes_on(flags
     assert (cfg.batch_size, cfg.auto_batch) == (number, True)
 
 
+@pytest.mark.parametrize("flags, seed", [([], 7), (["--seed=auto"], 7), (["--seed=5"], 5)])
+def test_a_run_that_goes_on_keeps_its_seed_unless_a_number_is_given(flags, seed):
+    cfg = load(TrainConfig, flags, "train.py", inherit=lambda cfg: ({"seed": 7}, "out/step-1"))
+    assert cfg.seed == seed
+
+
 # Types and their spellings
 
 
@@ -354,6 +361,19 @@ def test_a_flag_that_does_not_fit_is_refused(flag, expected):
     assert expected is None or problem(flag) == f"{flag}: expected {expected}"
 
 
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(config_file):
+    """As editors on Windows write it."""
+    assert train(config_file("max_iters = 5\n".encode("utf-8-sig"))).max_iters == 5
+
+
+def test_new_lines_and_tabs_can_be_typed_in_a_shell():
+    assert unescaped("a\\tb\\nc") == "a\tb\nc"
+
+
+def test_several_stop_strings_are_separated_and_none_is_empty():
+    assert load(SampleConfig, ["--stop=|a b||\\n\\n|"], "sample.py").stop_strings() == ["a b", "\n\n"]
+
+
 # Bad input: one clear line each, all at once
 
 
@@ -427,6 +447,54 @@ def test_all_problems_come_at_once_in_order(config_file):
 )
 def test_settings_that_do_not_fit_each_other(flag, why):
     assert problem(flag) == f"{flag}: {why}"
+
+
+@pytest.mark.parametrize(
+    "cls, flags, said",
+    [
+        (TrainConfig, ["--muon_momentum=1"], "--muon_momentum=1: must be below 1"),
+        (TrainConfig, ["--bias=True", "--architecture=qwen3"], "--bias=True: the architecture qwen3 has no biases"),
+        (
+            TrainConfig,
+            ["--n_embd=36", "--architecture=qwen3"],
+            "--n_embd=36: must be a multiple of 2 x n_head for qwen3, and n_head is 12",
+        ),
+        *(
+            (cls, ["--dtype=bfloat16", "--int8=True"], "--int8=True: works in float32 beside it, and dtype is bfloat16")
+            for cls in (SampleConfig, ServeConfig)
+        ),
+        *(
+            (ServeConfig, [f"--allow_origin={origin}"], f"--allow_origin={origin}: must be an origin such as ")
+            for origin in ("https://example.org/page", "https://", "example.org", "http://a b")
+        ),
+        (EvalConfig, ["--stride=9", "--block_size=8"], "--stride=9: must not exceed block_size, which is 8"),
+        (EvalConfig, ["--text=a.txt", "--dataset=b"], "--dataset=b: either a text or a dataset can be evaluated on"),
+        (EvalConfig, ["--init_from=gpt2"], "--init_from=gpt2: --text=FILE or --dataset=NAME says what to evaluate"),
+    ],
+)
+def test_several_settings_that_do_not_fit_each_other(cls, flags, said):
+    assert problem(*flags, cls=cls).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "cls, flags",
+    [
+        (TrainConfig, ["--decay_lr=False", "--min_lr=1.0"]),
+        (SampleConfig, ["--int8=True", "--dtype=float32"]),
+        (SampleConfig, ["--dtype=bfloat16"]),
+        (ServeConfig, ["--dtype=bfloat16"]),
+        (ServeConfig, ["--allow_origin=*"]),
+        (ServeConfig, ["--allow_origin=http://localhost:3000"]),
+        (EvalConfig, ["--stride=8", "--block_size=8"]),
+        (EvalConfig, ["--init_from=gpt2", "--dataset=b"]),
+    ],
+)
+def test_what_fits_each_other_is_taken(cls, flags):
+    assert load(cls, flags, "x")
+
+
+def test_what_fits_nothing_because_of_a_mistake_elsewhere_is_not_told():
+    assert problem("--n_embd=770", "--n_head=x") == "--n_head=x: expected an integer >= 1"
 
 
 def test_what_does_not_fit_has_its_source(config_file):

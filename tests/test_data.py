@@ -209,6 +209,30 @@ def test_a_large_split_is_checked_in_places_all_over_it(make, monkeypatch, at):
     assert "token id 99 lies outside" in problem(folder)
 
 
+@pytest.mark.parametrize("at", [0, 45, 99])
+def test_another_id_anywhere_is_another_fingerprint(make, monkeypatch, at):
+    monkeypatch.setattr(data, "PIECE", 10)
+    ids = list(range(100))
+    before = open_dataset(make(ids)).fingerprint
+    ids[at] = 50
+    assert open_dataset(make(ids)).fingerprint != before
+    assert open_dataset(make(list(range(100)))).fingerprint == before
+
+
+def test_a_longer_split_has_another_fingerprint_though_its_samples_are_the_same(make, monkeypatch):
+    monkeypatch.setattr(data, "PIECE", 10)
+    monkeypatch.setattr(data, "SAMPLE", 2)
+    assert open_dataset(make([1] * 95)).fingerprint != open_dataset(make([1] * 96)).fingerprint
+
+
+def test_no_more_is_read_at_once_than_a_system_gives(make, monkeypatch):
+    """Linux gives at most 2 GiB, and a long split has more."""
+    monkeypatch.setattr(data, "PIECE", 10)
+    dataset, pread = open_dataset(shard(make(range(100)), 35)), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, at: pread(file, min(size, 20), at))
+    assert dataset.tokens[:].tolist() == list(range(100))
+
+
 # A stream in several files
 
 
@@ -519,6 +543,21 @@ def test_the_order_never_changes(dist, seed, first):
     """A run that was begun with an older version goes on with the windows that it has not read."""
     batches = Batches(Ascending(1_003_854), "train", seed, 64, dist)
     assert batches.get(0, 4)[0][:, 0].tolist() == first
+
+
+def test_neither_later_epochs_nor_what_is_evaluated_ever_change(dist):
+    dataset = Ascending(1_003_854)
+    batches = Batches(dataset, "train", 1337, 64, dist)
+    assert batches.get(3 * batches.epoch_windows, 4)[0][:, 0].tolist() == [269749, 748789, 294709, 46709]
+    first = {s: Batches(dataset, f"eval {s}", 1337, 64, dist).get(0, 4)[0][:, 0].tolist() for s in ("train", "val")}
+    assert first["train"] == [386897, 788113, 589841, 109841]
+    assert first["val"] == [559862, 364086, 732726, 649014]
+
+
+@pytest.mark.parametrize("sampling, first", [("epochs", [26, 8, 33, 30, 28, 50]), ("random", [48, 28, 22, 48, 17, 39])])
+def test_the_order_of_documents_never_changes(dist, sampling, first):
+    ids = [SEPARATOR, 1, 1, 1, 1, 1, SEPARATOR, 2, SEPARATOR, 3, 3] * 5
+    assert Batches(in_documents(ids, 4), "train", 1337, 4, dist, sampling).places(np.arange(6))[0].tolist() == first
 
 
 @given(

@@ -471,3 +471,13 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch):
     with pytest.raises(RunFailed, match="No space left"):
         to_hugging_face(our_model(), CHARS, tmp_path / "to")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path):
+    (tmp_path / ".to.tmp").mkdir()
+    (tmp_path / ".to.tmp" / "model.safetensors").write_bytes(b"half")
+    to_hugging_face(our_model(), CHARS, tmp_path / "to")
+    assert [p.name for p in tmp_path.iterdir()] == ["to"]
+    assert torch.equal(
+        GPT.from_pretrained(tmp_path / "to").transformer.ln_f.weight, our_model().transformer.ln_f.weight
+    )

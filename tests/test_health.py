@@ -12,8 +12,9 @@ from conftest import losses, metrics
 
 import nanogpt.start
 from nanogpt import checkpoint, health, optim, train
-from nanogpt.config import RunFailed
+from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.model import GPT
+from nanogpt.start import TrainState
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -108,7 +109,7 @@ def test_what_is_not_finite_never_reaches_the_weights(run, watched, monkeypatch,
 def test_without_a_checkpoint_the_message_says_so(run, watched, monkeypatch):
     watched.sick_at = {2}
     in_loss(monkeypatch, math.nan, watched.sick)
-    with pytest.raises(RunFailed, match="there is no checkpoint yet"):
+    with pytest.raises(RunFailed, match="there is no checkpoint yet; .* and --grad_clip=1$"):
         run("--grad_clip=0.0")
     assert checkpoint.newest("out") is None
 
@@ -224,3 +225,25 @@ def test_the_judge_alone():
         assert verdict(loss, norm) == (1, 0)
     assert verdict(200.0) == (0, 1)
     assert all(torch.isfinite(t).all() for t in judge.state.values())
+
+
+def test_only_steps_skipped_in_a_row_end_a_float16_run(dist):
+    """In a long run the scale is raised, and a step skipped, again and again."""
+    dist.dtype = torch.float16
+    watch = health.Watch(TrainConfig(), dist, TrainState(), None)
+    for step in range(3 * health.PATIENCE):
+        watch.look(step, 2.0, math.inf if step % 2 else 1.0, 0.0)
+    assert watch.skipped_in_a_row == 1
+
+
+@pytest.mark.parametrize("skip_spikes", [False, True])
+def test_a_loss_that_stays_high_is_a_spike_only_at_first(skip_spikes):
+    """Or a run that skips spikes would never make another update."""
+    judge = health.Health(TrainConfig(skip_spikes=skip_spikes), torch.device("cpu"))
+    found = []
+    rise = health.RECENT + health.REFRESH
+    for step in range(rise + 2 * health.REFRESH):
+        loss = 2.0 + 0.1 * (step % 2) if step < rise else 20.0
+        skip, spike = judge.judge(step, torch.tensor(loss), torch.tensor(1.0))
+        found.append((skip.item(), spike.item()))
+    assert found[rise] == (float(skip_spikes), 1.0) and found[-1] == (0.0, 0.0)

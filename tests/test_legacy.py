@@ -1,5 +1,6 @@
 """Files of the original nanoGPT: they sample and resume exactly, and one that holds code is refused unrun."""
 
+import json
 import os
 import pickle
 import re
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import SMALL, losses
 
-from nanogpt import checkpoint, cli, config, data, export, legacy, train
+from nanogpt import checkpoint, cli, config, data, export, legacy, start, train
 from nanogpt.model import GPT, GPTConfig
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -123,6 +124,24 @@ def test_a_resumed_one_goes_on_and_its_file_stays(old):
     assert list(losses()) == list(range(8, 13)) and Path("out/ckpt.pt").read_bytes() == before
     train.main([*SMALL, *RESUME, "--max_iters=14"])  # from the new format now
     assert list(losses()) == list(range(8, 15))
+
+
+def test_a_resumed_one_has_its_own_settings_and_this_machines_device(old):
+    cfg = config.load(config.TrainConfig, ["--init_from=resume"], "train.py", start.settings_to_resume)
+    assert (cfg.dataset, cfg.learning_rate, cfg.n_layer, cfg.block_size) == ("tiny", RATE, 2, 16)
+    assert (cfg.device, cfg.out_dir, cfg.init_from) == ("auto", "out", "resume")
+
+
+def test_the_best_loss_so_far_is_known(old):
+    found = export.from_nanogpt("out")
+    assert found.val_loss == found.state["best_val_loss"] == 2.5
+
+
+def test_the_characters_may_come_from_a_dataset_prepared_anew(old):
+    chars = export.from_nanogpt("out").tokenizer
+    Path("data/tiny/meta.pkl").unlink()
+    Path("data/tiny/meta.json").write_text(json.dumps({"tokenizer": chars}))
+    assert export.from_nanogpt("out").tokenizer == chars == {"type": "char", "chars": chars["chars"]}
 
 
 def test_finetuning_from_it(old, capsys):

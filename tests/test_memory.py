@@ -34,9 +34,10 @@ def allow(room, rank=None):
         resource.setrlimit(resource.RLIMIT_DATA, (has + room, has + room))
 
 
-def report_free(size):
+def report_free(size, rank=None):
     """In another process: the system says that so many bytes are free."""
-    memory.free_memory = lambda: size
+    if rank in (None, os.environ.get("RANK")):
+        memory.free_memory = lambda: size
 
 
 def sizes(printed):
@@ -117,6 +118,15 @@ def test_auto_looks_at_every_process(start_two, tmp_path):
     assert size < 128 and f"(2 processes x {128 // size} x {size} sequences)" in doors[0].printed
 
 
+def test_auto_asks_every_process_what_is_free(start_two):
+    """Each may be on a machine of its own, and they have to stop trying together."""
+    args = [*LARGE, "--batch_size=auto", "--max_iters=1"]
+    doors = start_two(*args, before=partial(report_free, 50 * MiB, "1"))
+    assert [d.end() for d in doors] == [0, 0], doors[0].printed
+    (size,) = sizes(doors[0].printed)
+    assert 4 <= size <= 64
+
+
 @pytest.mark.parametrize("args", [["--batch_size=auto"], []], ids=["auto", "halved"])
 def test_a_resumed_run_keeps_its_micro_batch_and_is_the_same_run(end, tmp_path, args):
     args = [*args, "--eval_interval=1"]
@@ -149,6 +159,10 @@ ERRORS = [
     RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"),
     MemoryError("Unable to allocate 7 TiB"),
+    RuntimeError("std::bad_alloc"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("could not create a primitive"),
+    RuntimeError("could not create a memory object"),
 ]
 
 
@@ -196,9 +210,21 @@ def test_another_error_is_another_matter(dist):
 def test_trying_leaves_no_trace(dist, capsys):
     torch.manual_seed(1)
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
-    before = {name: p.clone() for name, p in model.named_parameters()}
+    before, ready = {name: p.clone() for name, p in model.named_parameters()}, []
+    model.register_forward_pre_hook(lambda *_: ready.append(all(p.grad is not None for p in model.parameters())))
     assert memory.fits(model, 4, CFG, dist)
+    assert ready == [True]  # a step that is not the first has gradients in memory already
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_auto_ends_with_a_line_where_not_one_sequence_fits(dist, monkeypatch):
+    def forward(self, idx, targets=None):
+        raise ERRORS[0]
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
+    with pytest.raises(RunFailed, match="out of memory with a single sequence at a time"):
+        memory.largest_micro_batch(model, 4, CFG, dist)
 
 
 def test_the_peak_is_that_of_this_process(dist):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt.model import GPT, GPT2_SHAPES, CausalSelfAttention, Dropout, GPTConfig, rms_norm
+from nanogpt.model import GPT, GPT2_SHAPES, CausalSelfAttention, Dropout, GPTConfig, gated_width, rms_norm
 
 TINY = dict(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 
@@ -184,10 +184,12 @@ def test_dropout_acts_in_each_of_its_places(place):
     assert not torch.equal(model(x)[0], model(x)[0])
 
 
-def test_the_config_sets_all_dropouts():
-    model = tiny_model(dropout=0.25)
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_the_config_sets_all_dropouts(architecture):
+    model = tiny_model(dropout=0.25, architecture=architecture)
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
-    assert {block.attn.dropout for block in model.transformer.h} == {0.25}
+    if architecture == "gpt2":
+        assert {block.attn.dropout for block in model.transformer.h} == {0.25}
 
 
 # Cropping and loading
@@ -205,8 +207,11 @@ def test_a_cropped_model_gives_the_same_logits_on_what_still_fits():
 
 
 def test_a_context_cannot_grow_by_cropping():
+    model = tiny_model()
     with pytest.raises(ValueError, match="context of 16 cannot be cropped to 17"):
-        tiny_model().crop_block_size(17)
+        model.crop_block_size(17)
+    model.crop_block_size(16)
+    assert model.config.block_size == 16
 
 
 def test_load_weights_makes_models_equal():
@@ -320,7 +325,15 @@ def test_the_modern_model_begins_with_its_blocks_switched_off():
     model = GPT(GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32, architecture="qwen3"))
     x = torch.randn(1, 16, 32)
     assert torch.equal(model.transformer.h[0](x, model.rotary(16)), x)
-    assert model.transformer.h[0].mlp.up_proj.weight.std().item() == pytest.approx(0.5 * 32**-0.5, rel=0.1)
+    for name, p in model.transformer.h.named_parameters():
+        written = name.endswith(("o_proj.weight", "down_proj.weight"))
+        assert p.std().item() == pytest.approx(0.0 if written else 0.5 * 32**-0.5, rel=0.1), name
+
+
+@pytest.mark.parametrize("n_embd, expected", [(2, 32), (32, 96), (64, 160), (100, 256), (384, 1024), (768, 2048)])
+def test_the_width_of_the_gated_layer_never_changes(n_embd, expected):
+    """A model that was trained with an older version must still be read."""
+    assert gated_width(n_embd) == expected
 
 
 def test_rms_norm_and_its_gradient_are_those_of_pytorch():
@@ -373,6 +386,24 @@ def test_dropout_drops_its_share_keeps_the_mean_and_repeats_with_the_seed():
     assert torch.equal(dropout(x), y)
     assert torch.equal(dropout.eval()(x), x)
     assert torch.equal(Dropout(0.0)(x), x)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 7)], ids=str)
+def test_dropout_takes_any_shape_and_share(shape):
+    x = torch.ones(shape)
+    assert set(Dropout(0.5)(x).flatten().tolist()) <= {0.0, 2.0}
+    assert Dropout(0.5)(x).shape == shape
+    assert torch.isfinite(Dropout(0.999)(x)).all()  # of 256 steps the last one still keeps something
+
+
+@pytest.mark.parametrize("place", ["embedding", "attention", "mlp"])
+def test_dropout_acts_in_each_of_the_modern_models_places(place):
+    model, x = modern(n_layer=1), torch.randint(31, (2, 8))
+    assert torch.equal(model(x)[0], model(x)[0])
+    block = model.transformer.h[0]
+    places = {"embedding": model.transformer.drop, "attention": block.attn.resid_dropout, "mlp": block.mlp.dropout}
+    places[place].p = 0.5
+    assert not torch.equal(model(x)[0], model(x)[0])
 
 
 def test_the_modern_model_drops_nothing_from_attention_itself():

@@ -146,7 +146,8 @@ def test_an_update_not_to_be_skipped_is_the_same_as_one_that_cannot_be(cfg):
 
 
 @both
-def test_a_scaler_of_float16_skips_an_update_that_overflowed(cfg):
+@pytest.mark.parametrize("skip", [None, torch.zeros(())], ids=["unasked", "not asked to"])
+def test_a_scaler_of_float16_skips_an_update_that_overflowed(cfg, skip):
     model = make_model()
     optimizer = optim.make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -154,7 +155,7 @@ def test_a_scaler_of_float16_skips_an_update_that_overflowed(cfg):
     for p in model.parameters():
         p.grad = torch.full_like(p, torch.inf)
     scaler.scale(torch.ones(()))
-    scaler.step(optimizer)
+    scaler.step(optimizer, skip)
     scaler.update()
     assert_equal(weights(model), before)
     assert_equal(copied_state(model, optimizer), state)
@@ -266,6 +267,18 @@ def test_where_the_device_decides_a_skipped_update_changes_nothing():
             assert_equal(copied_state(model, optimizer), state)
     changed = {name for name, p in weights(model).items() if not torch.equal(p, before[name])}
     assert changed == {name for name, p in model.named_parameters() if is_matrix(name, p)}
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_shares_of_several_processes_are_all_matrices(dist, n, world_size):
+    matrices = torch.randn(n, 4, 6, generator=torch.Generator().manual_seed(1))
+    optimizer, shares = optim.make_optimizer(make_model(), MUON, dist), []
+    for rank in range(world_size):
+        dist.rank, dist.world_size = rank, world_size
+        dist.gather = lambda share: shares.append(share) or torch.cat([share] * world_size)
+        assert len(optimizer.orthogonal(matrices)) == n
+    torch.testing.assert_close(torch.cat(shares)[:n], optim.orthogonalised(matrices))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])

@@ -256,6 +256,22 @@ def test_of_few_large_documents_the_ends_are_validated_on(run, block, monkeypatc
     assert "the last 10.0% of each of the 3 documents" in printed
 
 
+def test_of_few_large_documents_equal_ones_are_dropped(run):
+    books = [f"Book {i} " + TEXT for i in range(3)]
+    jsonl("d.jsonl", [*books, books[0]])
+    assert "of each of the 3 documents" in run("d.jsonl", "--drop_duplicates=True")
+    assert sorted(a + b for a, b in zip(documents("train"), documents("val"), strict=True)) == books
+
+
+def test_of_few_large_documents_in_a_large_vocabulary_nothing_is_mixed_up(run):
+    chars = "".join(chr(c) for c in range(0x20, 0x12000) if not 0xD800 <= c < 0xE000)
+    books = [f"Book {i} " + chars for i in range(3)]
+    jsonl("d.jsonl", books)
+    run("d.jsonl")
+    assert meta()["dtype"] == "uint32"
+    assert sorted(a + b for a, b in zip(documents("train"), documents("val"), strict=True)) == books
+
+
 def test_one_document_that_is_larger_than_all_others_is_not_all_there_is_to_train_on(run):
     small = [f"Note {i}. " + "word " * 20 for i in range(20)]
     jsonl("d.jsonl", [TEXT * 10, *small])
@@ -318,6 +334,17 @@ def test_a_large_vocabulary_takes_four_bytes_an_id(run):
     run("a.txt")
     assert meta()["dtype"] == "uint32" and meta()["vocab_size"] > 2**16
     assert text("train") + text("val") == chars * 2
+
+
+def test_the_files_of_a_split_are_full_however_its_ids_come(here):
+    sink = prepare.shuffle.Sink(here, "train", "uint16", 10)
+    parts = np.split(np.arange(33), [3, 3, 10, 14, 16, 29])
+    for part in parts:
+        sink.write(part)
+    sink.close()
+    assert sink.names == ["train.bin", "train-00001.bin", "train-00002.bin", "train-00003.bin"]
+    files = [np.fromfile(here / name, np.uint16).tolist() for name in sink.names]
+    assert files == [list(range(i, min(i + 10, 33))) for i in range(0, 33, 10)]
 
 
 @pytest.mark.parametrize("name", ["a.txt", "d.jsonl"])

@@ -128,6 +128,13 @@ def test_what_the_user_says_counts(dist, monkeypatch):
     assert not taken and "dtype is float32" in said[0]
 
 
+def test_what_writes_drops_nothing_and_has_the_dtype_that_was_asked_for(dist):
+    dist.dtype = torch.bfloat16
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=1, n_embd=8, dropout=0.5)).train()
+    ready = made_ready(model, SimpleNamespace(int8=False, dtype="bfloat16"), dist)
+    assert not ready.training and {p.dtype for p in ready.parameters()} == {torch.bfloat16}
+
+
 def test_it_is_for_cpus(dist, monkeypatch):
     monkeypatch.setattr(quantize, "LARGE", 100)
     monkeypatch.setattr(quantize, "seconds", lambda layer, x: 1.0 if isinstance(layer, nn.Linear) else 0.1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,9 @@ from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
 from nanogpt import prepare, sample, train
-from nanogpt.config import UserError
+from nanogpt.config import SampleConfig, UserError
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import ByteTokenizer
 
 
 @pytest.fixture
@@ -160,3 +163,53 @@ def test_a_prompt_with_unseen_characters_is_taken_and_they_are_named(open_minded
 def test_accents_are_written_as_the_vocabulary_has_them(open_minded, start):
     text, said = open_minded(f"--start={start}")
     assert text.startswith(("Gr\u00fcne", "Caf\u0065\u0301")) and "vocabulary" not in said
+
+
+# Where texts end, and how many are written together
+
+
+def parts(text):
+    return text.split("\n---------------\n")[:-1]
+
+
+def test_a_stop_string_ends_each_text_and_is_not_shown(write):
+    args = ["--start=The ", "--num_samples=3"]
+    whole = parts(write(*args).out)
+    stop = whole[0][10:13]  # three tokens
+    text, said = write(*args, "--stop=" + stop.replace("\n", "\\n"))
+    found = parts(text)
+    assert found == [text[: text.find(stop)] if stop in text else text for text in whole]
+    assert len(found[0]) <= 10
+    assert int(re.search(r"^(\d+) tokens in", said, re.M)[1]) < 3 * 30  # it is not written in silence either
+
+
+def test_a_text_that_ends_like_a_stop_string_begins_is_shown_to_its_end(write):
+    whole = write("--start=The ").out
+    last = parts(whole)[0][-1].replace("\n", "\\n")
+    assert write("--start=The ", f"--stop={last}§").out == whole
+
+
+def test_more_texts_than_are_written_together_are_the_same_texts(write, monkeypatch):
+    together = write("--num_samples=5").out
+    assert len(set(parts(together))) == 5
+    monkeypatch.setattr(sample, "TOGETHER", 2)
+    assert write("--num_samples=5").out == together
+
+
+def test_where_memory_is_short_there_is_room_for_one_text(monkeypatch):
+    model = GPT(GPTConfig(block_size=16, vocab_size=ByteTokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8))
+    a_row = 2 * 16 * 8 * 4  # bytes of the keys and values of 16 tokens
+    for cache, rows in ((a_row - 1, 1), (3 * a_row, 3), (99 * a_row, 10)):
+        monkeypatch.setattr(sample, "CACHE", cache)
+        assert sample.make_engine(SampleConfig(), model, None, ByteTokenizer(), [1]).free == rows
+
+
+def test_a_files_text_is_taken_as_it_is(tmp_path):
+    (tmp_path / "prompt.txt").write_text("a\\nb\nc", encoding="utf-8")
+    assert sample.read_start(f"FILE:{tmp_path / 'prompt.txt'}") == "a\\nb\nc"
+
+
+def test_a_file_that_is_not_utf_8_is_refused(tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("ab\u00fc".encode("latin-1"))
+    with pytest.raises(UserError, match=r"prompt\.txt: is not UTF-8 text \(byte 2\)"):
+        sample.read_start(f"FILE:{tmp_path / 'prompt.txt'}")

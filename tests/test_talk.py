@@ -1,5 +1,6 @@
 """`nanogpt talk` as a person uses it: in a real terminal, and in a pipe."""
 
+import io
 import os
 import pty
 import re
@@ -9,9 +10,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, SMALL
 
+from nanogpt import talk as room
 from nanogpt import train
+from nanogpt.config import TalkConfig, load
+from nanogpt.generate import Engine
+from nanogpt.model import GPT, GPTConfig
+from nanogpt.tokenizer import ByteTokenizer
 
 START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.cli import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", START, "talk", "--device=cpu", "--max_new_tokens=30"]
@@ -191,3 +198,52 @@ def test_mistakes_are_said_and_it_goes_on(trained):
 def test_the_program_is_found_by_its_name():
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "usage: nanogpt talk" in done.stdout and "--temperature=0.8" in done.stdout
+
+
+# In this process
+
+
+def stubborn(token, tok):
+    """An Engine whose model writes one token over and over."""
+    model = GPT(GPTConfig(block_size=16, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_embd=8, bias=True))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[token] = 1.0
+    return Engine(model, 1, tok.vocab_size)
+
+
+def went_on(token, *args):
+    """The tokens with which a model that writes this one goes on after "ab"."""
+    tok, cfg = ByteTokenizer(), load(TalkConfig, ["--temperature=0", "--max_new_tokens=5", *args], "nanogpt talk")
+    ids = room.go_on(cfg, stubborn(token, tok), tok, tok.encode("ab"))
+    return ids[2:]
+
+
+def test_a_text_ends_where_the_model_ends_it(capsys):
+    eot = ByteTokenizer().eot
+    assert went_on(eot) == [eot]
+    assert capsys.readouterr().out == "\n"
+
+
+def test_a_text_that_ends_like_a_stop_string_begins_is_shown_to_its_end(capsys):
+    assert went_on(ord("a"), "--stop=ab") == [ord("a")] * 5
+    assert capsys.readouterr().out == "aaaaa\n"
+
+
+def test_nothing_is_written_after_a_stop_string(capsys):
+    assert went_on(ord("a"), "--stop=aaa") == [ord("a")] * 3
+    assert capsys.readouterr().out == "\n"
+
+
+def test_spaces_around_a_line_belong_to_the_text(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"  The \n\n /x"), encoding="utf-8"))
+    assert list(room.lines()) == ["  The ", "", " /x"]
+
+
+def test_an_automatic_seed_becomes_a_number(capsys):
+    cfg = load(TalkConfig, [], "nanogpt talk")
+    room.change(cfg, "/seed auto")
+    assert type(cfg.seed) is int
+    assert capsys.readouterr().err == f"seed = {cfg.seed}\n"

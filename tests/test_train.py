@@ -2,6 +2,7 @@
 
 import json
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from nanogpt import checkpoint, cli, config, data, evaluate, start, train
 from nanogpt.config import UserError
 from nanogpt.data import write_dataset
+from nanogpt.model import GPT
 from nanogpt.tokenizer import CharTokenizer
 
 
@@ -83,6 +85,26 @@ def test_dropout_differs_between_steps_and_runs_repeat(run):
     run("--dropout=0.5", "--out_dir=c", "--max_iters=3", "--seed=2")
     assert losses("a") == losses("b") != losses("c")
     assert data.step_seed(1, 0, 0) != data.step_seed(1, 1, 0) != data.step_seed(1, 1, 1)
+
+
+def tell_chance():
+    """In another process: print from where each forward pass in training draws."""
+    real = GPT.forward
+
+    def forward(self, idx, targets=None):
+        if self.training:
+            print(f"chance: {zlib.crc32(torch.get_rng_state().numpy().tobytes())}", flush=True)
+        return real(self, idx, targets)
+
+    GPT.forward = forward
+
+
+def test_dropout_differs_between_micro_steps_and_processes(start_two):
+    args = ["--dropout=0.5", "--batch_size=2", "--gradient_accumulation_steps=4", "--max_iters=2"]
+    doors = start_two(*args, before=tell_chance)
+    assert [d.end() for d in doors] == [0, 0], doors[0].printed + doors[1].printed
+    chances = [chance for d in doors for chance in re.findall(r"^chance: \d+$", d.printed, re.M)]
+    assert len(set(chances)) == len(chances) == 2 * 2 * 2  # processes, steps, micro-steps of each
 
 
 def test_auto_resumes_what_is_there_and_starts_otherwise(run):
@@ -165,6 +187,16 @@ def test_finetuning_a_hugging_face_folder_with_a_shorter_context(run, tmp_path):
     assert "resuming" in run("--init_from=resume", "--max_iters=3", "--n_layer=1", "--bias=True")
 
 
+def test_finetuning_on_a_vocabulary_that_the_model_does_not_have_is_refused(run, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    V = json.loads((tmp_path / "data/tiny/meta.json").read_text())["vocab_size"]
+    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=V - 1)
+    transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "hf")
+    message = refused(capsys, "--init_from=hf", "--max_iters=2")
+    assert message == f"--dataset=tiny: its vocabulary of {V} does not fit the {V - 1} of hf"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", ["run", "hugging face"])
 def test_finetuning_takes_the_context_of_the_model_where_none_is_named(run, monkeypatch, kind):
     run("--max_iters=2", "--out_dir=first")
@@ -234,6 +266,7 @@ def refused(capsys, *args):
         (["--device=cuda"], "sees no cuda device"),
         (["--device=cuda:7"], "sees no cuda device"),
         (["--device=toaster"], "expected cpu, cuda"),
+        (["--device=meta"], "expected cpu, cuda"),
     ],
 )
 def test_bad_input_gets_one_line_and_changes_nothing(run, tmp_path, capsys, args, expected):
@@ -435,15 +468,31 @@ def test_a_vocabulary_of_100_000_is_read_from_shards_and_trained(run, tiny):
     assert "exact val loss 11." in run("--max_iters=1", "--eval_iters=1")  # ln 100,000 = 11.5
 
 
+@pytest.mark.parametrize("size, padded", [(1024, 1024), (1025, 1088), (50257, 50304), (50304, 50304)])
+def test_a_large_vocabulary_is_padded_and_never_cut(dist, size, padded):
+    assert start.padded(size, dist) == padded
+
+
 def test_a_learning_rate_that_ends_before_the_run_is_told(run):
     early = ["--max_iters=4", "--lr_decay_iters=2", "--min_lr=0.0", "--warmup_iters=0"]
     assert "from iteration 2 on the learning rate is 0; --lr_decay_iters=4 stretches its decline" in run(*early)
     assert "the learning rate is 0" not in run(
         "--max_iters=4", "--lr_decay_iters=4", "--min_lr=0.0", "--warmup_iters=0"
     )
+    for sound in ("--min_lr=1e-3", "--decay_lr=False"):
+        assert "the learning rate is 0" not in run(*early, sound)
 
 
 # Patience
+
+
+def test_only_a_lower_loss_is_an_improvement():
+    state = start.TrainState()
+    for state.step, val in enumerate((2.0, 2.0, float("nan"), 1.5, float("inf"), 1.75), start=1):
+        state.note({"train": 1.0, "val": val})
+        assert state.improved == (state.step in (1, 4)) and state.evaluated == state.step
+        assert (state.best_step, state.best_val_loss) == ((1, 2.0) if state.step < 4 else (4, 1.5))
+    assert state.stale == 2
 
 
 def stubborn(monkeypatch, losses):
