@@ -286,11 +286,12 @@ def test_a_part_that_fails_to_compile_later_is_told_once(monkeypatch, capsys):
 
     logger = logging.getLogger("torch._dynamo.convert_frame")
     monkeypatch.setattr(logger, "filters", [])
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
     monkeypatch.setattr(torch, "compile", lambda model: model)
     monkeypatch.setattr(distributed, "find_vector_units", lambda: None)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
-    distributed.compiled(model, SimpleNamespace(compile=True), Dist(CPU, torch.float32, out=sys.stdout), (4, 8), (3, 8))
+    dist = Dist(CPU, torch.float32, out=sys.stdout)
+    with torch._dynamo.config.patch(suppress_errors=False):  # puts back what is set meanwhile
+        distributed.compiled(model, SimpleNamespace(compile=True), dist, (4, 8), (3, 8))
     logger.warning("no C++ compiler\nand why")
     logger.warning("again")
     assert capsys.readouterr().out.splitlines()[2:] == ["compile: a part runs uncompiled (no C++ compiler)"]
