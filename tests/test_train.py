@@ -164,9 +164,25 @@ def test_eval_only_works_everywhere_and_writes_nothing(run, tmp_path, init_from)
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     out = run("--eval_only=True", f"--init_from={init_from}")
     exact = re.findall(r"exact val loss ([\d.]+)", out)
+    assert re.search(rf"^step {4 if init_from in ('resume', 'auto') else 0}: train loss ", out, re.M)
     assert len(exact) == 1 and not re.search(r"^iter \d", out, re.M)
     assert exact == re.findall(r"exact val loss ([\d.]+)", run("--eval_only=True", f"--init_from={init_from}"))
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+
+
+def test_what_an_iteration_reads_is_told(run):
+    out = run("--max_iters=1", "--gradient_accumulation_steps=3", "--batch_size=4", "--block_size=8")
+    assert re.search(r"^iteration: 96 tokens \(3 x 4 sequences\), ", out, re.M)
+
+
+def test_a_tokenizer_that_is_not_installed_costs_the_bits_per_byte_alone(run, monkeypatch):
+    def missing(json):
+        raise ImportError("tiktoken is not installed")
+
+    monkeypatch.setattr(train.tokenizer, "from_json", missing)
+    out = run("--max_iters=1")
+    assert "no bits per byte: tiktoken is not installed" in out
+    assert re.search(r"^exact val loss [\d.]+ over all \d+ validation tokens, perplexity [\d.]+$", out, re.M)
 
 
 def test_finetuning_starts_from_another_run(run):
