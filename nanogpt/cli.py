@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 import sys
+import time
 
 from nanogpt import __version__
 
@@ -44,7 +45,9 @@ def main(argv=None) -> int:
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every process meets the same problem; one of each node tells it
             for problem in error.problems:
-                print(problem if error.exit_code > 128 else f"error: {problem}", file=sys.stderr)
+                print(problem if error.exit_code > 128 else f"error: {problem}", file=sys.stderr, flush=True)
+        elif "TORCHELASTIC_RUN_ID" in os.environ and error.exit_code < 128:
+            time.sleep(10)  # torchrun ends all processes when one has ended, and that which tells may not be so far
         return error.exit_code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -131,6 +131,8 @@ def test_a_job_that_cannot_begin_is_told(batcher, capsys):
 
     with pytest.raises(Failed):
         asyncio.run(ask())
+    batcher.stop()
+    batcher.thread.join()  # it prints after it has told
     assert "outside the vocabulary" in capsys.readouterr().err
 
 

@@ -336,6 +336,31 @@ def test_processes_that_do_not_divide_the_batch_are_refused_with_those_that_do(t
     assert not (tmp_path / "out").exists()
 
 
+SLOW_TO_TELL = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from nanogpt import cli
+from nanogpt.config import UserError
+
+def train(argv):
+    if os.environ["LOCAL_RANK"] == "0":
+        time.sleep(1)
+    raise UserError("what all processes have met")
+
+cli.run = train
+cli.enter()
+"""
+
+
+def test_what_is_wrong_is_told_though_another_process_ends_first(tmp_path):
+    """Torchrun ends all processes when one has ended."""
+    (tmp_path / "slow.py").write_text(SLOW_TO_TELL)
+    done = torchrun(2, cwd=tmp_path, program=tmp_path / "slow.py")
+    assert done.returncode == 1 and re.findall(r"^error: .*", done.stderr, re.M) == [
+        "error: what all processes have met"
+    ]
+
+
 def test_the_process_group_is_closed_after_an_error(run, monkeypatch):
     from nanogpt import distributed
     from nanogpt.config import TrainConfig, load
