@@ -107,7 +107,7 @@ class Dist:
 
     @contextmanager
     def together(self):
-        """If any process fails within, all leave: it with its own error, the others with RunFailed.
+        """If any process fails within, all leave: it with its own error, the others with RunFailed, which says why.
 
         Nothing within may wait for another process.
         """
@@ -117,7 +117,11 @@ class Dist:
         except Exception as e:
             failure = e
         if self.max(int(failure is not None)):
-            raise failure or RunFailed("another process could not go on")
+            reasons = [None] * self.world_size
+            if self.world_size > 1:
+                td.all_gather_object(reasons, failure and (str(failure) or type(failure).__name__), self.host_group)
+            told = (f"process {i} could not go on: {reason}" for i, reason in enumerate(reasons) if reason)
+            raise failure or RunFailed(*told)
 
     def barrier(self):
         """Wait until every process has come here."""

@@ -327,17 +327,18 @@ def draw_losses(out_dir):
         linewidth=0.8,
         label="train, each batch",
     )
+    seen = [r["loss"] for r in steps] + [r[name] for r in evals[1:] for name in ("train_loss", "val_loss")]
+    top = 1.05 * max((loss for loss in seen if loss is not None and math.isfinite(loss)), default=math.inf)
+    shown = [r for r in evals if r["val_loss"] <= top]  # without the untrained model: a line down from it is no curve
     marks = dict(marker="o", markersize=3.5, linewidth=1.8)
-    axes.plot([r["step"] for r in evals], [r["train_loss"] for r in evals], color="#2f6db5", label="train", **marks)
-    axes.plot([r["step"] for r in evals], [r["val_loss"] for r in evals], color="#d9662b", label="validation", **marks)
+    axes.plot([r["step"] for r in shown], [r["train_loss"] for r in shown], color="#2f6db5", label="train", **marks)
+    axes.plot([r["step"] for r in shown], [r["val_loss"] for r in shown], color="#d9662b", label="validation", **marks)
     if evals:
         best = min(evals, key=lambda r: r["val_loss"])
         axes.axhline(best["val_loss"], color="#d9662b", linewidth=0.7, linestyle=":")
         axes.set_title(f"best validation loss {best['val_loss']:.4f} at iteration {best['step']:,}", fontsize=11)
-        seen = [r["loss"] for r in steps] + [r[name] for r in evals[1:] for name in ("train_loss", "val_loss")]
-        seen = [loss for loss in seen if loss is not None and math.isfinite(loss)]
-        if seen:  # the fall from the untrained model may leave the picture
-            axes.set_ylim(top=1.05 * max(seen))
+        if top < math.inf:
+            axes.set_ylim(top=top)
     axes.set(xlabel="iteration", ylabel="loss (nats per token)")
     axes.grid(color="#e6e6e6", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

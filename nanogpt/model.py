@@ -67,9 +67,8 @@ def products_in_bfloat16():
     return torch.get_float32_matmul_precision() == "medium"
 
 
-products_in_bfloat16._dynamo_marked_constant = (
-    True  # as torch.compiler.assume_constant_result says, without its imports
-)
+# a constant to the compiler, as torch.compiler.assume_constant_result says it, without its imports
+products_in_bfloat16._dynamo_marked_constant = True
 
 
 class Float32Attention(torch.autograd.Function):

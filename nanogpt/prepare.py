@@ -138,7 +138,7 @@ class Work:
         self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for folder in reversed(self.made or [self.target]):
+            for folder in reversed(self.made or [self.target]):  # a run before this one may have made it
                 folder.rmdir()  # if it is empty
 
 

@@ -13,14 +13,8 @@ from nanogpt import checkpoint, config, data, distributed, export, health, memor
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
 from nanogpt.model import GPT, GPTConfig
 
-SHAPE = (
-    "block_size",
-    "architecture",
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "bias",
-)  # the settings that shape a model's weights
+# the settings that shape a model's weights
+SHAPE = ("block_size", "architecture", "n_layer", "n_head", "n_embd", "bias")
 
 
 @dataclass

@@ -261,10 +261,13 @@ def work_together():
         mine = torch.tensor([1.0, 4.0 * dist.rank])
         assert dist.mean(mine).tolist() == [1.0, 2.0] and mine.tolist() == [1.0, 4.0 * dist.rank]
         assert dist.gather(mine).tolist() == [1.0, 0.0, 1.0, 4.0]
-        with pytest.raises((RunFailed, KeyError)[dist.rank]):
-            with dist.together():
-                if dist.rank == 1:
-                    raise KeyError
+        for failure in (UserError("no room"), ZeroDivisionError()):
+            why = str(failure) or "ZeroDivisionError"
+            with pytest.raises((RunFailed, type(failure))[dist.rank]) as caught:
+                with dist.together():
+                    if dist.rank == 1:
+                        raise failure
+            assert dist.rank == 1 or caught.value.problems == (f"process 1 could not go on: {why}",)
         cfg = SimpleNamespace(seed="auto")
         distributed.choose_seed(cfg, dist)
         assert dist.max(cfg.seed) == cfg.seed == -dist.max(-cfg.seed)

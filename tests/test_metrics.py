@@ -126,13 +126,19 @@ def picture(folder, monkeypatch, *records):
     return drawn[0].axes[0]
 
 
-def test_the_fall_from_the_untrained_model_may_leave_the_picture(tmp_path, monkeypatch):
+def test_the_untrained_model_is_not_in_the_picture_of_what_it_learned(tmp_path, monkeypatch):
     steps = [{"step": s, "loss": 4 - s / 5} for s in range(1, 11)]
     evals = [{"step": s, "train_loss": t, "val_loss": v} for s, t, v in ((0, 9.0, 9.1), (5, 2.9, 2.5), (10, 2.0, 4.0))]
     axes = picture(tmp_path, monkeypatch, *steps, *evals)
     assert axes.get_ylim()[1] == pytest.approx(1.05 * 4.0)
     assert axes.get_title() == "best validation loss 2.5000 at iteration 5"
-    assert [list(line.get_ydata()) for line in axes.lines[1:3]] == [[9.0, 2.9, 2.0], [9.1, 2.5, 4.0]]
+    assert [list(line.get_ydata()) for line in axes.lines[1:3]] == [[2.9, 2.0], [2.5, 4.0]]
+
+
+def test_a_model_that_was_trained_before_is_in_the_picture_from_the_beginning(tmp_path, monkeypatch):
+    evals = [{"step": s, "train_loss": v, "val_loss": v} for s, v in ((0, 3.1), (5, 2.5))]
+    axes = picture(tmp_path, monkeypatch, {"step": 1, "loss": 3.0}, *evals)
+    assert [list(line.get_ydata()) for line in axes.lines[1:3]] == [[3.1, 2.5]] * 2
 
 
 def test_losses_that_were_no_numbers_leave_gaps_in_the_picture(tmp_path, monkeypatch):
