@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
-
-from nanogpt.model import attend
 
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, seed=None, vocab_size=None):
@@ -136,7 +133,7 @@ class Engine:
         self.device = model.transformer.wte.weight.device
         self.context = config.block_size
         self.window = None if model.rotary else max(1, config.block_size // 2)
-        self.cache = Cache(config, rows, min(length or self.context, self.context), model.transformer.wte.weight)
+        self.cache = KVCache(config, rows, min(length or self.context, self.context), model.transformer.wte.weight)
         self.capacity, self.rows = rows, []
 
     @property
@@ -222,8 +219,8 @@ class Engine:
         if T is None:  # the cache is read where it lies, so those that lie between them are computed too, for nothing
             beside, model, whole = self.rows[: rows[-1].index + 1], self.fast, self.fast is not self.model
         idx = torch.tensor([(row.pending or [0])[: T or 1] for row in beside], device=self.device)
-        past = Past(self.cache, [row.index for row in beside], [row.length for row in beside], T or 1, whole)
-        logits = model(idx, past=past)[0][:, -1, : self.vocab_size]
+        view = KVCacheView(self.cache, [row.index for row in beside], [row.length for row in beside], T or 1, whole)
+        logits = model(idx, kv_cache=view)[0][:, -1, : self.vocab_size]
         for row in rows:
             row.length += T or 1
             del row.pending[: T or 1]
@@ -277,8 +274,8 @@ class Engine:
         return Token(row, id, logprob, likeliest, finish)
 
 
-class Cache:
-    """The keys and values of the tokens that each row has seen, allocated once: (layers, B, S, H, D) each."""
+class KVCache:
+    """The keys and values of the tokens that each row has seen, allocated once: (layers, rows, S, H, D) each."""
 
     def __init__(self, config, rows, size, like):
         shape = (config.n_layer, rows, size, config.n_head, config.n_embd // config.n_head)
@@ -287,17 +284,17 @@ class Cache:
         self.size = size
 
     def copy(self, source, target, length):
-        """Make the beginning of one row that of another."""
+        """Copy the first `length` tokens of row `source` to row `target`."""
         for kept in (self.keys, self.values):
             kept[:, target, :length] = kept[:, source, :length]
 
 
-class Past:
-    """The cache as one forward pass of the model sees it.
+class KVCacheView:
+    """The rows of a KVCache that one forward pass continues.
 
-    rows: the rows that it continues. lengths: how many tokens each has seen, the same where T > 1. T: how many
-    come to each. In a row longer than the cache, a new token takes the place of the oldest. whole: read all of the
-    cache, and not only its beginning that is in use.
+    rows: their numbers. lengths: how many tokens each has seen; all the same if T > 1. T: how many new tokens each
+    gets. In a row longer than the cache, a new token takes the place of the oldest. whole: read the whole cache,
+    and not only the beginning that is in use.
     """
 
     def __init__(self, cache, rows, lengths, T, whole=False):
@@ -307,17 +304,14 @@ class Past:
         self.rows, self.places = torch.tensor(rows, device=device), self.positions % cache.size
         end = cache.size if whole else min(max(lengths) + T, cache.size)
         in_order = rows == list(range(len(rows)))
-        self.seen = (slice(len(rows)) if in_order else self.rows, slice(end))  # a slice is read where it lies
-        self.mask = None  # (B, 1, T, end): which of them a new token sees
+        self.seen = (slice(len(rows)) if in_order else self.rows, slice(end))  # slices are read without a copy
+        self.mask = None  # (B, 1, T, end): the places that a new token sees
         if whole or T > 1 or min(lengths) + 1 < end:
             self.mask = (torch.arange(end, device=device) <= self.positions[..., None])[:, None]
 
-    def attend(self, layer, q, k, v):
-        """`model.attend` of new tokens (B, T, H, D), which see the earlier ones too."""
+    def update(self, layer, k, v):
+        """Store the keys and values (B, T, H, D) of new tokens; (k, v, mask) of all that `kernels.attention` has to see."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (rows, S, H, D)
         at = self.rows[:, None], self.places
         keys[at], values[at] = k, v
-        if self.first:
-            return attend(q, k, v, dropout=0.0)
-        q, k, v = q.transpose(1, 2), keys[self.seen].transpose(1, 2), values[self.seen].transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2)
+        return (k, v, None) if self.first else (keys[self.seen], values[self.seen], self.mask)

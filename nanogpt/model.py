@@ -6,13 +6,13 @@ process, file or tokenizer. Shapes are named
 """
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+from nanogpt.kernels import Dropout, attention, rms_norm
 
 ARCHITECTURES = ("gpt2", "qwen3")
 
@@ -45,79 +45,22 @@ class GPTConfig:
 EPS = 1e-6  # of Qwen3's norms
 ROPE_THETA = 10000.0  # the base of the rotary frequencies
 
-# The four sizes that OpenAI released, by their Hugging Face names.
-GPT2_SHAPES = {
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),  # 124M parameters
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-}
-
-
-def attend(q, k, v, dropout):
-    """Each token's mean of the values v, its own and those before it, weighted by q . k. All are (B, T, H, D)."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D)
-    if q.device.type == "cpu" and products_in_bfloat16():
-        return Float32Attention.apply(q, k, v, dropout).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
-
-
-def products_in_bfloat16():
-    """Whether this process has CPUs multiply float32 tensors in bfloat16, as `distributed.setup` decides once."""
-    return torch.get_float32_matmul_precision() == "medium"
-
-
-# a constant to the compiler, as torch.compiler.assume_constant_result says it, without its imports
-products_in_bfloat16._dynamo_marked_constant = True
-
-
-class Float32Attention(torch.autograd.Function):
-    """Causal attention in float32 where a CPU multiplies in bfloat16.
-
-    PyTorch's fused attention does many tiny products, and in bfloat16 each first looks for its kernel: it takes
-    ten times as long.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, dropout):
-        with torch.enable_grad(), products_in_float32():
-            ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in (q, k, v)]
-            ctx.y = F.scaled_dot_product_attention(*ctx.inputs, dropout_p=dropout, is_causal=True)
-        return ctx.y.detach()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        with products_in_float32():
-            return *torch.autograd.grad(ctx.y, ctx.inputs, grad), None
-
-
-@contextmanager
-def products_in_float32():
-    """Exact products within the context, whatever `torch.set_float32_matmul_precision` says outside."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and those before it."""
+    """Multi-head attention in which a token sees itself and the tokens before it."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x, rotation=None, past=None):
+    def forward(self, x, cos_sin=None, kv_cache=None):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # each (B, T, H, D)
-        y = past(q, k, v) if past else attend(q, k, v, self.dropout if self.training else 0.0)
+        k, v, mask = kv_cache.update(self.layer, k, v) if kv_cache else (k, v, None)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))  # the heads side by side again
 
 
@@ -135,53 +78,15 @@ class MLP(nn.Module):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
-def rms_norm(x):
-    """Each vector of the last dimension divided by its root mean square (Zhang & Sennrich 2019), without a gain."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return CPURMSNorm.apply(x)
-    return F.rms_norm(x, x.shape[-1:], eps=EPS)
-
-
-class CPURMSNorm(torch.autograd.Function):
-    """`F.rms_norm`, which has no kernel of its own on CPUs, in half of its passes over memory."""
-
-    @staticmethod
-    def forward(ctx, x):
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # (..., 1)
-        scale = square.div_(x.shape[-1]).add_(EPS).rsqrt_()
-        y = x * scale
-        ctx.save_for_backward(y, scale)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        y, scale = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.shape[-1])  # what changes the length alone
-        return torch.addcmul(grad, y, along).mul_(scale)
-
-
 class RMSNorm(nn.Module):
-    """`rms_norm` as a module."""
+    """Root mean square layer normalisation (Zhang & Sennrich 2019), without a gain."""
 
     def forward(self, x):
-        return rms_norm(x)
-
-
-class Dropout(nn.Dropout):
-    """`nn.Dropout` with a faster source of chance on CPUs: a byte an element, so that p counts in steps of 1/256."""
-
-    def forward(self, x):
-        if not self.training or self.p == 0.0 or x.device.type != "cpu":
-            return super().forward(x)
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        dropped = min(255, round(self.p * 256))  # bytes of 256
-        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-        return x * (kept * (256 / (256 - dropped)))
+        return rms_norm(x, EPS)
 
 
 class Rotary(nn.Module):
-    """The angles by which queries and keys turn with their position: Su et al. 2021, RoFormer, section 3.2.2."""
+    """RoPE, the angles by which queries and keys are rotated with their position: Su et al. 2021, section 3.2.2."""
 
     def __init__(self, config):
         super().__init__()
@@ -192,11 +97,11 @@ class Rotary(nn.Module):
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
 
     def forward(self, T):
-        """What `rotate` takes for positions 0 to T - 1: (T, 1, D) twice, for all heads alike."""
+        """cos and sin for positions 0 to T - 1, the same for all heads: (T, 1, D) each."""
         return self.cos[:T, None], self.sin[:T, None]
 
     def at(self, positions):
-        """The same for any positions (B, T), beyond the context too: (B, T, 1, D) twice."""
+        """cos and sin for any positions (B, T), also beyond the context: (B, T, 1, D) each."""
         D = self.cos.shape[-1]
         frequencies = ROPE_THETA ** (-torch.arange(0, D, 2, device=positions.device) / D)
         angles = positions[..., None, None] * frequencies  # (B, T, 1, D/2)
@@ -204,30 +109,30 @@ class Rotary(nn.Module):
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x, rotation):
-    """Turn each pair of channels i and i + D/2 of x (B, T, H, D) by its angle."""
-    cos, sin = rotation
+def rotate(x, cos, sin):
+    """Rotate each pair of channels i and i + D/2 of x (B, T, H, D) by its angle."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head attention that knows distances alone, from queries and keys of one length (Henry et al. 2020)."""
+    """Multi-head attention with RoPE, on queries and keys of unit RMS (Henry et al. 2020)."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.resid_dropout = Dropout(config.dropout)
-        self.n_head = config.n_head
+        self.n_head, self.layer = config.n_head, layer
 
-    def forward(self, x, rotation, past=None):
+    def forward(self, x, cos_sin, kv_cache=None):
         B, T, C = x.shape
         q, k, v = (f(x).view(B, T, self.n_head, C // self.n_head) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(rms_norm(q), rotation), rotate(rms_norm(k), rotation)  # (B, T, H, D)
-        # no dropout of weights: the fused kernels of CPUs know none, and without it the model learns as well
-        y = past(q, k, v) if past else attend(q, k, v, dropout=0.0)
+        q, k = rotate(rms_norm(q, EPS), *cos_sin), rotate(rms_norm(k, EPS), *cos_sin)  # (B, T, H, D)
+        k, v, mask = kv_cache.update(self.layer, k, v) if kv_cache else (k, v, None)
+        # no dropout of attention weights: fused kernels on CPUs have none, and the model learns as well without it
+        y = attention(q, k, v, mask)
         return self.resid_dropout(self.o_proj(y.reshape(B, T, C)))
 
 
@@ -254,16 +159,16 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """Communication (attention), then computation (MLP), each added to the residual stream."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         modern = config.architecture == "qwen3"
         self.ln_1 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = RotaryAttention(config) if modern else CausalSelfAttention(config)
+        self.attn = (RotaryAttention if modern else CausalSelfAttention)(config, layer)
         self.ln_2 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = GatedMLP(config) if modern else MLP(config)
 
-    def forward(self, x, rotation, past=None):
-        x = x + self.attn(self.ln_1(x), rotation, past)
+    def forward(self, x, cos_sin, kv_cache=None):
+        x = x + self.attn(self.ln_1(x), cos_sin, kv_cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -285,7 +190,7 @@ class GPT(nn.Module):
         if not modern:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         self.transformer["drop"] = (Dropout if modern else nn.Dropout)(config.dropout)
-        self.transformer["h"] = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.transformer["h"] = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.transformer["ln_f"] = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
         self.rotary = Rotary(config) if modern else None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -312,11 +217,11 @@ class GPT(nn.Module):
                 elif isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=0.5 * self.config.n_embd**-0.5)
 
-    def forward(self, idx, targets=None, past=None):
+    def forward(self, idx, targets=None, kv_cache=None):
         """Logits, and with targets the mean cross-entropy in nats.
 
         idx: token ids (B, T), T <= block_size. targets: (B, T), the id that follows each; -1 is not counted.
-        past: a `generate.Past`, the keys and values of earlier tokens which idx continues.
+        kv_cache: a `generate.KVCacheView`, the keys and values of earlier tokens that idx continues.
         Returns (logits (B, T, V), loss) with targets, (logits of the last position (B, 1, V), None) without.
         Raises ValueError where T exceeds block_size.
         """
@@ -324,14 +229,14 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens does not fit the context of {self.config.block_size}")
         x = self.transformer.wte(idx)  # (B, T, C)
-        if self.rotary is None:
-            x = x + (self.transformer.wpe(past.positions) if past else self.transformer.wpe.weight[:T])
-        x = self.transformer.drop(x)
-        rotation = None
+        cos_sin = None
         if self.rotary is not None:
-            rotation = self.rotary.at(past.positions) if past else self.rotary(T)
-        for i, block in enumerate(self.transformer.h):
-            x = block(x, rotation, partial(past.attend, i) if past else None)
+            cos_sin = self.rotary.at(kv_cache.positions) if kv_cache else self.rotary(T)
+        else:
+            x = x + (self.transformer.wpe(kv_cache.positions) if kv_cache else self.transformer.wpe.weight[:T])
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cos_sin, kv_cache)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)

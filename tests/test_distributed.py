@@ -12,7 +12,7 @@ import torch
 from nanogpt import distributed
 from nanogpt.config import RunFailed, UserError
 from nanogpt.distributed import Dist, choose_compile, choose_device, choose_dtype, prepare_device
-from nanogpt.model import GPT, GPTConfig, attend
+from nanogpt.model import GPT, GPTConfig
 
 CPU = torch.device("cpu")
 
@@ -82,27 +82,6 @@ def test_the_next_model_on_the_cpu_is_exact_again():
     assert torch.get_float32_matmul_precision() == "medium"
     prepare_device(CPU)
     assert torch.get_float32_matmul_precision() == "highest"
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_attention_stays_exact_beside_products_in_bfloat16(grad):
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, 16, 3, 8, requires_grad=grad) for _ in range(3)]
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        prepare_device(CPU, dtype)
-        before = torch.get_float32_matmul_precision()
-        y = attend(*tensors, dropout=0.0)
-        results.append([y, *(torch.autograd.grad(y.square().sum(), tensors) if grad else ())])
-        assert torch.get_float32_matmul_precision() == before
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-def test_attention_beside_products_in_bfloat16_still_has_its_dropout():
-    prepare_device(CPU, torch.bfloat16)
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 16, 3, 8) for _ in range(3))
-    assert not torch.equal(attend(q, k, v, dropout=0.5), attend(q, k, v, dropout=0.5))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])

@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from nanogpt.generate import Engine, Options, generate, sample
 from nanogpt.model import ARCHITECTURES, GPT, GPTConfig
@@ -142,18 +141,18 @@ def plain_logits(model, idx):
         W = max(1, S // 2)
         return model(idx[:, -(T if T <= S else W + (T - S - 1) % (S - W + 1)) :])[0][:, -1]
     x = model.transformer.wte(idx[:, -T:])
-    rotation = model.rotary.at(torch.arange(T)[None])
+    cos_sin = model.rotary.at(torch.arange(T)[None])
     for block in model.transformer.h:
-        x = block(x, rotation, attend_to_the_last)
+        x = block(x, cos_sin, SlidingWindow())
     return model.lm_head(model.transformer.ln_f(x))[:, -1]
 
 
-def attend_to_the_last(q, k, v):
-    """Each token attends to the last S tokens, itself included."""
-    i = torch.arange(q.shape[1])
-    mask = (i <= i[:, None]) & (i > i[:, None] - S)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+class SlidingWindow:
+    """Stands for a KV cache: each token attends to the last S tokens, itself included."""
+
+    def update(self, layer, k, v):
+        i = torch.arange(k.shape[1])
+        return k, v, (i <= i[:, None]) & (i > i[:, None] - S)
 
 
 def test_greedy_tokens_are_those_without_a_cache(either):
@@ -274,9 +273,9 @@ def test_rows_whose_prompt_another_was_encoding_go_on_without_it(either):
 def test_a_compiled_model_always_reads_the_whole_cache_and_writes_the_same(either):
     ends = []
 
-    def fast(idx, past):
-        ends.append(past.seen[1].stop)
-        return either(idx, past=past)
+    def fast(idx, kv_cache):
+        ends.append(kv_cache.seen[1].stop)
+        return either(idx, kv_cache=kv_cache)
 
     engine = Engine(either, 2, fast=fast)
     rows = engine.add([1, 2], Options(max_new_tokens=20, seed=5), n=2)

@@ -1,0 +1,103 @@
+"""The operations that are written twice: PyTorch's own, and a faster form for CPUs that computes the same.
+
+The model calls these functions; which form runs follows from the tensor's device alone. `tests/test_kernels.py` holds
+each form against the plain one. Shapes: B batch, T queries, S keys, H heads, D channels of a head.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+def attention(q, k, v, mask=None, dropout=0.0):
+    """For each query, the mean of the values weighted by softmax(q . k / sqrt(D)): (B, T, H, D).
+
+    q: (B, T, H, D). k, v: (B, S, H, D). mask: booleans that broadcast to (B, H, T, S), True for a key that a query
+    sees. Without a mask, query t of several sees keys 0 to t, and a single query sees all keys.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
+    causal = mask is None and q.shape[2] > 1
+    if q.device.type == "cpu" and multiplies_in_bfloat16():
+        return Float32Attention.apply(q, k, v, mask, dropout, causal).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
+
+
+def multiplies_in_bfloat16():
+    """Whether PyTorch multiplies float32 matrices in bfloat16 on CPUs, as `--dtype=bfloat16` asks it to."""
+    return torch.get_float32_matmul_precision() == "medium"
+
+
+# a constant to the compiler, as torch.compiler.assume_constant_result says it, without its imports
+multiplies_in_bfloat16._dynamo_marked_constant = True
+
+
+class Float32Attention(torch.autograd.Function):
+    """Attention in float32 while all other products are in bfloat16.
+
+    PyTorch's fused attention does many tiny products, and in bfloat16 each first looks for its kernel: it takes
+    ten times as long.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, dropout, causal):
+        with torch.enable_grad(), float32_products():
+            ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in (q, k, v)]
+            ctx.y = F.scaled_dot_product_attention(*ctx.inputs, mask, dropout, causal)
+        return ctx.y.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        with float32_products():
+            return *torch.autograd.grad(ctx.y, ctx.inputs, grad), None, None, None
+
+
+@contextmanager
+def float32_products():
+    """Exact products within the context, whatever `torch.set_float32_matmul_precision` says outside."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def rms_norm(x, eps):
+    """Each vector of the last dimension divided by its root mean square (Zhang & Sennrich 2019), without a gain."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return CPURMSNorm.apply(x, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+class CPURMSNorm(torch.autograd.Function):
+    """`F.rms_norm`, which has no kernel of its own on CPUs, in half of its passes over memory."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()  # (..., 1)
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, scale = ctx.saved_tensors
+        radial = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.shape[-1])  # the part that only changes the length
+        return torch.addcmul(grad, y, radial).mul_(scale), None
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, on CPUs with a faster source of randomness: one byte an element, so p is rounded to n/256."""
+
+    def forward(self, x):
+        if not self.training or self.p == 0.0 or x.device.type != "cpu":
+            return super().forward(x)
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
+        dropped = min(255, round(self.p * 256))  # byte values of 256
+        kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+        return x * (kept * (256 / (256 - dropped)))
