@@ -148,4 +148,5 @@ def free_memory():
         free = min(free, int(limit) - int(used) + cached)
     except (OSError, TypeError, ValueError):  # no container's limit
         pass
-    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # without LOCAL_RANK, nobody has looked at it
+    return free / (int(processes) if processes.isdigit() and int(processes) else 1)
