@@ -18,10 +18,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import nanogpt  # noqa: E402, F401  (before PyTorch: it says how the threads wait)
+
+# isort: split
+import torch  # noqa: E402
 
 from nanogpt.distributed import Dist, prepare_device  # noqa: E402
 from nanogpt.metrics import products_rate  # noqa: E402

@@ -23,11 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import nanogpt  # noqa: E402, F401  (before PyTorch: it says how the threads wait)
+
+# isort: split
+import torch  # noqa: E402
 from browser import CHROMIUM, DRIVER, Browser  # noqa: E402
 from serving import write_run  # noqa: E402
 
@@ -81,7 +84,7 @@ def cpu():
 @contextmanager
 def serving(out_dir, *args):
     """`nanogpt serve`, ready: its process and port."""
-    command = [sys.executable, "-c", "import sys; from nanogpt.cli import main; sys.exit(main())", "serve", "--port=0"]
+    command = [sys.executable, "-c", "from nanogpt.cli import enter; enter()", "serve", "--port=0"]
     command += [f"--out_dir={out_dir}", "--device=cpu", *args]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -18,8 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from cpu import COMMAND, commit, cpu  # which sees to how the threads of PyTorch wait
+
+# isort: split
 import torch
-from cpu import COMMAND, commit, cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSIC = " ".join(COMMAND) + " --dtype=float32"

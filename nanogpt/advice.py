@@ -5,7 +5,6 @@ A process of its own: `nanogpt prepare` runs `main`, and gives back the memory t
 
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -42,7 +41,7 @@ IN_BFLOAT16 = 256  # channels from which on a CPU's products are faster in it
 
 
 def main():
-    """Print advice about the dataset that standard input describes, as JSON: see `advise`."""
+    """Print advice about the dataset that standard input describes, as JSON: see `advise`. The exit code."""
     try:
         about = json.load(sys.stdin)
         with open("/dev/null" if sys.platform != "win32" else "nul", "w") as nowhere:
@@ -50,9 +49,7 @@ def main():
                 for line in advise(**about, dist=dist):
                     print(line, flush=True)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        os._exit(141)  # nobody reads any more
+        return 130
     except (UserError, RuntimeError, OSError) as e:  # the dataset is made all the same
         print(f"no advice on how to train: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
 

@@ -21,6 +21,7 @@ class UserError(ValueError):
     """What a user can mend: one line a problem, exit code 2, no traceback."""
 
     exit_code = 2
+    second_hand = False  # whether another process knows the reason, and reports it
 
     def __init__(self, *problems):
         super().__init__("\n".join(problems))

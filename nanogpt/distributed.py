@@ -8,6 +8,7 @@ import ctypes
 import logging
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -21,6 +22,12 @@ import torch
 import torch.distributed as td
 
 from nanogpt.config import RunFailed, UserError
+
+
+class PeerLost(RunFailed):
+    """Another process ended while this one waited for it."""
+
+    second_hand = True
 
 
 @dataclass
@@ -137,11 +144,9 @@ def setup(cfg, out=None):
     """
     out = out or sys.stdout
     several = "LOCAL_RANK" in os.environ  # some clusters set the other two where one process is all there is
-    rank, local_rank, world_size = (
-        int(os.environ.get(k, d)) if several else d for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, local_rank, world_size = place() if several else (0, 0, 1)
     say = partial(print, file=out, flush=True) if rank == 0 else lambda line: None
-    if not several and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if not several and (os.environ.get("WORLD_SIZE") or "1") != "1":
         say("processes: one, because LOCAL_RANK is not set, whatever RANK and WORLD_SIZE say; torchrun sets all three")
     device = choose_device(cfg, say, local_rank, several)
     dist = Dist(device, choose_dtype(cfg, device, say), rank, local_rank, world_size, out)
@@ -157,12 +162,46 @@ def setup(cfg, out=None):
         say(f"backend: {backend}, the one for {device.type} devices (--backend)")
     if backend == "nccl" and device.type != "cuda":
         raise UserError(f"--backend=nccl: works on GPUs alone, and the device is {device.type}; --backend=gloo")
-    td.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    try:
+        td.init_process_group(backend, device_id=device if backend == "nccl" else None)
+    except (RuntimeError, ValueError) as e:
+        where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        why = str(e).strip().partition("\n")[0]
+        raise RunFailed(f"{where}: the {world_size} processes did not meet there ({why}); torchrun sets both") from None
     try:
         dist.host_group = td.new_group(backend="gloo") if backend != "gloo" else td.group.WORLD
         yield dist
+    except RuntimeError as e:
+        if not re.search("Connection (closed|reset) by peer", str(e)):
+            raise
+        raise PeerLost("another process ended, and its own lines say why; the run stops") from None
     finally:
         td.destroy_process_group()
+
+
+def place():
+    """(rank, local rank, number of processes), as torchrun sets them. UserError unless all that it sets is there and right."""
+    names = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if len(given) < len(names):
+        missing = " and ".join(name for name in names if name not in given)
+        raise UserError(
+            f"LOCAL_RANK={os.environ['LOCAL_RANK']}: {missing} must be set too, as torchrun does; "
+            "without LOCAL_RANK one process is all there is"
+        )
+    least = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_PORT=0, LOCAL_WORLD_SIZE=1)
+    wrong = [
+        f"{name}={text}: expected a whole number from {low} on, as torchrun sets it"
+        for name, low in least.items()
+        if (text := os.environ.get(name, str(low))) and not (text.isascii() and text.isdigit() and int(text) >= low)
+    ]
+    if wrong:
+        raise UserError(*wrong)
+    rank, local_rank, world_size = (int(given[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    for name, number in dict(RANK=rank, LOCAL_RANK=local_rank).items():
+        if number >= world_size:
+            raise UserError(f"{name}={number}: expected less than WORLD_SIZE={world_size}, as torchrun sets them")
+    return rank, local_rank, world_size
 
 
 def choose_device(cfg, say, local_rank=0, several=False):

@@ -3,6 +3,7 @@
 `fitting` is around whatever may run out of memory in the loop; `choose_micro_batch` tries before it begins.
 """
 
+import math
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,8 @@ from nanogpt.config import RunFailed
 from nanogpt.distributed import out_of_memory, share_batch
 
 SPARE = 0.2  # of a CPU's free memory is left for others
+MORE = 0.2  # of the sequences are tried in addition with `auto`: another allocator, or the next step, may need more
+LATER = 32 * 2**20  # bytes that are left for what a run takes later on: stacks of threads, libraries
 
 
 def fitting(work, state, cfg, dist):
@@ -31,7 +34,12 @@ def fitting(work, state, cfg, dist):
             why = f" ({str(e).strip().partition(chr(10))[0]})"
         give_back(dist.device)  # here, where the error no longer holds on to the tensors of the place it came from
         if dist.world_size > 1:
-            raise RunFailed(f"out of memory with {most} sequences at a time; --batch_size=auto finds how many fit{why}")
+            hint = "--batch_size=auto finds how many fit"
+            if cfg.auto_batch:
+                total, half = cfg.gradient_accumulation_steps * cfg.batch_size, max(1, most // 2)
+                half = share_batch(cfg, dist.world_size, half)[1]
+                hint = f"half of them: --batch_size={half} --gradient_accumulation_steps={total // half}"
+            raise RunFailed(f"out of memory with {most} sequences at a time; {hint}{why}")
         state.micro_batch = halved(most, cfg, dist, why)
 
 
@@ -69,30 +77,39 @@ def choose_micro_batch(model, cfg, dist):
 def largest_micro_batch(model, n, cfg, dist):
     """The largest part of this process's n sequences that fits the memory of every process; tried from the least on.
 
-    A CPU that runs out of memory ends the process, so there the memory that the last trials took says, before the
-    next one, what it will take.
+    What is tried is more than what is taken: see MORE and LATER. A CPU that runs out of memory ends the process, so
+    there the memory that the last trials took says, before the next one, what it will take.
     """
-    size, each, peak = 0, 0.0, peak_memory(dist.device)
+    if not fits(model, 1, cfg, dist):  # which loads libraries too, so that the trials to come measure sequences alone
+        halved(1, cfg, dist)
+    size, last, each, peak = 1, 1, 0.0, peak_memory(dist.device)
     for more in (d for d in range(1, n + 1) if n % d == 0):
-        too_much = dist.device.type == "cpu" and each * (more - size) > (1 - SPARE) * free_memory()
-        if dist.max(int(too_much)) or not fits(model, more, cfg, dist):
+        tried = math.ceil((1 + MORE) * more)
+        too_much = dist.device.type == "cpu" and each * (tried - last) > (1 - SPARE) * free_memory()
+        if dist.max(int(too_much)) or not fits(model, tried, cfg, dist, later(model, dist)):
             break
         before, peak = peak, peak_memory(dist.device)
-        size, each = more, max(each, (peak - before) / (more - size))
-    if not size:
-        halved(1, cfg, dist)
+        size, last, each = more, tried, max(each, (peak - before) / (tried - last))
     whose = "an iteration" if dist.world_size == 1 else "a process's part of an iteration"
     why = "all" if size == n else "the most that fit the memory"
     dist.say(f"micro-batch: {size} of the {n} sequences of {whose}, {why} (--batch_size)")
     return size
 
 
-def fits(model, size, cfg, dist):
-    """Whether a forward and a backward pass of `size` sequences fit the memory of every process."""
+def later(model, dist):
+    """Bytes that a run takes later on: copies of gradients where several processes average them, and of what is saved."""
+    copies = int(dist.world_size > 1) + 3 * (dist.device.type == "cpu")  # a checkpoint is copied to main memory
+    return LATER + copies * sum(p.nbytes for p in model.parameters())
+
+
+def fits(model, size, cfg, dist, beside=0):
+    """Whether a forward and a backward pass of `size` sequences fit the memory of every process, with `beside` bytes free."""
     failed = 0
     with dist.together():
         try:
+            kept = torch.empty(beside, dtype=torch.uint8, device=dist.device)  # on a CPU, address space alone
             try_step(model, size, cfg, dist)
+            del kept
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
@@ -148,4 +165,5 @@ def free_memory():
         free = min(free, int(limit) - int(used) + cached)
     except (OSError, TypeError, ValueError):  # no container's limit
         pass
-    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # without LOCAL_RANK, nobody has looked at it
+    return free / (int(processes) if processes.isdigit() and int(processes) else 1)

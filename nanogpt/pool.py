@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 import threading
-import traceback
 from collections import deque
 from pathlib import Path
 
@@ -216,10 +215,11 @@ class Pool:
 
 
 def run_module(name, **settings):
-    """Start a Python that runs `nanogpt.NAME.main`; the Popen."""
+    """Start a Python that runs `nanogpt.NAME.main`, whose lines nobody need read; the Popen."""
     path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-    return subprocess.Popen([sys.executable, "-c", f"from nanogpt.{name} import main; main()"], env=env, **settings)
+    code = f"from nanogpt.cli import as_process; from nanogpt.{name} import main; as_process(main)"
+    return subprocess.Popen([sys.executable, "-c", code], env=env, **settings)
 
 
 def start_worker():
@@ -263,7 +263,7 @@ def died(process):
 
 
 def main():
-    """What a worker process does: answer messages until there are no more."""
+    """What a worker process does: answer messages until there are no more. Its exit code."""
     read, write = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing that is printed may come between the messages
     jobs, worker = queue.Queue(), None
@@ -279,10 +279,7 @@ def main():
                 answer(write, *worker.do(*header, data))
     except BrokenPipeError:
         pass  # nobody listens any more
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # and not in the usual way, which would wait for the thread
+    return 0
 
 
 def answer(pipe, about, arrays):

@@ -12,6 +12,8 @@ from nanogpt.config import UserError
 
 LARGE = 100e6  # parameters; smaller models fit the caches, and are fast enough
 FASTER = 1.5  # so many times, or the original weights are kept
+CANNOT = RuntimeError, AttributeError, NotImplementedError  # what an operation raises that a build of PyTorch lacks
+MOST, SHIFT = 63, 64  # an input's parts are whole numbers from -MOST to MOST, and SHIFT makes them positive
 
 
 class Int8Linear(nn.Module):
@@ -19,7 +21,9 @@ class Int8Linear(nn.Module):
 
     Its inputs are hardly rounded: single ones are many times larger than the others in trained models, and with
     one byte for each, the others would be lost (Dettmers et al. 2022, LLM.int8(), section 3). So each is the sum
-    of a coarse byte and a fine one, as two rows of one product of whole numbers, which is exact.
+    of a coarse number and a fine one, as two rows of one product of whole numbers. These have 7 bits, shifted to be
+    positive: CPUs without AVX-512 add products of bytes in pairs, in 16 bits, which 127 * 127 + 127 * 127 fits and
+    products of 8 bits do not. So the product is exact on every CPU.
     """
 
     def __init__(self, linear):
@@ -28,27 +32,29 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # (N)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
         self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)  # in the order that the processor likes
-        self.scale, self.zeros = scale, torch.zeros(len(scale), dtype=torch.int64)
+        self.scale = scale
+        self.ones, self.zeros = torch.ones_like(scale), torch.zeros(len(scale), dtype=torch.int64)
+        self.unshift = -SHIFT * rounded.sum(dim=1, dtype=torch.int32).float()  # (N)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x):
-        """x (..., K) times the weights: each row as two numbers of 8 bits, a coarse one and a fine one for what it leaves."""
+        """x (..., K) times the weights: each row as two of 7 bits, a coarse one and a fine one for what it leaves."""
         shape, x = x.shape, x.flatten(0, -2)  # (M, K)
-        scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30).div_(127)
+        scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30).div_(MOST)
         x = x / scale
         coarse = x.round()
-        fine = x.sub_(coarse).mul_(254).round_()
-        both = torch.cat([coarse, fine]).to(torch.int8)  # (2 M, K)
+        fine = x.sub_(coarse).mul_(2 * MOST).round_()
+        both = torch.cat([coarse, fine]).add_(SHIFT).to(torch.uint8)  # (2 M, K), from 1 to 127
         y = self.product(both)
-        y = torch.add(y[: len(x)], y[len(x) :], alpha=1 / 254).mul_(scale)  # (M, N)
+        y = torch.add(y[: len(x)], y[len(x) :], alpha=1 / (2 * MOST)).mul_(scale).mul_(self.scale)  # (M, N)
         if self.bias is not None:
             y += self.bias
         return y.view(*shape[:-1], -1)
 
     def product(self, x):
-        """x (2 M, K), of int8, times the weights with their scales: (2 M, N), in float32."""
-        weight = self.packed, self.scale, self.zeros
-        return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, *weight, None, 1.0, 0, torch.float32, "none", [], "")
+        """x (2 M, K), of uint8, less SHIFT, times the whole numbers of the weights: (2 M, N), whole too, in float32."""
+        weight = self.packed, self.ones, self.zeros, self.unshift
+        return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, *weight, 1.0, 0, torch.float32, "none", [], "")
 
 
 def quantize(model):
@@ -72,11 +78,21 @@ def made_ready(model, cfg, dist):
         dist.say(f"int8: {on}, because {why} (--int8)")
         return quantize(model) if on else model
     try:
-        with torch.inference_mode():
-            Int8Linear(model.lm_head)(torch.ones(1, 1, model.config.n_embd))
-        return quantize(model)
-    except (RuntimeError, AttributeError, NotImplementedError) as e:
+        require_exact()
+    except CANNOT as e:
         raise UserError(f"--int8=True: this PyTorch cannot multiply in it ({str(e).splitlines()[0]})") from None
+    return quantize(model)
+
+
+@torch.inference_mode()
+def require_exact():
+    """Raise one of CANNOT unless products in int8 are right here, also for the largest numbers."""
+    layer = nn.Linear(256, 16, bias=False)
+    layer.weight.data = torch.ones(16, 256) - 2 * (torch.arange(16) % 2)[:, None]
+    for rows in (1, 16):  # there are kernels for each
+        x = torch.ones(rows, 256) - 2 * (torch.arange(rows) % 3 == 1)[:, None]
+        if not torch.allclose(Int8Linear(layer)(x), layer(x), rtol=1e-3):
+            raise RuntimeError("its products are wrong on this CPU")
 
 
 @torch.inference_mode()
@@ -88,10 +104,10 @@ def choose(model, cfg):
         return False, f"the model has less than {LARGE / 1e6:.0f}M parameters"
     x = torch.ones(1, 1, model.config.n_embd)
     try:
-        fast = Int8Linear(model.lm_head)
-        fast(x)
-    except (RuntimeError, AttributeError, NotImplementedError):
+        require_exact()
+    except CANNOT:
         return False, "this PyTorch cannot multiply in it"
+    fast = Int8Linear(model.lm_head)
     times = [min(seconds(layer, x) for _ in range(5)) for layer in (model.lm_head, fast)]
     ratio = f"the largest layer takes {times[1] * 1e3:.1f} ms in it and {times[0] * 1e3:.1f} in float32"
     return times[0] >= FASTER * times[1], ratio

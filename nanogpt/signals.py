@@ -2,7 +2,7 @@
 
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from nanogpt.config import UserError
 
@@ -57,7 +57,8 @@ class Stop:
             if self.dist.is_main:
                 again = "; once more stops at once" if signum == signal.SIGINT else ""
                 line = f"\n{signal.Signals(signum).name}: saving, then stopping{again}\n"
-                os.write(2, line.encode())  # print must not be called while another print may be under way
+                with suppress(OSError):  # nobody reads it any more
+                    os.write(2, line.encode())  # print must not be called while another print may be under way
         if self.breakable:
             raise Interrupted
 

@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import nanogpt  # noqa: F401  (before PyTorch: it says how the threads wait)
+
+# isort: split
 import hypothesis
 import pytest
 import torch
@@ -156,7 +159,7 @@ def enter(cwd, argv, log, env, before):
     nanogpt.metrics.draw_losses = no_picture
     if before:
         before()
-    sys.exit(cli.main(argv))
+    cli.as_process(lambda: cli.main(argv), lasting=argv[0] in cli.LASTING)
 
 
 class Door:

@@ -80,26 +80,41 @@ def test_arguments_and_exit_code_pass_through(returned, code, tmp_path, monkeypa
     assert capsys.readouterr().out == "['a.py', '--b=c d']\n"
 
 
-def run_program(tmp_path, source, shell=None):
-    """Run `source` as the program of a command, in a process of its own."""
+def run_program(tmp_path, source, shell=None, lasting=False, **env):
+    """Run `source` as the program of a command, in a process of its own. `lasting`: one that goes on unheard."""
     write(tmp_path / "program.py", source)
-    code = "from nanogpt import cli; cli.COMMANDS['p'] = ('program', ''); raise SystemExit(cli.main(['p']))"
-    start = write(tmp_path / "start.py", code)
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    lasting = "cli.LASTING += ('p',); " * lasting
+    start = write(
+        tmp_path / "start.py", f"from nanogpt import cli; cli.COMMANDS['p'] = ('program', ''); {lasting}cli.enter('p')"
+    )
+    env |= {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     if shell:
-        return run("sh", "-c", shell.format(f"'{sys.executable}' '{start}'"), PYTHONPATH=path)
-    return run(sys.executable, start, PYTHONPATH=path)
+        return run("sh", "-c", shell.format(f"'{sys.executable}' '{start}'"), cwd=tmp_path, **env)
+    return run(sys.executable, start, **env)
 
 
-@pytest.mark.parametrize("rank, lines", [("", 2), ("0", 2), ("1", 0)])
-def test_user_errors_are_lines(rank, lines, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rank", ["", "0", "1", "nonsense"])
+def test_user_errors_are_lines(rank, tmp_path, monkeypatch):
+    """Whatever rank it has, a process cannot know of another one that would print them, if torchrun did not start it."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)
     source = "from nanogpt.config import UserError\ndef main(argv): raise UserError('one thing', 'another thing')"
     result = run_program(tmp_path, source)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines() == ["error: one thing", "error: another thing"][:lines]
+    assert result.stderr.splitlines() == ["error: one thing", "error: another thing"]
+
+
+def test_under_torchrun_others_wait_for_the_first_and_report_if_it_does_not(tmp_path):
+    source = (
+        "import time\nfrom nanogpt.config import UserError\n"
+        "time.sleep = lambda seconds: print('waits', flush=True)\n"
+        "def main(argv): raise UserError('of this device alone')"
+    )
+    result = run_program(tmp_path, source, LOCAL_RANK="1", TORCHELASTIC_RUN_ID="x")
+    assert (result.returncode, result.stdout, result.stderr) == (2, "waits\n", "error: of this device alone\n")
+    first = run_program(tmp_path, source, LOCAL_RANK="0", TORCHELASTIC_RUN_ID="x")
+    assert (first.returncode, first.stdout, first.stderr) == (2, "", "error: of this device alone\n")
 
 
 def test_interrupted(tmp_path):
@@ -134,6 +149,73 @@ def test_output_into_a_closed_pipe(lines, unbuffered, tmp_path, monkeypatch):
     program = f"def main(argv):\n    import time; time.sleep(0.5)\n    for i in range({lines}): print(i)"
     result = run_program(tmp_path, program, shell="{{ {}; echo $? >&2; }} | true")
     assert result.stderr.split() == ["141"]
+
+
+STRANGE = "def main(argv):\n    import sys\n    for f in (sys.stdout, sys.stderr): print('Grüße, 世界 \\ud800', file=f)"
+
+
+@pytest.mark.parametrize("lasting", [False, True], ids=["heard", "lasting"])
+@pytest.mark.parametrize(
+    "env", [dict(PYTHONIOENCODING="ascii"), dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")]
+)
+def test_text_that_the_output_cannot_encode_is_replaced(env, lasting, tmp_path):
+    result = run_program(tmp_path, STRANGE, lasting=lasting, **env)
+    assert (result.returncode, result.stdout) == (0, "Gr??e, ?? ?\n")
+    assert result.stderr == "Gr\\xfc\\xdfe, \\u4e16\\u754c \\ud800\n"  # as Python itself does there
+
+
+TALKATIVE = """
+def main(argv):
+    import os, sys
+    with open("made", "w") as f:
+        for i in range(20_000):
+            print(i, "on output")
+            print(i, "on error", file=sys.stderr)
+            if i == 1:
+                sys.stdout.flush()
+                os.system("echo of a child; echo of a child >&2")
+        f.write("whole")
+    return 7
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "{} >&-",
+        "{} 2>&-",
+        "{} <&- >&- 2>&-",
+        "{} >/dev/full",
+        "{} >/dev/full 2>&1",
+        "( {{ {}; echo $? >code; }} 2>&1 | head -1 ); exit $(cat code)",
+    ],
+)
+def test_an_output_that_is_closed_or_full_ends_no_run(shell, unbuffered, tmp_path):
+    if "/dev/full" in shell and not Path("/dev/full").exists():
+        pytest.skip("this system has no device that is always full")
+    result = run_program(tmp_path, TALKATIVE, shell, lasting=True, PYTHONUNBUFFERED=unbuffered)
+    assert result.returncode == 7 and (tmp_path / "made").read_text() == "whole"
+    assert "Error" not in result.stdout + result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_full_output_is_an_error_if_the_output_is_all_there_is(tmp_path):
+    result = run_program(tmp_path, "def main(argv): print('text')", shell="{} >/dev/full")
+    assert result.returncode == 1
+    assert result.stderr == "error: standard output: cannot be written to (No space left on device)\n"
+
+
+@pytest.mark.parametrize(
+    "end, code",
+    [("return 3", 3), ("raise SystemExit(3)", 3), ("raise SystemExit('no')", 1), ("raise ValueError('no')", 1)],
+)
+def test_nothing_is_waited_for_at_the_end(end, code, tmp_path):
+    """Threads of PyTorch's that are still about would abort the process in the interpreter's own way out."""
+    source = f"import threading, time\ndef main(argv):\n    threading.Thread(target=time.sleep, args=[1e6]).start()\n    {end}"
+    result = run_program(tmp_path, "import atexit; atexit.register(print, 'the other way')\n" + source)
+    assert (result.returncode, result.stdout) == (code, "")
+    assert ("no" in result.stderr) == ("no" in end)
 
 
 def test_another_broken_pipe_is_an_error(tmp_path):
@@ -203,6 +285,30 @@ def test_help_end_to_end(start, door):
     result = run(start, f"{door}.py", "--help")
     assert (result.returncode, result.stderr) == (0, "")
     assert "--out_dir" in result.stdout
+
+
+DOORS = [
+    *(["train.py", "--device=cpu"], ["sample.py", "--device=cpu"], ["bench.py", "--device=cpu"], ["model.py"]),
+    *(["-c", f"from nanogpt.{name} import main; main([])"] for name in ("train", "advice", "serve")),
+    *(["-m", "pytest", "tests/test_cli.py"], ["data/shakespeare_char/prepare.py"], ["data/shakespeare/prepare.py"]),
+    *([f"benchmarks/{name}.py"] for name in ("cpu", "sampling", "serving", "time_to_loss")),
+]
+SET_BY_USERS = [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "unset")]
+
+
+@pytest.mark.parametrize(
+    "door, user, seen", [(d, *SET_BY_USERS[0]) for d in DOORS] + [(DOORS[0], *u) for u in SET_BY_USERS[1:]]
+)
+def test_threads_do_not_spin_for_long_when_pytorch_is_loaded(door, user, seen, tmp_path):
+    """Unless the user has said how they are to wait. PyTorch looks when it is loaded, and never again."""
+    write(
+        tmp_path / "torch" / "__init__.py",
+        "import os; open(os.environ['SEEN'], 'w').write(os.environ.get('GOMP_SPINCOUNT', 'unset')); os._exit(0)",
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    env |= user | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "SEEN": str(tmp_path / "seen")}
+    done = subprocess.run([sys.executable, *door], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "seen").read_text() == seen, done.stderr
 
 
 def test_train_without_torch(tmp_path):

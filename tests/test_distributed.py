@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanogpt import distributed
+from nanogpt import cli, distributed
 from nanogpt.config import RunFailed, UserError
 from nanogpt.distributed import Dist, choose_compile, choose_device, choose_dtype, prepare_device
 from nanogpt.model import GPT, GPTConfig
@@ -224,11 +224,78 @@ def test_ranks_that_a_cluster_sets_for_one_process_do_not_silence_it(monkeypatch
 
 
 def test_a_backend_for_gpus_is_refused_without_one(monkeypatch):
-    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1").items():
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="here", MASTER_PORT="1").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--backend=nccl: works on GPUs alone, and the device is cpu; --backend=gloo"):
         with distributed.setup(SimpleNamespace(**vars(ONE) | dict(backend="nccl"))):
             pass
+
+
+PLACE = dict(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        (dict(LOCAL_RANK="5"), "LOCAL_RANK=5: RANK and WORLD_SIZE and MASTER_ADDR and MASTER_PORT must be set too"),
+        (PLACE | dict(MASTER_ADDR=""), "LOCAL_RANK=0: MASTER_ADDR must be set too, as torchrun does"),
+        (PLACE | dict(WORLD_SIZE="x"), "WORLD_SIZE=x: expected a whole number from 1 on"),
+        (PLACE | dict(WORLD_SIZE="0"), "WORLD_SIZE=0: expected a whole number from 1 on"),
+        (PLACE | dict(RANK="-1"), "RANK=-1: expected a whole number from 0 on"),
+        (PLACE | dict(RANK="1.5"), "RANK=1.5: expected a whole number from 0 on"),
+        (PLACE | dict(LOCAL_RANK="²"), "LOCAL_RANK=²: expected a whole number from 0 on"),
+        (PLACE | dict(LOCAL_WORLD_SIZE="x"), "LOCAL_WORLD_SIZE=x: expected a whole number from 1 on"),
+        (PLACE | dict(RANK="3"), "RANK=3: expected less than WORLD_SIZE=1"),
+        (PLACE | dict(LOCAL_RANK="3"), "LOCAL_RANK=3: expected less than WORLD_SIZE=1"),
+    ],
+)
+def test_a_place_among_processes_that_cannot_be_is_a_line(env, words, monkeypatch):
+    for name in (*PLACE, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as caught:
+        with distributed.setup(ONE):
+            pass
+    assert all(problem.startswith(words) for problem in caught.value.problems)
+
+
+def test_processes_that_do_not_meet_end_with_a_line(monkeypatch):
+    for name, value in (PLACE | dict(MASTER_PORT="70000")).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunFailed, match="MASTER_ADDR=127.0.0.1 MASTER_PORT=70000: the 1 processes did not meet there"):
+        with distributed.setup(ONE):
+            pass
+
+
+@pytest.mark.parametrize("size", ["1", "x", ""])
+def test_a_size_that_nobody_asked_for_stops_nothing(size, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with distributed.setup(ONE) as dist:
+        assert dist.world_size == 1
+
+
+def lose_the_other():
+    """In each of two processes: the second one ends, and the first one waits for it."""
+    cli.run = waits_for_the_other
+
+
+def waits_for_the_other(argv):
+    with distributed.setup(ONE) as dist:
+        if dist.rank == 1:
+            raise RunFailed("out of luck")
+        dist.max(1)
+
+
+def test_a_process_that_lost_another_says_so_in_a_line(start_two):
+    doors = start_two(before=lose_the_other)
+    assert [d.end() for d in doors] == [1, 1]
+    assert [d.printed.splitlines()[-1] for d in doors] == [
+        "error: another process ended, and its own lines say why; the run stops",
+        "error: out of luck",
+    ]
+    assert "Traceback" not in doors[0].printed + doors[1].printed
 
 
 def work_together():
@@ -251,7 +318,7 @@ def work_together():
         distributed.choose_seed(cfg, dist)
         assert dist.max(cfg.seed) == cfg.seed == -dist.max(-cfg.seed)
         dist.say("both agree")
-    sys.exit(0)
+    cli.leave(0)
 
 
 def test_what_two_processes_do_together(start_two):

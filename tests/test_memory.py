@@ -40,6 +40,18 @@ def report_free(size, rank=None):
         memory.free_memory = lambda: size
 
 
+def at_most(size):
+    """In another process: there is memory for so many sequences at a time."""
+    real = GPT.forward
+
+    def forward(self, idx, targets=None):
+        if len(idx) > size:
+            raise ERRORS[0]
+        return real(self, idx, targets)
+
+    GPT.forward = forward
+
+
 def sizes(printed):
     """The micro-batches that were announced."""
     return [int(n) for n in re.findall(r"^micro-batch: (\d+)[, ].*\(--batch_size\)$", printed, re.M)]
@@ -61,8 +73,9 @@ def end(start):
 def test_a_step_that_runs_out_of_memory_is_repeated_with_less_at_a_time(end, tmp_path):
     end("--out_dir=whole")
     printed = end("--out_dir=short", room=150 * MiB)
-    assert sizes(printed) == [128, 64]
-    assert "an iteration is now 4 x 64 of them, and the same tokens" in printed
+    halved = sizes(printed)
+    assert halved and halved == [128 >> i for i in range(len(halved))]  # how often, the allocator decides
+    assert f"an iteration is now {256 // halved[-1]} x {halved[-1]} of them, and the same tokens" in printed
     whole, short = losses(tmp_path / "whole"), losses(tmp_path / "short")
     assert list(short) == [1, 2]  # each reported once
     assert short == pytest.approx(whole, abs=1e-4)
@@ -91,22 +104,34 @@ def test_an_evaluation_that_runs_out_of_memory_is_repeated_with_less_at_a_time(e
     exact = r"exact val loss (\d\.\d{6})"
     assert sizes(short) and not sizes(whole)
     assert float(re.search(exact, short)[1]) == pytest.approx(float(re.search(exact, whole)[1]), abs=1e-5)
-    estimate = r"^step 0: train loss \d\.\d{3}"
-    assert re.search(estimate, short, re.M)[0] == re.search(estimate, whole, re.M)[0]
+    estimates = [float(re.search(r"^step 0: train loss (\d\.\d+)", text, re.M)[1]) for text in (short, whole)]
+    assert estimates[0] == pytest.approx(estimates[1], abs=2e-4)
 
 
 def test_auto_takes_the_most_that_fit(end, tmp_path):
     assert sizes(end("--out_dir=all", "--batch_size=auto")) == [256]
     printed = end("--out_dir=some", "--batch_size=auto", room=150 * MiB)
-    assert sizes(printed) == [64] and "(4 x 64 sequences)" in printed
+    (size,) = sizes(printed)
+    assert size < 256 and f"({256 // size} x {size} sequences)" in printed
     assert losses(tmp_path / "some") == pytest.approx(losses(tmp_path / "all"), abs=1e-4)
 
 
 def test_auto_does_not_try_what_a_cpu_would_not_survive(end):
     """The system ends a process that takes too much; there is no error to wait for."""
-    printed = end("--batch_size=auto", before=partial(report_free, 50 * MiB))
+    printed = end("--batch_size=auto", before=partial(report_free, 20 * MiB))
     (size,) = sizes(printed)
-    assert 4 <= size <= 64
+    assert 1 < size < 256
+
+
+def test_auto_leaves_room_for_what_comes_later(dist):
+    """A fifth of the sequences, and for copies: another allocator may need as much more."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
+    bytes_of_it = sum(p.nbytes for p in model.parameters())
+    assert memory.later(model, dist) > 3 * bytes_of_it  # a checkpoint's copy
+    tried = []
+    model.register_forward_pre_hook(lambda _, args: tried.append(len(args[0])))
+    assert memory.largest_micro_batch(model, 12, CFG, dist) == 12
+    assert tried == [1, 2, 3, 4, 5, 8, 15]
 
 
 def test_auto_looks_at_every_process(start_two, tmp_path):
@@ -121,17 +146,17 @@ def test_auto_looks_at_every_process(start_two, tmp_path):
 def test_auto_asks_every_process_what_is_free(start_two):
     """Each may be on a machine of its own, and they have to stop trying together."""
     args = [*LARGE, "--batch_size=auto", "--max_iters=1"]
-    doors = start_two(*args, before=partial(report_free, 50 * MiB, "1"))
+    doors = start_two(*args, before=partial(report_free, 20 * MiB, "1"))
     assert [d.end() for d in doors] == [0, 0], doors[0].printed
     (size,) = sizes(doors[0].printed)
-    assert 4 <= size <= 64
+    assert 1 < size < 128
 
 
 @pytest.mark.parametrize("args", [["--batch_size=auto"], []], ids=["auto", "halved"])
 def test_a_resumed_run_keeps_its_micro_batch_and_is_the_same_run(end, tmp_path, args):
-    args = [*args, "--eval_interval=1"]
-    end(*args, "--out_dir=whole", room=150 * MiB)
-    end(*args, "--out_dir=parts", "--max_iters=1", room=150 * MiB)
+    args, little = [*args, "--eval_interval=1"], partial(at_most, 80)
+    end(*args, "--out_dir=whole", before=little)
+    end(*args, "--out_dir=parts", "--max_iters=1", before=little)
     assert sizes(end(*args, "--out_dir=parts", "--init_from=auto")) == [64]  # though all would fit now
     assert ending(tmp_path / "whole") == ending(tmp_path / "parts")
     found = checkpoint.newest(tmp_path / "parts")

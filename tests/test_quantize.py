@@ -35,9 +35,19 @@ def test_products_are_nearly_those_of_the_layer(shape, bias):
     assert error < 0.01
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16, 80])
+@torch.inference_mode()
+def test_no_sum_of_products_overflows(rows):
+    """CPUs without AVX-512 add products in pairs, in 16 bits: the largest numbers are those to try."""
+    layer = nn.Linear(256, 40, bias=False)
+    layer.weight.data = torch.ones(40, 256) * (-1) ** torch.arange(40)[:, None]
+    x = torch.ones(rows, 256) * (-1) ** torch.arange(rows)[:, None]
+    assert torch.allclose(Int8Linear(layer)(x), layer(x), rtol=1e-4)
+
+
 @torch.inference_mode()
 def test_inputs_are_not_what_is_rounded():
-    """With weights that are whole numbers already, nothing is lost but the inputs' fifteenth bit."""
+    """With weights that are whole numbers already, nothing is lost but the inputs' fourteenth bit."""
     torch.manual_seed(0)
     layer = nn.Linear(96, 40, bias=False)
     layer.weight.data = torch.randint(-127, 128, (40, 96)).float()
@@ -152,4 +162,15 @@ def test_where_pytorch_cannot_the_weights_are_kept(dist, monkeypatch):
     taken, said = choice(dist)
     assert not taken and "cannot multiply in it" in said[0]
     with pytest.raises(UserError, match=r"--int8=True: this PyTorch cannot multiply in it \(no kernel\)"):
+        choice(dist, int8=True)
+
+
+def test_where_products_are_wrong_the_weights_are_kept(dist, monkeypatch):
+    """As those of PyTorch are for signed inputs on a CPU without AVX-512."""
+    real = quantize.Int8Linear.product
+    monkeypatch.setattr(quantize, "LARGE", 100)
+    monkeypatch.setattr(quantize, "seconds", lambda layer, x: 1.0 if isinstance(layer, nn.Linear) else 0.1)
+    monkeypatch.setattr(quantize.Int8Linear, "product", lambda layer, x: real(layer, x).clamp(-(2**15), 2**15))
+    assert not choice(dist)[0]
+    with pytest.raises(UserError, match="--int8=True: .*its products are wrong on this CPU"):
         choice(dist, int8=True)

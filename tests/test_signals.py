@@ -10,7 +10,6 @@ import pytest
 from conftest import ending
 
 from nanogpt import checkpoint, distributed, evaluate, signals, train
-from nanogpt.config import RunFailed
 from nanogpt.signals import Stop
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -214,11 +213,3 @@ def test_a_second_interrupt_counts_with_any_other_signals_before_and_between(dis
     assert stop.requested() and stop.agreed == signal.SIGTERM and not ended
     stop._handle(signal.SIGINT, None)
     assert ended == [130]
-
-
-def test_where_one_fails_all_leave_and_each_says_its_own(dist, monkeypatch):
-    with pytest.raises(ValueError, match="mine"), dist.together():
-        raise ValueError("mine")
-    monkeypatch.setattr(type(dist), "max", lambda self, number: 1)  # another process failed
-    with pytest.raises(RunFailed, match="another process"), dist.together():
-        pass

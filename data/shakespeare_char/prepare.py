@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # works without the package being installed
 
 try:
+    from nanogpt.cli import as_process
     from nanogpt.config import UserError
     from nanogpt.data import write_dataset
     from nanogpt.shakespeare import get_text
@@ -57,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    as_process(main)

@@ -17,10 +17,10 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # works without the package being installed
 
-from nanogpt.cli import main  # noqa: E402
+from nanogpt.cli import enter  # noqa: E402
 
 if __name__ == "__main__":
     given = sys.argv[1:]
     source = [] if any(not a.startswith("-") for a in given) else ["hf:roneneldan/TinyStories"]
     settings = [f"--dataset={HERE.name}", f"--root={HERE.parent}", "--tokenizer=bpe:4096"]
-    sys.exit(main(["prepare", *source, *settings, *given]))
+    enter("prepare", *source, *settings)
