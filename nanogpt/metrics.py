@@ -1,6 +1,7 @@
 """What a run reports: lines and a progress bar, metrics.jsonl, W&B, throughput and MFU, the picture of the losses."""
 
 import importlib.util
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nanogpt import files
 from nanogpt.config import RunFailed, UserError, settings
 
 # Dense peak in TFLOP/s without sparsity, bfloat16 (float16 where the chip has no bfloat16), from the vendors' datasheets.
@@ -119,7 +121,7 @@ class Log:
         path = Path(cfg.out_dir) / "metrics.jsonl"
         try:
             drop_after(path, state.step, state.evaluated)
-            self.file = open(path, "a", buffering=1, encoding="utf-8")
+            self.file = files.append_to(path)
         except OSError as e:
             raise RunFailed(f"{path}: cannot be written to ({e.strerror})") from None
         self.wandb = start_wandb(cfg) if cfg.wandb_log else None
@@ -268,23 +270,18 @@ def drop_after(path, step, evaluated):
 
     evaluated: the last step whose evaluation is not going to be repeated.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     kept = [
         r for r in read_metrics(path) if r["step"] <= (evaluated if "val_loss" in r else step) and "exact_loss" not in r
     ]
-    temporary = path.with_name(".metrics.jsonl.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write("".join(json.dumps(record) + "\n" for record in kept))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    files.write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def read_metrics(path):
     """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in files.read(path).decode(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -344,7 +341,7 @@ def draw_losses(out_dir):
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = Path(out_dir) / "loss.png"
-    temporary = path.with_name(".loss.png.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    files.write(path, picture.getvalue())
     return f"loss curves: {path}"
