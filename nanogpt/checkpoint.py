@@ -286,8 +286,12 @@ def load_model(checkpoint, dropout=0.0):
     """The checkpoint's GPT with its weights, on the CPU. UserError where they do not fit each other."""
     tensors = checkpoint.model_tensors()
     try:
-        model = GPT(GPTConfig(**checkpoint.model_config | {"dropout": dropout}))
+        model_config = GPTConfig(**checkpoint.model_config | {"dropout": dropout})
+        memory.check_size(model_config, checkpoint.folder)
+        model = GPT(model_config)
         model.load_weights(tensors)
+    except UserError:
+        raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
         raise UserError(f"{checkpoint.folder}: holds no model that this version knows ({e})") from None
     return model

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt import files, legacy, tokenizer
+from nanogpt import files, legacy, memory, tokenizer
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
@@ -47,6 +47,7 @@ def from_pretrained(name_or_folder, dropout=0.0):
     """
     folder = download(name_or_folder) if str(name_or_folder) in GPT2_NAMES else Path(name_or_folder)
     config = read_config(folder, dropout)
+    memory.check_size(config, folder)
     tensors = read_weights(folder)
     model = GPT(config)
     try:
@@ -307,6 +308,7 @@ def from_nanogpt(out_dir):
         settings, step = found["config"], int(found["iter_num"])
         tokenizer_json = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
         config = GPTConfig(**found["model_args"])
+        memory.check_size(config, path)
         moments = legacy_moments(GPT(config), found["optimizer"]["state"])
         losses = {"val": float(found["best_val_loss"])}
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:

@@ -100,7 +100,9 @@ def make_model(cfg, found, dataset, dist):
     resuming = cfg.init_from in ("resume", "auto")
     if found is None:
         shape = {name: getattr(cfg, name) for name in SHAPE}
-        model = GPT(GPTConfig(**shape, dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist)))
+        gpt_config = GPTConfig(**shape, dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
+        memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
+        model = GPT(gpt_config)
     elif isinstance(found, checkpoint.Checkpoint):
         if resuming:
             keep_shape(cfg, found)
@@ -121,6 +123,7 @@ def make_model(cfg, found, dataset, dist):
     if cfg.block_size < model.config.block_size:
         dist.say(f"context: cropped from {model.config.block_size} to {cfg.block_size} tokens (--block_size)")
         model.crop_block_size(cfg.block_size)
+    memory.check_size(model.config, f"--init_from={cfg.init_from}", memory.TO_TRAIN[cfg.optimizer], dist.device)
     return model.to(dist.device)
 
 
