@@ -10,6 +10,7 @@ A folder by that name is complete: it is written under a temporary name, flushed
 Only tensors and JSON are read; nothing in a checkpoint can run code.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -77,12 +78,18 @@ class Writer:
         self.folder = folder  # of the newest checkpoint
         self.step = step if folder else None  # its step, or that of the one being written
         self.copies, self.thread, self.failure = {}, None, None
+        self.place = files.identity(out_dir)
 
     def save(self, model_tensors, other_tensors, info):
         """Copy the tensors, then write them with `info` (a dict for JSON) while the caller goes on."""
         self.wait()
         self.step = info["step"]
-        groups = [self._copy("model", model_tensors), self._copy("optimizer", other_tensors)]
+        try:
+            groups = [self._copy("model", model_tensors), self._copy("optimizer", other_tensors)]
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            raise self._failed(e) from None
         self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
         self.thread.start()
 
@@ -97,14 +104,24 @@ class Writer:
 
     def _write(self, model_tensors, other_tensors, info):
         try:
+            if self.place and self.place != files.identity(self.out_dir):
+                raise OSError(errno.ESTALE, files.REMOVED)
             self.folder = write(self.out_dir, model_tensors, other_tensors, info)
             clean(self.out_dir, self.keep, self.always)
         except Exception as e:  # whatever it is, the run must hear of it
-            reason = getattr(e, "strerror", None) or e
-            self.failure = RunFailed(
-                f"{self.out_dir}/checkpoints: step {info['step']} could not be saved ({reason}); the run stops, and the "
-                "checkpoints before it are as they were; with room on the disk, --init_from=resume goes on"
-            )
+            self.failure = self._failed(e)
+
+    def _failed(self, error):
+        """What to tell about an error while the checkpoint of `self.step` was being made."""
+        reason, room = getattr(error, "strerror", None) or str(error) or type(error).__name__, "room on the disk"
+        if out_of_memory(error):
+            reason, room = "out of memory", "more memory"
+        then = "there is no checkpoint before it"
+        if self.folder and Path(self.folder).exists():
+            then = f"the checkpoints before it are as they were; with {room}, --init_from=resume goes on"
+        return RunFailed(
+            f"{self.out_dir}/checkpoints: step {self.step} could not be saved ({reason}); the run stops, and {then}"
+        )
 
     def check(self):
         """Raise the failure of a write that has ended in one."""

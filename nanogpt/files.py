@@ -29,6 +29,15 @@ def _only_regular(handle, path):
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
+def identity(path):
+    """What tells a file or folder, or an open one by its number, from what may take its place; None if it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def read(path):
     """The bytes of the regular file at `path`."""
     with open(open_regular(path), "rb") as f:
@@ -87,10 +96,13 @@ def flush(path):
         os.close(handle)
 
 
+REMOVED = "it was removed or replaced during the run"
+
+
 class Lock:
     """A file that at most one process has locked. The lock ends with its process, however that ends.
 
-    Where the system or the file system has no locks, everybody gets it.
+    Where the system or the file system has no locks, everybody gets it. As a context, it is released at the end.
     """
 
     def __init__(self, path):
@@ -126,6 +138,12 @@ class Lock:
         self.signed = True
         os.ftruncate(self.handle, 0)
         os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.release()
 
     def release(self):
         """Let another process have it."""

@@ -1,5 +1,6 @@
 """What a run reports: lines and a progress bar, metrics.jsonl, W&B, throughput and MFU, the picture of the losses."""
 
+import errno
 import importlib.util
 import io
 import json
@@ -235,11 +236,12 @@ class Log:
         if self.file:
             values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             try:
+                if files.identity(self.file.fileno()) != files.identity(self.file.name):
+                    raise OSError(errno.ESTALE, files.REMOVED)
                 self.file.write(json.dumps(values) + "\n")
             except OSError as e:
-                self.failure = RunFailed(
-                    f"{self.file.name}: cannot be written to ({e.strerror}); the run stops; its checkpoints are safe"
-                )
+                rest = "" if e.errno == errno.ESTALE else "; its checkpoints are safe"
+                self.failure = RunFailed(f"{self.file.name}: cannot be written to ({e.strerror}); the run stops{rest}")
 
     def check(self):
         """Raise the failure of a write."""
