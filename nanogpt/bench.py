@@ -30,7 +30,9 @@ def measure(cfg, dist):
     torch.manual_seed(cfg.seed)
     vocab_size, batches = open_data(cfg, dist)
     shape = {name: getattr(cfg, name) for name in start.SHAPE}
-    model = GPT(GPTConfig(**shape, dropout=cfg.dropout, vocab_size=start.padded(vocab_size, dist))).to(dist.device)
+    gpt_config = GPTConfig(**shape, dropout=cfg.dropout, vocab_size=start.padded(vocab_size, dist))
+    memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
+    model = GPT(gpt_config).to(dist.device)
     optimizer = optim.make_optimizer(model, cfg, dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     peak, flops = metrics.device_peak(dist), model.flops_per_token(cfg.block_size) * tokens_per_iter(cfg)

@@ -10,13 +10,13 @@ A folder by that name is complete: it is written under a temporary name, flushed
 Only tensors and JSON are read; nothing in a checkpoint can run code.
 """
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from dataclasses import dataclass, field, fields
@@ -26,7 +26,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nanogpt import files, memory
 from nanogpt.config import RunFailed, UserError
+from nanogpt.distributed import out_of_memory
+from nanogpt.files import flush, write_json
 from nanogpt.model import GPT, GPTConfig
 
 FORMAT = 1
@@ -75,12 +78,18 @@ class Writer:
         self.folder = folder  # of the newest checkpoint
         self.step = step if folder else None  # its step, or that of the one being written
         self.copies, self.thread, self.failure = {}, None, None
+        self.place = files.identity(out_dir)
 
     def save(self, model_tensors, other_tensors, info):
         """Copy the tensors, then write them with `info` (a dict for JSON) while the caller goes on."""
         self.wait()
         self.step = info["step"]
-        groups = [self._copy("model", model_tensors), self._copy("optimizer", other_tensors)]
+        try:
+            groups = [self._copy("model", model_tensors), self._copy("optimizer", other_tensors)]
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+            raise self._failed(e) from None
         self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
         self.thread.start()
 
@@ -95,14 +104,24 @@ class Writer:
 
     def _write(self, model_tensors, other_tensors, info):
         try:
+            if self.place and self.place != files.identity(self.out_dir):
+                raise OSError(errno.ESTALE, files.REMOVED)
             self.folder = write(self.out_dir, model_tensors, other_tensors, info)
             clean(self.out_dir, self.keep, self.always)
         except Exception as e:  # whatever it is, the run must hear of it
-            reason = getattr(e, "strerror", None) or e
-            self.failure = RunFailed(
-                f"{self.out_dir}/checkpoints: step {info['step']} could not be saved ({reason}); the run stops, and the "
-                "checkpoints before it are as they were; with room on the disk, --init_from=resume goes on"
-            )
+            self.failure = self._failed(e)
+
+    def _failed(self, error):
+        """What to tell about an error while the checkpoint of `self.step` was being made."""
+        reason, room = getattr(error, "strerror", None) or str(error) or type(error).__name__, "room on the disk"
+        if out_of_memory(error):
+            reason, room = "out of memory", "more memory"
+        then = "there is no checkpoint before it"
+        if self.folder and Path(self.folder).exists():
+            then = f"the checkpoints before it are as they were; with {room}, --init_from=resume goes on"
+        return RunFailed(
+            f"{self.out_dir}/checkpoints: step {self.step} could not be saved ({reason}); the run stops, and {then}"
+        )
 
     def check(self):
         """Raise the failure of a write that has ended in one."""
@@ -129,15 +148,15 @@ def write(out_dir, model_tensors, other_tensors, info):
     parent = Path(out_dir) / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     for stale in parent.glob(".*.tmp"):
-        shutil.rmtree(stale)
+        stale.unlink() if stale.is_symlink() or stale.is_file() else shutil.rmtree(stale)
     temporary = parent / f".step-{info['step']:08d}.tmp"
     temporary.mkdir()
     try:
         save_file(model_tensors, temporary / "model.safetensors")
         save_file(other_tensors, temporary / "optimizer.safetensors")
         write_json(temporary / "checkpoint.json", info)
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
-        write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
+        listed = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(temporary.iterdir())}
+        write_json(temporary / "manifest.json", {"format": FORMAT, "files": listed})
         for path in [*sorted(temporary.iterdir()), temporary]:
             if path.suffix == ".safetensors":
                 shutil.copymode(temporary / "checkpoint.json", path)  # safetensors lets nobody else read
@@ -220,11 +239,11 @@ def _first_sound(out_dir, folders, say):
 def damage(folder):
     """What is wrong with the checkpoint in `folder`, found by reading every byte; None where it is sound."""
     try:
-        files = _manifest(folder)["files"]
+        listed = _manifest(folder)["files"]
         present = {p.name for p in Path(folder).iterdir()}
-        if missing := sorted(files.keys() - present):
+        if missing := sorted(listed.keys() - present):
             return f"{missing[0]} is missing"
-        for name, entry in files.items():
+        for name, entry in listed.items():
             path = Path(folder) / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
@@ -241,7 +260,7 @@ def read(folder):
     folder = Path(folder)
     try:
         _manifest(folder)
-        info = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+        info = json.loads(files.read(folder / "checkpoint.json"))
         info["model_config"] = {"architecture": "gpt2"} | info["model_config"]  # earlier checkpoints do not name it
         checkpoint = Checkpoint(folder, **info)
         _check(checkpoint)
@@ -267,7 +286,7 @@ def _check(checkpoint):
 def _manifest(folder):
     """The checked contents of `manifest.json`. Raises UserError where it is not what `write` wrote."""
     try:
-        manifest = json.loads((Path(folder) / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads(files.read(Path(folder) / "manifest.json"))
         known = manifest["format"] == FORMAT
         if (
             known
@@ -284,8 +303,12 @@ def load_model(checkpoint, dropout=0.0):
     """The checkpoint's GPT with its weights, on the CPU. UserError where they do not fit each other."""
     tensors = checkpoint.model_tensors()
     try:
-        model = GPT(GPTConfig(**checkpoint.model_config | {"dropout": dropout}))
+        model_config = GPTConfig(**checkpoint.model_config | {"dropout": dropout})
+        memory.check_size(model_config, checkpoint.folder)
+        model = GPT(model_config)
         model.load_weights(tensors)
+    except UserError:
+        raise
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
         raise UserError(f"{checkpoint.folder}: holds no model that this version knows ({e})") from None
     return model
@@ -308,11 +331,7 @@ def set_aside(out_dir):
 
 def write_settings(out_dir, settings, sources):
     """Write the resolved settings, and where each came from, to `out_dir/config.json`."""
-    out_dir = Path(out_dir)
-    temporary = out_dir / ".config.json.tmp"
-    write_json(temporary, {"settings": settings, "sources": sources})
-    flush(temporary)
-    os.replace(temporary, out_dir / "config.json")
+    write_json(Path(out_dir) / "config.json", {"settings": settings, "sources": sources})
 
 
 def _folders(out_dir):
@@ -334,26 +353,9 @@ def _tensors(path):
         raise UserError(f"{path}: cannot be read ({e})") from None
 
 
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _sha256(path):
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open(files.open_regular(path), "rb") as f:
         while chunk := f.read(2**24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def flush(path):
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # macOS: its fsync leaves the drive's own cache alone
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,6 +15,8 @@ from typing import ClassVar
 
 DTYPES = ("float32", "bfloat16", "float16")
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+MANY = 10**11  # iterations; with LARGEST_BATCH, every window of a run has a number of 64 bits
+LARGEST_BATCH = 10**7  # sequences in an iteration
 
 
 class UserError(ValueError):
@@ -34,14 +36,18 @@ class RunFailed(UserError):
     exit_code = 1
 
 
-def setting(default, help, kind=None, *, low=None, above=None, high=None, choices=None, auto=False, group=None):
+def setting(
+    default, help, kind=None, *, low=None, above=None, high=None, choices=None, auto=False, path=False, group=None
+):
     """A dataclass field with what the parser and `--help` need.
 
     The type is that of the default unless `kind` says otherwise; `low <= value <= high`, `value > above`;
-    `auto`: the word `auto` is allowed too; `group`: the heading that begins here in `--help`.
+    `auto`: the word `auto` is allowed too; `path`: it names a file or folder, and may be empty only if that is the
+    default; `group`: the heading that begins here in `--help`.
     """
     meta = dict(help=help, kind=kind or type(default), low=low, above=above, high=high)
-    return field(default=default, metadata=meta | dict(choices=choices, auto=auto, group=group))
+    path = path and ("may be empty" if default == "" else "not empty")
+    return field(default=default, metadata=meta | dict(choices=choices, auto=auto, path=path, group=group))
 
 
 @dataclass
@@ -50,31 +56,40 @@ class TrainConfig:
 
     auto_batch = False  # whether batch_size was `auto`; its number then says how many sequences an iteration has
 
-    out_dir: str = setting("out", "folder for checkpoints, metrics.jsonl and the picture of the losses", group="Run")
-    eval_interval: int = setting(2000, "evaluate (and save) every so many iterations", low=1)
-    log_interval: int = setting(1, "print a line every so many iterations", low=1)
-    eval_iters: int = setting(200, "batches of each split in an evaluation; always the same ones", low=1)
+    out_dir: str = setting(
+        "out", "folder for checkpoints, metrics.jsonl and the picture of the losses", path=True, group="Run"
+    )
+    eval_interval: int = setting(2000, "evaluate (and save) every so many iterations", low=1, high=MANY)
+    log_interval: int = setting(1, "print a line every so many iterations", low=1, high=MANY)
+    eval_iters: int = setting(200, "batches of each split in an evaluation; always the same ones", low=1, high=10**6)
     eval_only: bool = setting(False, "evaluate once, print the exact validation loss, and end")
     always_save_checkpoint: bool = setting(
         True, "False: a checkpoint whose val loss is no improvement gives way to the next one"
     )
-    keep_checkpoints: int = setting(2, "the so many newest checkpoints are kept, and the best", low=1)
-    patience: int = setting(0, "end the run when so many evaluations in a row were no improvement; 0: never", low=0)
+    keep_checkpoints: int = setting(2, "the so many newest checkpoints are kept, and the best", low=1, high=10**6)
+    patience: int = setting(
+        0, "end the run when so many evaluations in a row were no improvement; 0: never", low=0, high=10**6
+    )
     init_from: str = setting(
-        "scratch", "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder"
+        "scratch",
+        "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder",
+        path=True,
     )
     wandb_log: bool = setting(False, "log to Weights & Biases", group="Weights & Biases")
     wandb_project: str = setting("owt", "its project")
     wandb_run_name: str = setting("gpt2", "its run name")
     dataset: str = setting("openwebtext", "a folder in data/ with train.bin, val.bin and meta.json", group="Data")
-    gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
+    gradient_accumulation_steps: int = setting(
+        40, "micro-batches in an iteration, over all processes", low=1, high=10**6
+    )
     batch_size: int | str = setting(
         12,
         "sequences in a micro-batch; auto: as many as fit the memory, and in an iteration as many as without",
         auto=True,
         low=1,
+        high=10**6,
     )
-    block_size: int = setting(1024, "context length, in tokens", low=1)
+    block_size: int = setting(1024, "context length, in tokens", low=1, high=10**7)
     sampling: str = setting(
         "epochs",
         "epochs: every window once before one comes again; random: from anywhere",
@@ -87,9 +102,9 @@ class TrainConfig:
         choices=("gpt2", "qwen3"),
         group="Model",
     )
-    n_layer: int = setting(12, "transformer blocks", low=1)
-    n_head: int = setting(12, "attention heads in a block", low=1)
-    n_embd: int = setting(768, "channels; a multiple of n_head", low=1)
+    n_layer: int = setting(12, "transformer blocks", low=1, high=10**4)
+    n_head: int = setting(12, "attention heads in a block", low=1, high=10**4)
+    n_embd: int = setting(768, "channels; a multiple of n_head", low=1, high=10**6)
     dropout: float = setting(0.0, "0 for pretraining; 0.1 and more for finetuning and small data", low=0.0, high=1.0)
     bias: bool = setting(
         False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit better and faster"
@@ -105,7 +120,7 @@ class TrainConfig:
     muon_momentum: float = setting(
         0.95, "Muon's momentum; less for runs of a few hundred iterations", low=0.0, high=1.0
     )
-    max_iters: int = setting(600000, "optimizer updates in the whole run", low=0)
+    max_iters: int = setting(600000, "optimizer updates in the whole run", low=0, high=MANY)
     weight_decay: float = setting(1e-1, "on matrices and embeddings only", low=0.0)
     beta1: float = setting(0.9, "AdamW's decay of the mean", low=0.0, high=1.0)
     beta2: float = setting(0.95, "AdamW's decay of the mean square", low=0.0, high=1.0)
@@ -116,8 +131,8 @@ class TrainConfig:
         "cosine", "cosine, or linear: constant, then straight down to min_lr", choices=("cosine", "linear")
     )
     cooldown_frac: float = setting(0.6, "linear: the share of the iterations in which it falls", above=0.0, high=1.0)
-    warmup_iters: int = setting(2000, "iterations of linear warm-up", low=0)
-    lr_decay_iters: int = setting(600000, "iteration at which min_lr is reached; about max_iters", low=0)
+    warmup_iters: int = setting(2000, "iterations of linear warm-up", low=0, high=MANY)
+    lr_decay_iters: int = setting(600000, "iteration at which min_lr is reached; about max_iters", low=0, high=MANY)
     min_lr: float = setting(6e-5, "the lowest learning rate; about learning_rate / 10", low=0.0)
     backend: str = setting(
         "auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
@@ -138,6 +153,9 @@ class TrainConfig:
             yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {self.n_head}"
         elif self.architecture == "qwen3" and self.n_embd % (2 * self.n_head):
             yield ("n_embd", "n_head"), f"must be a multiple of 2 x n_head for qwen3, and n_head is {self.n_head}"
+        if self.gradient_accumulation_steps * self.batch_size > LARGEST_BATCH:
+            names, size = ("gradient_accumulation_steps", "batch_size"), self.batch_size
+            yield names, f"times batch_size, which is {size}, must not exceed {LARGEST_BATCH} sequences"
         if self.architecture == "qwen3" and self.bias:
             yield ("bias", "architecture"), "the architecture qwen3 has no biases"
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -156,20 +174,22 @@ class TrainConfig:
 class BenchConfig(TrainConfig):
     """Settings of `bench.py`: those of a training run, of which it measures some iterations."""
 
-    iters: int = setting(20, "iterations to measure", low=1, group="Benchmark")
-    warmup: int = setting(5, "iterations before them", low=0)
-    vocab_size: int = setting(65, "of the model and the random tokens; 50304 for GPT-2's", low=2)
+    iters: int = setting(20, "iterations to measure", low=1, high=10**6, group="Benchmark")
+    warmup: int = setting(5, "iterations before them", low=0, high=10**6)
+    vocab_size: int = setting(65, "of the model and the random tokens; 50304 for GPT-2's", low=1, high=2**31 - 1)
 
 
 @dataclass
 class TextConfig:
     """Settings of all programs that write text."""
 
-    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
-    out_dir: str = setting("out", "folder that a training run wrote")
-    max_new_tokens: int = setting(500, "length of a text, in tokens", low=1, group="Text")
+    init_from: str = setting(
+        "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
+    )
+    out_dir: str = setting("out", "folder that a training run wrote", path=True)
+    max_new_tokens: int = setting(500, "length of a text, in tokens", low=1, high=10**9, group="Text")
     temperature: float = setting(0.8, "below 1 is tamer, above 1 wilder, 0 always takes the likeliest token", low=0.0)
-    top_k: int = setting(200, "choose among the so many likeliest tokens only; 0 among all", low=0)
+    top_k: int = setting(200, "choose among the so many likeliest tokens only; 0 among all", low=0, high=2**31 - 1)
     top_p: float = setting(1.0, "among the likeliest that together have this probability", above=0.0, high=1.0)
     min_p: float = setting(0.0, "among those at least so likely, relative to the likeliest", low=0.0, high=1.0)
     stop: str = setting("", "end a text where this appears (\\n is a new line); several are separated by |")
@@ -197,7 +217,9 @@ class SampleConfig(TextConfig):
     start: str = setting(
         "\n", "what the text begins with (\\n is a new line), or FILE:prompt.txt", group="Several texts"
     )
-    num_samples: int = setting(10, "texts to write; the first has the seed, the second the next one, ...", low=1)
+    num_samples: int = setting(
+        10, "texts to write; the first has the seed, the second the next one, ...", low=1, high=10**6
+    )
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
 
 
@@ -210,9 +232,11 @@ class TalkConfig(TextConfig):
 class ExportConfig:
     """Settings of `nanogpt export`."""
 
-    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
-    out_dir: str = setting("out", "folder that a training run wrote")
-    to: str = setting("", "folder to write, which must not exist yet or be empty", group="Result")
+    init_from: str = setting(
+        "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
+    )
+    out_dir: str = setting("out", "folder that a training run wrote", path=True)
+    to: str = setting("", "folder to write, which must not exist yet or be empty", path=True, group="Result")
 
     def problems(self):
         """What no setting shows alone: nothing here."""
@@ -228,10 +252,15 @@ def unescaped(text):
 class EvalConfig:
     """Settings of `nanogpt eval`."""
 
-    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
-    out_dir: str = setting("out", "folder that a training run wrote")
+    init_from: str = setting(
+        "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
+    )
+    out_dir: str = setting("out", "folder that a training run wrote", path=True)
     text: str = setting(
-        "", "what nanogpt prepare reads: a file, a folder, 'a glob*', hf:NAME, or - for standard input", group="Text"
+        "",
+        "what nanogpt prepare reads: a file, a folder, 'a glob*', hf:NAME, or - for standard input",
+        path=True,
+        group="Text",
     )
     field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME")
     dataset: str = setting("", "instead of a text a folder in data/; with neither, the one it was trained on")
@@ -240,16 +269,17 @@ class EvalConfig:
         False, "a line for each document (a file, a line of .jsonl, ...), and no context from others"
     )
     block_size: int | str = setting(
-        "auto", "context in tokens; auto is the model's own", int, low=1, auto=True, group="Windows"
+        "auto", "context in tokens; auto is the model's own", int, low=1, high=10**7, auto=True, group="Windows"
     )
     stride: int | str = setting(
         "auto",
         "tokens from one window to the next; auto is block_size, fewer give each token more context",
         int,
         low=1,
+        high=10**7,
         auto=True,
     )
-    batch_size: int = setting(12, "windows at a time", low=1, group="System")
+    batch_size: int = setting(12, "windows at a time", low=1, high=10**6, group="System")
     backend: str = setting("auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
     dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
@@ -273,7 +303,7 @@ class PrepareConfig:
     ARGUMENTS: ClassVar = "SOURCE"
 
     dataset: str = setting("", "the dataset's name: it is written to data/NAME/", group="Dataset")
-    root: str = setting("data", "the folder that holds the datasets")
+    root: str = setting("data", "the folder that holds the datasets", path=True)
     tokenizer: str = setting(
         "char", "char, byte, gpt2, or bpe:N, a vocabulary of N tokens trained on the text, such as bpe:4096"
     )
@@ -282,7 +312,7 @@ class PrepareConfig:
         float, above=0.0, high=0.5, auto=True,
     )  # fmt: skip
     seed: int = setting(1337, "of the order of the documents", low=0, high=2**63 - 1)
-    shard_tokens: int = setting(10**9, "tokens in a file; a larger split gets several", low=10**4)
+    shard_tokens: int = setting(10**9, "tokens in a file; a larger split gets several", low=10**4, high=10**13)
     field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME", group="Text")
     errors: str = setting(
         "strict",
@@ -290,9 +320,16 @@ class PrepareConfig:
         choices=("strict", "replace"),
     )
     drop_duplicates: bool = setting(False, "of documents that are equal byte for byte, take one")
-    memory: int = setting(1024, "megabytes that may be used, by all processes together", low=256, group="Machine")
+    memory: int = setting(
+        1024, "megabytes that may be used, by all processes together", low=256, high=10**8, group="Machine"
+    )
     workers: int | str = setting(
-        "auto", "processes beside the first; auto: one a core, as far as memory allows; 0: none", int, low=0, auto=True
+        "auto",
+        "processes beside the first; auto: one a core, as far as memory allows; 0: none",
+        int,
+        low=0,
+        high=10**4,
+        auto=True,
     )
     trial: bool = setting(True, "train for a moment, to tell how long a run will take")
 
@@ -307,30 +344,34 @@ NOT_A_NAME = "must be the name of a folder in data/, not a path, and begin with 
 
 def is_name(dataset):
     """Whether this can be the name of a folder in data/, and of nothing outside it."""
-    return dataset != "" and dataset[0] not in ".-" and "\0" not in dataset and dataset == Path(dataset).name
+    return is_path(dataset) and dataset[0] not in ".-" and dataset == Path(dataset).name
 
 
 @dataclass
 class ServeConfig:
     """Settings of `nanogpt serve`."""
 
-    init_from: str = setting("resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", group="Model")
-    out_dir: str = setting("out", "folder that a training run wrote")
+    init_from: str = setting(
+        "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
+    )
+    out_dir: str = setting("out", "folder that a training run wrote", path=True)
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all that this machine has", group="Server")
     port: int = setting(8000, "0 takes a free one", low=0, high=65535)
     api_key_file: str = setting(
-        "", "file with the key that clients must send; NANOGPT_API_KEY in the environment does the same"
+        "", "file with the key that clients must send; NANOGPT_API_KEY in the environment does the same", path=True
     )
     allow_origin: str = setting(
         "", "web pages of this origin may use the server too, such as https://example.org, or *"
     )
-    max_batch: int = setting(16, "texts that are written at the same time", low=1, group="Limits")
-    max_requests: int = setting(64, "requests at a time, waiting ones included; more are turned away", low=1)
-    max_n: int = setting(8, "texts of one request, all its prompts together", low=1)
-    max_tokens: int = setting(4096, "tokens of one text", low=1)
-    max_prompt: int = setting(16384, "characters of a prompt, and tokens", low=1)
-    max_body: int = setting(2**18, "bytes of a request", low=1024)
-    max_seconds: float = setting(300.0, "time for one request, waiting included", above=0.0)
+    max_batch: int = setting(16, "texts that are written at the same time", low=1, high=10**4, group="Limits")
+    max_requests: int = setting(
+        64, "requests at a time, waiting ones included; more are turned away", low=1, high=10**6
+    )
+    max_n: int = setting(8, "texts of one request, all its prompts together", low=1, high=10**6)
+    max_tokens: int = setting(4096, "tokens of one text", low=1, high=10**9)
+    max_prompt: int = setting(16384, "characters of a prompt, and tokens", low=1, high=10**9)
+    max_body: int = setting(2**18, "bytes of a request", low=1024, high=2**30)
+    max_seconds: float = setting(300.0, "time for one request, waiting included", above=0.0, high=10.0**7)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True, group="System")
     dtype: str = setting("auto", "of the weights and products", choices=DTYPES, auto=True)
     int8: bool | str = setting(
@@ -429,6 +470,18 @@ def change(cfg, name, text):
         raise UserError(f"{name} {text}: expected {e}") from None
 
 
+def check_bounds(cls, values, source):
+    """Raise UserError for each of the values {name: value} that is not what the setting of that name in `cls` may be."""
+    problems = []
+    for name, meta in ((f.name, f.metadata) for f in fields(cls) if f.name in values):
+        try:
+            convert(values[name], meta)
+        except ValueError as e:
+            problems.append(f"{source}: {name} = {values[name]!r:.60}: expected {e}")
+    if problems:
+        raise UserError(*problems)
+
+
 def nearest(name, known):
     """'; did you mean X?' for a mistyped name, or nothing."""
     close = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.6)
@@ -459,11 +512,27 @@ def convert(value, meta):
         )
     if fits and meta["choices"]:
         fits = value in meta["choices"]
+    if fits and kind is str:
+        fits = is_utf8(value)
+    if fits and meta["path"]:
+        fits = is_path(value) or (value == "" and meta["path"] == "may be empty")
     if not fits:
         raise ValueError(
             describe(meta) + (nearest(value, meta["choices"]) if meta["choices"] and isinstance(value, str) else "")
         )
     return value
+
+
+def is_utf8(text):
+    """Whether no part of it stands for bytes that are not UTF-8, as surrogates do in an argument; JSON holds none."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def is_path(text):
+    """Whether a file or folder can have this path."""
+    if not is_utf8(text) or "\0" in text:
+        return False
+    return 0 < len(text.encode()) < 4096 and all(len(name.encode()) < 256 for name in re.split(r"[/\\]", text))
 
 
 def _from_text(text, kind):
@@ -482,9 +551,11 @@ def _from_text(text, kind):
 
 def describe(meta):
     """What a setting accepts, in words: 'an integer >= 1 or auto'."""
-    words = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[meta["kind"]]
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "UTF-8 text"}[meta["kind"]]
     if meta["choices"]:
         words = "one of " + ", ".join(meta["choices"])
+    if meta["path"]:
+        words = "the path of a file or folder, in UTF-8, without NUL, of names of at most 255 bytes"
     low, above, high = meta["low"], meta["above"], meta["high"]
     if low is not None and high is not None:
         words += f" from {low} to {high}"

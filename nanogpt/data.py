@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanogpt import legacy
+from nanogpt import files, legacy
 from nanogpt.config import RunFailed, UserError, nearest
 
 DTYPES = ("uint16", "uint32")
@@ -59,10 +59,10 @@ def write_files(folder, contents):
 
     An old meta.json goes first and the new one comes last, so that a dataset is whole or absent at every moment.
     """
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in sorted(contents, key="meta.json".__eq__)}
+    temporary = {name: files.temporary(folder / name) for name in sorted(contents, key="meta.json".__eq__)}
     try:
         for name, path in temporary.items():
-            with open(path, "wb") as f:
+            with files.create(path) as f:
                 f.write(contents[name])
                 f.flush()
                 os.fsync(f.fileno())
@@ -70,10 +70,7 @@ def write_files(folder, contents):
             (folder / "meta.json").unlink(missing_ok=True)
         for name, path in temporary.items():
             os.replace(path, folder / name)
-        if hasattr(os, "O_DIRECTORY"):  # where a folder can be flushed at all
-            handle = os.open(folder, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        files.flush(folder)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -91,7 +88,7 @@ class Tokens:
         self.paths, self.dtype, self.handles, sizes = paths, np.dtype(dtype), [], []
         for path in paths:
             try:
-                self.handles.append(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)))
+                self.handles.append(files.open_regular(path))
             except OSError as e:
                 raise UserError(f"{path}: cannot be read ({e.strerror})") from None
             weakref.finalize(self, os.close, self.handles[-1])
@@ -281,7 +278,7 @@ def read_meta(folder):
         what = "is not there" if not folder.is_dir() else "has no meta.json"
         raise UserError(f"--dataset={folder.name}: {folder}/ {what}{how_to_prepare(folder)}")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta = json.loads(files.read(path))
         vocab_size, dtype = meta["vocab_size"], meta["dtype"]
         sound = (
             type(vocab_size) is int

@@ -312,7 +312,13 @@ def share_batch(cfg, world_size, most=None):
 
 def largest_divisor(n, most):
     """The largest divisor of n that is at most `most`."""
-    return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
+    return max(d for d in divisors(n) if d <= most)
+
+
+def divisors(n):
+    """All divisors of n, the least first. They come in pairs, of which one is at most the square root."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]
 
 
 def out_of_memory(error):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt import checkpoint, legacy, tokenizer
+from nanogpt import files, legacy, memory, tokenizer
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
@@ -47,6 +47,7 @@ def from_pretrained(name_or_folder, dropout=0.0):
     """
     folder = download(name_or_folder) if str(name_or_folder) in GPT2_NAMES else Path(name_or_folder)
     config = read_config(folder, dropout)
+    memory.check_size(config, folder)
     tensors = read_weights(folder)
     model = GPT(config)
     try:
@@ -92,7 +93,7 @@ def is_hugging_face(folder):
 def read_tokenizer(folder):
     """What the tokenizer of a Hugging Face folder is here, as JSON: one that `to_hugging_face` wrote, or GPT-2's."""
     try:
-        found = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        found = json.loads(files.read(Path(folder) / "tokenizer.json"))
         model, separated = found["model"], bool(found["added_tokens"])
         tokens = sorted(model["vocab"], key=model["vocab"].get)
         if model["type"] == "WordLevel":
@@ -125,7 +126,7 @@ def read_config(folder, dropout):
     """The GPTConfig that a Hugging Face `config.json` describes."""
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(files.read(path))
         kind = found.get("model_type")
         if kind not in ("gpt2", "qwen3"):
             raise UserError(f"{path}: describes a {kind!r} model; only gpt2 and qwen3 are known here")
@@ -198,14 +199,14 @@ def to_hugging_face(model, tok, folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name, content in ({"config.json": config} | of_tokenizer).items():
-            checkpoint.write_json(temporary / name, content)
+            files.write_json(temporary / name, content)
         weights = temporary / "model.safetensors"
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, weights, {"format": "pt"})
         shutil.copymode(temporary / "config.json", weights)  # safetensors lets nobody else read
         for path in [*temporary.iterdir(), temporary]:
-            checkpoint.flush(path)
+            files.flush(path)
         os.rename(temporary, folder)
-        checkpoint.flush(folder.parent)
+        files.flush(folder.parent)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"--to={folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
@@ -307,6 +308,7 @@ def from_nanogpt(out_dir):
         settings, step = found["config"], int(found["iter_num"])
         tokenizer_json = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
         config = GPTConfig(**found["model_args"])
+        memory.check_size(config, path)
         moments = legacy_moments(GPT(config), found["optimizer"]["state"])
         losses = {"val": float(found["best_val_loss"])}
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
@@ -339,7 +341,7 @@ def legacy_tokenizer(dataset, vocab_size, path):
         return {"type": "char", "chars": legacy.read_meta(meta)}
     meta = meta.with_suffix(".json")
     if meta.is_file():
-        return json.loads(meta.read_text(encoding="utf-8"))["tokenizer"]
+        return json.loads(files.read(meta))["tokenizer"]
     if vocab_size < 50257:
         raise UserError(f"{path}: its characters are in {meta.with_suffix('.pkl')}, which is missing")
     return {"type": "gpt2"}

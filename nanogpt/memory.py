@@ -10,12 +10,31 @@ from pathlib import Path
 
 import torch
 
-from nanogpt.config import RunFailed
-from nanogpt.distributed import out_of_memory, share_batch
+from nanogpt.config import BenchConfig, RunFailed, UserError, check_bounds
+from nanogpt.distributed import divisors, out_of_memory, share_batch
+from nanogpt.model import numbers_held
 
 SPARE = 0.2  # of a CPU's free memory is left for others
 MORE = 0.2  # of the sequences are tried in addition with `auto`: another allocator, or the next step, may need more
 LATER = 32 * 2**20  # bytes that are left for what a run takes later on: stacks of threads, libraries
+TO_USE = 4  # bytes a parameter: its float32
+TO_TRAIN = {"adamw": 16, "muon": 12}  # with its gradient and the optimizer's moments, of which Muon has one
+
+
+def check_size(model_config, source, each=TO_USE, device=None):
+    """Refuse a model that the bounds of the settings exclude, or that cannot fit the memory, before it is built.
+
+    source: what an error names. each: bytes a parameter, at the least. device: of its tensors, or the main memory.
+    """
+    check_bounds(BenchConfig, vars(model_config), source)
+    params, others = numbers_held(model_config)
+    needed, there = params * each + others * 4, total_memory(device)
+    if needed > there:
+        what = "to be trained" if each > TO_USE else "to be used"
+        raise UserError(
+            f"{source}: a model of {params / 1e6:,.2f}M parameters takes at least {needed / 1e9:,.1f} GB {what}, and there "
+            f"are {there / 1e9:,.1f} GB of memory; n_embd, n_layer, block_size and the vocabulary make it smaller"
+        )
 
 
 def fitting(work, state, cfg, dist):
@@ -83,7 +102,7 @@ def largest_micro_batch(model, n, cfg, dist):
     if not fits(model, 1, cfg, dist):  # which loads libraries too, so that the trials to come measure sequences alone
         halved(1, cfg, dist)
     size, last, each, peak = 1, 1, 0.0, peak_memory(dist.device)
-    for more in (d for d in range(1, n + 1) if n % d == 0):
+    for more in divisors(n):
         tried = math.ceil((1 + MORE) * more)
         too_much = dist.device.type == "cpu" and each * (tried - last) > (1 - SPARE) * free_memory()
         if dist.max(int(too_much)) or not fits(model, tried, cfg, dist, later(model, dist)):
@@ -149,6 +168,18 @@ def peak_memory(device):
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
+
+
+def total_memory(device=None):
+    """The bytes of memory that a process may take at the most: of a GPU, or of its share of the main memory."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container's limit
+        pass
+    return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def free_memory():

@@ -1,6 +1,8 @@
 """What a run reports: lines and a progress bar, metrics.jsonl, W&B, throughput and MFU, the picture of the losses."""
 
+import errno
 import importlib.util
+import io
 import json
 import math
 import os
@@ -15,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nanogpt import files
 from nanogpt.config import RunFailed, UserError, settings
 
 # Dense peak in TFLOP/s without sparsity, bfloat16 (float16 where the chip has no bfloat16), from the vendors' datasheets.
@@ -119,7 +122,7 @@ class Log:
         path = Path(cfg.out_dir) / "metrics.jsonl"
         try:
             drop_after(path, state.step, state.evaluated)
-            self.file = open(path, "a", buffering=1, encoding="utf-8")
+            self.file = files.append_to(path)
         except OSError as e:
             raise RunFailed(f"{path}: cannot be written to ({e.strerror})") from None
         self.wandb = start_wandb(cfg) if cfg.wandb_log else None
@@ -233,11 +236,12 @@ class Log:
         if self.file:
             values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             try:
+                if files.identity(self.file.fileno()) != files.identity(self.file.name):
+                    raise OSError(errno.ESTALE, files.REMOVED)
                 self.file.write(json.dumps(values) + "\n")
             except OSError as e:
-                self.failure = RunFailed(
-                    f"{self.file.name}: cannot be written to ({e.strerror}); the run stops; its checkpoints are safe"
-                )
+                rest = "" if e.errno == errno.ESTALE else "; its checkpoints are safe"
+                self.failure = RunFailed(f"{self.file.name}: cannot be written to ({e.strerror}); the run stops{rest}")
 
     def check(self):
         """Raise the failure of a write."""
@@ -268,23 +272,18 @@ def drop_after(path, step, evaluated):
 
     evaluated: the last step whose evaluation is not going to be repeated.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return
     kept = [
         r for r in read_metrics(path) if r["step"] <= (evaluated if "val_loss" in r else step) and "exact_loss" not in r
     ]
-    temporary = path.with_name(".metrics.jsonl.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write("".join(json.dumps(record) + "\n" for record in kept))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    files.write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def read_metrics(path):
     """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in files.read(path).decode(errors="replace").splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -344,7 +343,7 @@ def draw_losses(out_dir):
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     path = Path(out_dir) / "loss.png"
-    temporary = path.with_name(".loss.png.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    files.write(path, picture.getvalue())
     return f"loss curves: {path}"

@@ -156,6 +156,16 @@ class GatedMLP(nn.Module):
         return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
+def numbers_held(config):
+    """(parameters, other numbers) that a GPT of this shape holds, from arithmetic alone."""
+    C, T, V = config.n_embd, config.block_size, config.vocab_size
+    if config.architecture == "qwen3":
+        angles = 2 * T * (C // config.n_head)
+        return V * C + config.n_layer * (4 * C * C + 3 * C * gated_width(C)), angles
+    norm, biases = (2 * C, 9 * C) if config.bias else (C, 0)  # of its linear layers: 3 C + C + 4 C + C
+    return (V + T) * C + config.n_layer * (12 * C * C + 2 * norm + biases) + norm, 0
+
+
 class Block(nn.Module):
     """Communication (attention), then computation (MLP), each added to the residual stream."""
 

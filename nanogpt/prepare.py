@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt import config, shuffle, sources, tokenizer
+from nanogpt import config, files, shuffle, sources, tokenizer
 from nanogpt.config import PrepareConfig, UserError
 from nanogpt.pool import Pool, cores, peak_memory, run_module
 from nanogpt.signals import Stopped
@@ -96,22 +96,19 @@ class Work:
 
     def take_lock(self):
         """Keep other processes out; the lock ends with this process, however it ends."""
-        lock = open(self.folder / "lock", "w")
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass  # not on Windows
-        except OSError:
-            lock.close()
-            raise UserError(f"{self.target}: another `nanogpt prepare` is at work there") from None
+        lock = files.Lock(self.folder / "lock")
+        with writing_to(self.target):
+            try:
+                lock.take()
+            except BlockingIOError as e:
+                raise UserError(f"{self.target}: another `nanogpt prepare` is at work there ({e.strerror})") from None
+            lock.sign()
         return lock
 
     def load(self, plan):
         """The State to go on from, and a line about it; a new one where there is none, or that of another plan."""
         try:
-            found = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+            found = json.loads(files.read(self.folder / "state.json"))
             state = State(**found)
         except (OSError, ValueError, TypeError):
             return State(plan), None
@@ -122,7 +119,7 @@ class Work:
     def save(self, state):
         """Note the state, durably."""
         with writing_to(self.target):
-            write_durably(self.folder / "state.json", json.dumps(asdict(state)).encode())
+            files.write(self.folder / "state.json", json.dumps(asdict(state)).encode())
         self.last = time.monotonic()
 
     def has_state(self):
@@ -131,7 +128,7 @@ class Work:
 
     def release(self):
         """Let another process in."""
-        self.lock.close()
+        self.lock.release()
 
     def remove(self):
         """Leave no trace, but of the dataset, new or old."""
@@ -152,16 +149,6 @@ def difference(before, now):
     if names := [name for name in new if name in old and old[name] != new[name]]:
         return f"{', '.join(names[:3])} {'have' if len(names) > 1 else 'has'} changed"
     return "the sources are others"
-
-
-def write_durably(path, data):
-    """Write bytes under a temporary name, flush them to disk, and rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -260,7 +247,7 @@ def copy_standard_input(path):
         print("reading standard input; Ctrl-D ends it", file=sys.stderr)
     digest, size = hashlib.sha256(), 0
     temporary = path.with_name("input.tmp")
-    with writing_to(path.parent), open(temporary, "wb") as f:
+    with writing_to(path.parent), files.create(temporary) as f:
         while data := sys.stdin.buffer.read(BLOCK):
             f.write(data)
             digest.update(data)
@@ -521,7 +508,7 @@ def cut_in_two(cfg, state, work, buckets):
     val = val_tokens(cfg, state.tokens)
     size = buckets.dtype.itemsize
     state.cut = (state.tokens - val) * size
-    with open(buckets.path(0, "ids"), "rb") as ids, open(work.folder / "val.bin", "wb") as f:
+    with open(buckets.path(0, "ids"), "rb") as ids, files.create(work.folder / "val.bin") as f:
         ids.seek(state.cut)
         shutil.copyfileobj(ids, f, BLOCK)
         f.flush()
@@ -581,9 +568,9 @@ def publish(state, work):
         for path in target.glob("*.bin"):
             if path.name not in names and re.fullmatch(r"(train|val)(-\d{5})?\.bin", path.name):
                 path.unlink()  # of an earlier dataset
-        flush_folder(target)
-        write_durably(target / "meta.json", meta_json(state))
-        flush_folder(target)
+        files.flush(target)
+        files.write(target / "meta.json", meta_json(state))
+        files.flush(target)
 
 
 def meta_json(state):
@@ -596,14 +583,6 @@ def meta_json(state):
     if any(len(names) > 1 for names in state.files.values()):
         meta["files"] = state.files
     return (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def flush_folder(folder):
-    """Force the names in a folder to disk, where that can be done."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 # -- what you get told

@@ -6,7 +6,6 @@
 import hashlib
 import http.client
 import io
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from nanogpt import files
 from nanogpt.config import UserError
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -129,15 +129,7 @@ def read_text(path):
 def save(path, text):
     """Write `text` to `path`, which never holds a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            f.write(text.encode("utf-8"))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write(path, text.encode("utf-8"))
 
 
 def download():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt import files
 from nanogpt.pool import FRAGMENT
 
 MAX_BITS = 6  # 64 buckets, of two open files each
@@ -27,7 +28,9 @@ class Buckets:
         paths = [self.path(i // 2, ("ids", "index")[i % 2]) for i in range(2 << bits)]
         if sizes and any(os.path.getsize(path) < size for path, size in zip(paths, sizes, strict=True)):
             raise ValueError("the buckets have lost something")
-        self.files = [open(path, "r+b" if sizes else "w+b", buffering=2**17) for path in paths]
+        self.files = [
+            open(path, "r+b", buffering=2**17) if sizes else files.create(path, "x+b", buffering=2**17) for path in paths
+        ]
         for f, size in zip(self.files, sizes or [0] * len(paths), strict=True):
             f.truncate(size)
             f.seek(size)
@@ -152,7 +155,7 @@ class Sink:
             if not self.room:
                 self.close()
                 self.names.append(f"{self.split}-{len(self.names):05}.bin" if self.names else f"{self.split}.bin")
-                self.file, self.room = open(self.folder / self.names[-1], "wb"), self.shard
+                self.file, self.room = files.create(self.folder / self.names[-1]), self.shard
             part, ids = ids[: self.room], ids[self.room :]
             self.file.write(np.ascontiguousarray(part, self.dtype).data)
             self.room -= len(part)

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, SIGINT and SIGUSR1 end the run at the next safe place, on all processes at once."""
+"""Stopping on request: SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run at the next safe place, on all processes at once."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 
 from nanogpt.config import UserError
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 FAILED = 1000  # agreed on instead of a signal's number
 
 
@@ -57,7 +57,7 @@ class Stop:
             if self.dist.is_main:
                 again = "; once more stops at once" if signum == signal.SIGINT else ""
                 line = f"\n{signal.Signals(signum).name}: saving, then stopping{again}\n"
-                with suppress(OSError):  # nobody reads it any more
+                with suppress(OSError):  # after SIGHUP the terminal may be gone
                     os.write(2, line.encode())  # print must not be called while another print may be under way
         if self.breakable:
             raise Interrupted
@@ -65,9 +65,13 @@ class Stop:
 
 @contextmanager
 def stopping(dist):
-    """A Stop that listens to the signals within; afterwards they do what they did before."""
+    """A Stop that listens to the signals within; afterwards they do what they did before.
+
+    SIGHUP stays ignored if it was, as under nohup.
+    """
     stop = Stop(dist)
-    before = {s: signal.signal(s, stop._handle) for s in SIGNALS}
+    ignored = {s for s in SIGNALS if s.name == "SIGHUP" and signal.getsignal(s) == signal.SIG_IGN}
+    before = {s: signal.signal(s, stop._handle) for s in SIGNALS if s not in ignored}
     try:
         yield stop
     finally:

@@ -4,7 +4,8 @@
 """
 
 import math
-from dataclasses import dataclass
+import typing
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ SHAPE = ("block_size", "architecture", "n_layer", "n_head", "n_embd", "bias")
 
 @dataclass
 class TrainState:
-    """Where a run stands: what resuming needs beside tensors."""
+    """Where a run stands: what resuming needs beside tensors. No integer is ever below its default, nor beyond MANY."""
 
     step: int = 0  # updates done
     evaluated: int = -1  # the step at which the last evaluation was made
@@ -30,6 +31,23 @@ class TrainState:
     stale: int = 0  # evaluations since then
     spikes: int = 0  # losses far above the recent ones, so far
     micro_batch: int | None = None  # the most sequences at a time, where that is not batch_size: see memory.py
+
+    @classmethod
+    def of_json(cls, found):
+        """The TrainState that a checkpoint holds. Raises TypeError or ValueError if it is not as declared above."""
+        state, kinds = cls(**found), typing.get_type_hints(cls)
+        for f in fields(cls):
+            value, allowed = getattr(state, f.name), typing.get_args(kinds[f.name]) or (kinds[f.name],)
+            sound = type(value) in allowed
+            if type(value) is int:
+                sound = sound and (1 if f.default is None else f.default) <= value <= config.MANY
+            elif type(value) is float:
+                sound = sound and math.isfinite(value)
+            elif type(value) is dict:
+                sound = sound and all(type(number) is float for number in value.values())
+            if not sound:
+                raise ValueError(f"{f.name} is {value!r:.60}")
+        return state
 
     def note(self, losses):
         """Take note of an evaluation at this step."""
@@ -61,13 +79,24 @@ def settings_to_resume(cfg):
     if cfg.init_from not in ("resume", "auto"):
         return {}, None
     found = checkpoint.peek(cfg.out_dir) or export.from_nanogpt(cfg.out_dir)
-    if found is None:
-        return {}, None
+    return ({}, None) if found is None else (settings_before(found), str(found.folder))
+
+
+def settings_before(found):
+    """The settings of the run that a Checkpoint is of, but those that every start has anew."""
     new = ["init_from", "out_dir", "eval_only"]
     if found.in_memory:  # from another project: the machine was another one too
         new += ["backend", "device", "dtype", "compile"]
     kept = {k: v for k, v in found.settings.items() if k not in new}
-    return kept | {name: found.model_config[name] for name in SHAPE}, str(found.folder)
+    return kept | {name: found.model_config[name] for name in SHAPE}
+
+
+def say_what_differs(cfg, found, dist):
+    """Announce the settings that are not what they were in the run that goes on."""
+    before, now = settings_before(found), config.settings(cfg)
+    changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changed:
+        dist.say(f"settings: not those of the run so far: {', '.join(changed)}")
 
 
 def find_start(cfg, dist):
@@ -100,7 +129,9 @@ def make_model(cfg, found, dataset, dist):
     resuming = cfg.init_from in ("resume", "auto")
     if found is None:
         shape = {name: getattr(cfg, name) for name in SHAPE}
-        model = GPT(GPTConfig(**shape, dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist)))
+        gpt_config = GPTConfig(**shape, dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
+        memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
+        model = GPT(gpt_config)
     elif isinstance(found, checkpoint.Checkpoint):
         if resuming:
             keep_shape(cfg, found)
@@ -121,6 +152,7 @@ def make_model(cfg, found, dataset, dist):
     if cfg.block_size < model.config.block_size:
         dist.say(f"context: cropped from {model.config.block_size} to {cfg.block_size} tokens (--block_size)")
         model.crop_block_size(cfg.block_size)
+    memory.check_size(model.config, f"--init_from={cfg.init_from}", memory.TO_TRAIN[cfg.optimizer], dist.device)
     return model.to(dist.device)
 
 
@@ -162,18 +194,28 @@ def restore(run, found):
             run.health.state[name].copy_(tensors.pop(name))
         optim.load_state_tensors(run.model, run.optimizer, tensors)
         if found.scaler and run.scaler.is_enabled():
+            kinds = {name: type(value) for name, value in run.scaler.state_dict().items()}
+            if {name: type(value) for name, value in found.scaler.items()} != kinds:
+                raise ValueError(f"the loss scale is {found.scaler!r:.60}")
             run.scaler.load_state_dict(found.scaler)
-        run.state = TrainState(**found.state)
+        run.state = TrainState.of_json(found.state)
+        if run.state.step != found.step:
+            raise ValueError(f"it is of step {run.state.step}, and the checkpoint of step {found.step}")
     except (ValueError, KeyError, TypeError, RuntimeError) as e:
         raise UserError(f"{found.folder}: its state does not fit the model ({e})") from None
 
 
-def start(cfg, dist):
-    """The run that the settings describe, ready to go on, and its checkpoint's folder where it goes on from one."""
+def start(cfg, dist, lock):
+    """The run that the settings describe, ready to go on, and its checkpoint's folder where it goes on from one.
+
+    lock: the files.Lock of `out_dir`, which is taken before anything is written.
+    """
     distributed.choose_seed(cfg, dist)
     distributed.share_batch(cfg, dist.world_size)  # refuses a number of processes that does not divide the batch
     metrics.require_wandb(cfg)
     with dist.together():
+        if cfg.init_from in ("resume", "auto") and not cfg.eval_only:
+            take(lock, cfg, dist, create=False)  # before it is looked at: another run may be adding to it
         found = find_start(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         run = make_run(cfg, found, resuming, dist)
@@ -184,7 +226,7 @@ def start(cfg, dist):
     if not cfg.eval_only:
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.model, cfg, dist)
         with dist.together():
-            open_out_dir(cfg, dist, resuming)
+            open_out_dir(cfg, dist, resuming, lock)
     return run, found.folder if resuming else None
 
 
@@ -202,6 +244,7 @@ def make_run(cfg, found, resuming, dist):
     if resuming:
         restore(run, found)
         dist.say(f"resuming {found.folder} at step {run.state.step}")
+        say_what_differs(cfg, found, dist)
         for split, dataset in datasets.items():
             if found.data.get(split, dataset.fingerprint) != dataset.fingerprint:
                 dist.say(f"{dataset.path}: is not what it was; the run goes on with what is there now")
@@ -211,6 +254,12 @@ def make_run(cfg, found, resuming, dist):
             dist.say(f"micro-batch: {run.state.micro_batch}, as in the run so far (--batch_size)")
         if run.state.step >= cfg.max_iters and not cfg.eval_only:
             dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
+    if cfg.decay_lr and 0 < cfg.max_iters < cfg.warmup_iters and not cfg.eval_only:
+        reached = cfg.learning_rate * cfg.max_iters / cfg.warmup_iters
+        dist.say(
+            f"learning rate: the run ends in its warm-up, at about {reached:.2g} of {cfg.learning_rate:g}; "
+            f"--warmup_iters={cfg.max_iters // 20} or --max_iters beyond {cfg.warmup_iters} would do"
+        )
     if cfg.decay_lr and cfg.min_lr == 0 and cfg.lr_decay_iters < cfg.max_iters and not cfg.eval_only:
         end = cfg.lr_decay_iters
         dist.say(
@@ -219,12 +268,27 @@ def make_run(cfg, found, resuming, dist):
     return run
 
 
-def open_out_dir(cfg, dist, resuming):
-    """Make `out_dir`, set an earlier run in it aside, and save the settings there."""
+def take(lock, cfg, dist, create):
+    """Lock `out_dir` against other runs, on the main process. UserError names the one that is at work there."""
+    try:
+        if dist.is_main:
+            lock.take(create)
+    except BlockingIOError as e:
+        raise UserError(
+            f"--out_dir={cfg.out_dir}: another run is at work there ({e.strerror}); --out_dir=... names another folder"
+        ) from None
+    except OSError as e:
+        raise RunFailed(f"--out_dir={cfg.out_dir}: cannot be written to ({lock.path}: {e.strerror})") from None
+
+
+def open_out_dir(cfg, dist, resuming, lock):
+    """Make and lock `out_dir`, set an earlier run in it aside, and save the settings there."""
     if not dist.is_main:
         return
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+        take(lock, cfg, dist, create=True)
+        lock.sign()
         aside = None if resuming else checkpoint.set_aside(cfg.out_dir)
         if aside:
             dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")

@@ -8,6 +8,7 @@ import gc
 import math
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from nanogpt import (
     data,
     distributed,
     evaluate,
+    files,
     health,
     memory,
     metrics,
@@ -38,8 +40,8 @@ def main(argv):
 
 def train(cfg, dist):
     """The whole run. Raises Stopped, saved, where it was asked to stop before its end."""
-    with signals.stopping(dist) as stop:
-        run, saved_in = start(cfg, dist)
+    with signals.stopping(dist) as stop, files.Lock(Path(cfg.out_dir) / ".lock") as lock:
+        run, saved_in = start(cfg, dist, lock)
         state = run.state
         writer = checkpoint.Writer(cfg.out_dir, cfg.keep_checkpoints, cfg.always_save_checkpoint, saved_in, state.step)
         per_step = cfg.gradient_accumulation_steps * cfg.batch_size

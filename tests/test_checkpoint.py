@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -560,7 +561,114 @@ def test_a_write_that_fails_in_the_background_is_never_swallowed(run, monkeypatc
     assert list(losses()) == list(range(1, 9))
 
 
+def test_a_save_that_runs_out_of_memory_says_so(start):
+    """Where the tensors are copied, under a real limit; there is no checkpoint to go on from."""
+
+    door = start("--n_embd=512", "--max_iters=4", "--eval_iters=1", before=limit_memory_when_saving)
+    assert door.end() == 1
+    assert re.findall(r"^error: .*", door.printed, re.M) == [
+        "error: out/checkpoints: step 4 could not be saved (out of memory); the run stops, and there is no checkpoint "
+        "before it"
+    ]
+    assert "Traceback" not in door.printed and "--init_from=resume" not in door.printed
+
+
+def limit_memory_when_saving():
+    """In another process: from the first save on, it gets no memory beyond what it has."""
+    real = checkpoint.Writer.save
+
+    def save(*args):
+        has = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+        resource.setrlimit(resource.RLIMIT_DATA, (has, has))
+        real(*args)
+
+    checkpoint.Writer.save = save
+
+
+def test_an_error_without_words_is_named(run, monkeypatch):
+    def write(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    with pytest.raises(
+        RunFailed, match=r"step 4 could not be saved \(out of memory\); .* there is no checkpoint before"
+    ):
+        run()
+
+
+# -- two runs in one folder, and one that loses its folder
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_one_is_gone(start, run, tmp_path, capsys):
+    door = start("--max_iters=1000000", "--eval_interval=1000000")
+    door.wait_for("^iter 3:")
+    there = sorted(os.listdir("out"))
+    for args in ([], ["--init_from=auto"], ["--init_from=resume"]):
+        assert cli.main(["train", *SMALL, *args]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        holder = f"process {door.process.pid} on {socket.gethostname()}"
+        assert line == (
+            f"error: --out_dir=out: another run is at work there ({holder}); --out_dir=... names another folder"
+        )
+    assert sorted(os.listdir("out")) == there
+    run("--max_iters=2", "--out_dir=out/other")  # another folder is free
+    door.process.kill()  # as kill -9
+    door.end()
+    run("--max_iters=2")
+
+
+@pytest.mark.parametrize("harm", [shutil.rmtree, lambda path: os.rename(path, "moved")], ids=["deleted", "moved"])
+@pytest.mark.parametrize("another", [False, True], ids=["gone", "replaced"])
+def test_a_run_whose_folder_is_taken_away_ends_with_a_line(run, monkeypatch, harm, another):
+    def train_step(model, run, *rest, real=train.train_step):
+        if run.state.step == 5:
+            harm("out")
+            if another:
+                os.mkdir("out")
+        return real(model, run, *rest)
+
+    monkeypatch.setattr(train, "train_step", train_step)
+    with pytest.raises(RunFailed, match=r"^out/\S+: .* \(it was removed or replaced during the run\); the run stops"):
+        run("--eval_interval=100")
+    assert os.path.isdir("out") == another and (not another or os.listdir("out") == [])
+
+
+def test_a_checkpoint_is_not_written_into_a_folder_that_took_the_runs_place(tmp_path):
+    writer = checkpoint.Writer(tmp_path / "out", 2, True)
+    info = dict(step=1, state={"losses": None, "improved": False}, **REST)
+    writer.save({"w": torch.ones(1)}, {"m": torch.ones(1)}, info)  # a folder that was not there is made
+    writer.wait()
+    writer = checkpoint.Writer(tmp_path / "out", 2, True)
+    os.rename(tmp_path / "out", tmp_path / "moved")
+    writer.save({"w": torch.ones(1)}, {"m": torch.ones(1)}, info | {"step": 2})
+    with pytest.raises(RunFailed, match=r"step 2 could not be saved \(it was removed or replaced during the run\)"):
+        writer.wait()
+    assert not (tmp_path / "out").exists()
+
+
 # -- only data is read
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints/step-00000008/checkpoint.json"])
+def test_a_pipe_in_the_place_of_a_file_ends_resume_with_a_line(trained, capsys, name):
+    os.remove(trained / name)
+    os.mkfifo(trained / name)
+    size = json.loads((trained / "checkpoints/step-00000008/manifest.json").read_text())
+    size["files"]["checkpoint.json"]["bytes"] = 0  # as a pipe has
+    (trained / "checkpoints/step-00000008/manifest.json").write_text(json.dumps(size))
+    failed = cli.main(["train", *SMALL, "--init_from=resume"])
+    shown = capsys.readouterr()
+    assert "it is not a regular file" in shown.out + shown.err and "Traceback" not in shown.err
+    assert failed == (name == "metrics.jsonl")  # of the checkpoints, the one before is taken
+
+
+def test_no_link_is_followed_where_a_run_writes(run, tmp_path):
+    (tmp_path / "victim").write_text("mine")
+    os.mkdir("out")
+    for name in (".config.json.tmp", f".config.json.{os.getpid()}.tmp"):
+        os.symlink(tmp_path / "victim", f"out/{name}")
+    run("--max_iters=2")
+    assert (tmp_path / "victim").read_text() == "mine" and not os.path.islink("out/config.json")
 
 
 def forge(folder, info):
@@ -690,6 +798,10 @@ def test_wrong_types_in_checkpoint_json_are_damage(run):
         ("model_config", {"n_head": 0}),
         ("model_config", {"n_embd": 4}),
         ("model_config", {"activation": "evil"}),
+        ("model_config", {"n_layer": 10**9}),
+        ("model_config", {"n_embd": 10**12}),
+        ("model_config", {"vocab_size": 10**12}),
+        ("model_config", {"n_layer": 10**4, "n_embd": 10**6}),
         ("state", {"improved": 1}),
     ],
 )
@@ -699,6 +811,47 @@ def test_wrong_values_in_checkpoint_json_are_refused_everywhere(run, capsys, nam
     sound = json.loads((folder / "checkpoint.json").read_text())
     forge(folder, sound | {name: sound[name] | value})
     refused_everywhere(capsys)
+
+
+FORGED = {
+    "step": ["4", 4.5, None, -1, 10**18, True, 3],
+    "evaluated": ["4", 4.5, None, -2],
+    "losses": ["low", 4.5, {"train": "low", "val": 4.5}],
+    "best_val_loss": ["low", 4, math.nan, {}],
+    "best_step": ["4", 4.5],
+    "stale": ["0", 0.5, -1, 10**400],
+    "spikes": ["0", None],
+    "micro_batch": ["2", 2.5, 0, -2],
+    "unheard_of": [1],
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_state_is_refused_on_resume_in_one_line(run, capsys, name):
+    run("--max_iters=4", "--eval_iters=1")
+    folder = checkpoint.newest("out").folder
+    sound = json.loads((folder / "checkpoint.json").read_text())
+    for value in FORGED[name]:
+        forge(folder, sound | {"state": sound["state"] | {name: value}})
+        before = snapshot(Path())
+        assert cli.main(["train", *SMALL, "--init_from=resume"]) == 2, value
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: out/checkpoints"), value
+        assert snapshot(Path()) == before
+
+
+@pytest.mark.parametrize("scaler", [{"scale": "x"}, {}])
+def test_a_forged_loss_scale_is_refused_on_resume_in_one_line(run, capsys, scaler):
+    run("--max_iters=4", "--eval_iters=1", "--dtype=float16")
+    folder = checkpoint.newest("out").folder
+    info = json.loads((folder / "checkpoint.json").read_text())
+    info["scaler"] |= scaler
+    if not scaler:
+        del info["scaler"]["growth_factor"]
+    forge(folder, info)
+    assert cli.main(["train", *SMALL, "--init_from=resume", "--dtype=float16"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "its state does not fit the model (the loss scale is" in line
 
 
 def test_a_forged_model_that_does_not_fit_its_weights_is_refused(run, capsys):

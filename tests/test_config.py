@@ -11,10 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanogpt.config import (
+    MANY,
+    BenchConfig,
     EvalConfig,
+    ExportConfig,
     PrepareConfig,
     SampleConfig,
     ServeConfig,
+    TalkConfig,
     TrainConfig,
     UserError,
     load,
@@ -23,6 +27,7 @@ from nanogpt.config import (
 )
 
 ROOT = Path(__file__).parent.parent
+PATH = "the path of a file or folder, in UTF-8, without NUL, of names of at most 255 bytes"
 
 TRAIN_DEFAULTS = dict(
     out_dir="out",
@@ -322,17 +327,18 @@ def test_a_files_value_becomes_its_settings_type(line, value, config_file):
 @pytest.mark.parametrize(
     "line, expected",
     [
-        ("max_iters = 1.5", "an integer >= 0"),
-        ("max_iters = -1", "an integer >= 0"),
-        ("max_iters = '10'", "an integer >= 0"),
-        ("max_iters = True", "an integer >= 0"),
-        ("max_iters = 'auto'", "an integer >= 0"),
+        ("max_iters = 1.5", f"an integer from 0 to {MANY}"),
+        ("max_iters = -1", f"an integer from 0 to {MANY}"),
+        ("max_iters = '10'", f"an integer from 0 to {MANY}"),
+        ("max_iters = True", f"an integer from 0 to {MANY}"),
+        ("max_iters = 'auto'", f"an integer from 0 to {MANY}"),
         ("learning_rate = 0", "a number > 0.0"),
         ("learning_rate = '1e-3'", "a number > 0.0"),
         ("dropout = 1.5", "a number from 0.0 to 1.0"),
         ("compile = 1", "True or False or auto"),
         ("wandb_log = 'yes'", "True or False"),
-        ("out_dir = 5", "text"),
+        ("wandb_project = 5", "UTF-8 text"),
+        ("out_dir = 5", PATH),
         ("dtype = 'bfloat32'", "one of float32, bfloat16, float16 or auto; did you mean float32?"),
         ("seed = 2**63", f"an integer from 0 to {2**63 - 1} or auto"),
     ],
@@ -347,9 +353,9 @@ def test_a_value_that_does_not_fit_is_refused(line, expected, config_file):
 @pytest.mark.parametrize(
     "flag, expected",
     [
-        ("--max_iters=many", "an integer >= 0"),
-        ("--max_iters=", "an integer >= 0"),
-        ("--max_iters=1.5", "an integer >= 0"),
+        ("--max_iters=many", f"an integer from 0 to {MANY}"),
+        ("--max_iters=", f"an integer from 0 to {MANY}"),
+        ("--max_iters=1.5", f"an integer from 0 to {MANY}"),
         ("--learning_rate=nan", "a number > 0.0"),
         ("--learning_rate=inf", "a number > 0.0"),
         ("--compile=yes", "True or False or auto"),
@@ -494,7 +500,7 @@ def test_what_fits_each_other_is_taken(cls, flags):
 
 
 def test_what_fits_nothing_because_of_a_mistake_elsewhere_is_not_told():
-    assert problem("--n_embd=770", "--n_head=x") == "--n_head=x: expected an integer >= 1"
+    assert problem("--n_embd=770", "--n_head=x") == "--n_head=x: expected an integer from 1 to 10000"
 
 
 def test_what_does_not_fit_has_its_source(config_file):
@@ -521,6 +527,40 @@ def test_an_integer_beyond_all_floats_is_refused(number, config_file):
 
 def test_an_integer_too_long_to_print_is_refused(config_file):
     assert problem(config_file(f"seed = 0x{'f' * 5000}\n")).startswith("c.py:1: ")
+
+
+CLASSES = [TrainConfig, BenchConfig, SampleConfig, TalkConfig, ExportConfig, EvalConfig, PrepareConfig, ServeConfig]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_size_has_an_upper_bound(cls):
+    for f in fields(cls):
+        if f.metadata["kind"] is int:
+            assert f.metadata["high"] is not None, f.name
+            beyond = f"--{f.name}={f.metadata['high'] + 1}"
+            assert problem(beyond, cls=cls).startswith(f"{beyond}: expected an integer from ")
+
+
+def test_a_global_batch_has_an_upper_bound():
+    said = problem("--gradient_accumulation_steps=100000", "--batch_size=101")
+    assert said.endswith("times batch_size, which is 101, must not exceed 10000000 sequences")
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("value", ["", "a\0b", "caf\udce9", "x" * 256, "x/" * 2048 + "x"])
+def test_what_can_be_no_path_is_refused_in_every_setting_that_is_one(cls, value):
+    paths = [f for f in fields(cls) if f.metadata["path"]]
+    for f in paths:
+        if value or f.default:
+            assert problem(f"--{f.name}={value}", cls=cls) == f"--{f.name}={value}: expected {PATH}"
+    assert {f.name for f in paths} >= {f.name for f in fields(cls)} & {"out_dir", "init_from", "root", "to"}
+
+
+def test_bytes_that_are_not_utf8_are_refused_in_every_text():
+    """They could not be written to config.json, nor to a checkpoint."""
+    assert problem("--wandb_run_name=caf\udce9") == "--wandb_run_name=caf\udce9: expected UTF-8 text"
+    for name in ("caf\udce9", "x" * 256):
+        assert problem(f"--dataset={name}").startswith(f"--dataset={name}: ")
 
 
 # No file runs code

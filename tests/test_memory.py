@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ending, losses
 
-from nanogpt import checkpoint, distributed, memory
+from nanogpt import checkpoint, cli, distributed, memory
 from nanogpt.config import RunFailed, TrainConfig
-from nanogpt.model import GPT, GPTConfig
+from nanogpt.model import GPT, GPTConfig, numbers_held
 from nanogpt.start import TrainState
 
 MiB = 2**20
@@ -286,3 +286,35 @@ def test_a_compiler_that_runs_out_of_memory_is_no_compiler_that_fails(dist, monk
     with pytest.raises(torch.OutOfMemoryError):
         distributed.compiled(model, TrainConfig(compile=True), dist, (4, 8), (4, 8))
     assert model.training
+
+
+# -- a model that cannot fit
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_the_numbers_that_a_model_holds_are_counted_without_building_it(architecture, bias):
+    config = GPTConfig(
+        8, 31, n_layer=3, n_head=2, n_embd=12, architecture=architecture, bias=bias and architecture == "gpt2"
+    )
+    model = GPT(config)
+    held = sum(p.numel() for p in model.parameters()), sum(b.numel() for b in model.buffers())
+    assert numbers_held(config) == held
+
+
+def test_a_model_that_cannot_fit_is_refused_before_it_is_built(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    large = ["--n_layer=5000", "--n_embd=1000000", "--n_head=10", "--block_size=16"]
+    for command in (["train", "--dataset=tiny"], ["bench", "--dataset=tiny"]):
+        assert cli.main([*command, *large, "--device=cpu"]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        size = r"a model of [\d,.]+M parameters takes at least [\d,.]+ GB to be trained, and there are [\d,.]+ GB of memory"
+        assert re.match(f"error: the settings: {size}", line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_divisors_are_found_without_trying_every_number():
+    for n in range(1, 200):
+        assert distributed.divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+        assert distributed.largest_divisor(n, 7) == max(d for d in range(1, 8) if n % d == 0)
+    assert distributed.largest_divisor(10**12, 10**12 - 1) == 10**12 // 2  # at once

@@ -14,7 +14,7 @@ from nanogpt.signals import Stop
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 ARGS = ["--dropout=0.1", "--out_dir=parts"]
 
 
@@ -191,6 +191,16 @@ def test_the_handlers_are_put_back(dist):
     with signals.stopping(dist):
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(s) for s in signals.SIGNALS] == before
+
+
+def test_a_closed_terminal_changes_nothing_under_nohup(dist):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.stopping(dist) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_what_may_be_broken_off_is_broken_off_at_once_also_when_asked_before(dist):

@@ -1,0 +1,155 @@
+"""Files: written whole or not at all, read only if they are regular files, and locked against other processes.
+
+What is in them is the callers' business. All errors are OSErrors.
+"""
+
+import errno
+import json
+import os
+import socket
+import stat
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def open_regular(path):
+    """A descriptor to read the regular file at `path`. OSError on anything else: a pipe or device could block for ever."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    return _only_regular(handle, path)
+
+
+def _only_regular(handle, path):
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return handle
+    os.close(handle)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+
+def identity(path):
+    """What tells a file or folder, or an open one by its number, from what may take its place; None if it is gone."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def read(path):
+    """The bytes of the regular file at `path`."""
+    with open(open_regular(path), "rb") as f:
+        return f.read()
+
+
+def append_to(path):
+    """The regular file at `path`, or a new one, opened to append lines of text; a symbolic link is not followed."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    return open(_only_regular(os.open(path, flags, 0o666), path), "a", buffering=1, encoding="utf-8")
+
+
+def create(path, mode="xb", buffering=-1):
+    """A new file at `path`, open to write. What had that name is removed first: a symbolic link is not followed."""
+    Path(path).unlink(missing_ok=True)
+    return open(path, mode, buffering)
+
+
+def temporary(path):
+    """The name beside `path` under which this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write(path, data):
+    """Write bytes to `path`, durably: it holds what it held before, or all of them, at every moment."""
+    new = temporary(Path(path))
+    try:
+        with create(new) as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(new, path)
+    finally:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """`write` of a value as JSON."""
+    write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def flush(path):
+    """Force a file, or the names in a folder, to disk. Nothing is done for folders on systems that cannot."""
+    if not hasattr(os, "O_DIRECTORY") and os.path.isdir(path):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)  # macOS: its fsync leaves the drive's own cache alone
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+REMOVED = "it was removed or replaced during the run"
+
+
+class Lock:
+    """A file that at most one process has locked. The lock ends with its process, however that ends.
+
+    Where the system or the file system has no locks, everybody gets it. As a context, it is released at the end.
+    """
+
+    def __init__(self, path):
+        self.path, self.handle, self.signed = Path(path), None, False
+
+    def take(self, create=True):
+        """Lock it, or raise BlockingIOError, which names the process that has it. Without `create`, only if it exists."""
+        if self.handle is not None:
+            return
+        flags = os.O_RDWR | (os.O_CREAT if create else 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            handle = _only_regular(os.open(self.path, flags, 0o666), self.path)
+        except FileNotFoundError:
+            if create:
+                raise
+            return
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass  # not on Windows
+        except BlockingIOError as e:
+            holder = os.read(handle, 1000).decode(errors="replace").strip()
+            os.close(handle)
+            raise BlockingIOError(e.errno, holder or "an unnamed process") from None
+        except OSError:
+            pass  # some network file systems
+        self.handle = handle
+
+    def sign(self):
+        """Write down which process has it."""
+        self.signed = True
+        os.ftruncate(self.handle, 0)
+        os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.release()
+
+    def release(self):
+        """Let another process have it."""
+        if self.handle is not None:
+            with suppress(OSError):
+                if self.signed:
+                    os.ftruncate(self.handle, 0)
+            os.close(self.handle)
+            self.handle = None
