@@ -110,7 +110,8 @@ class Log:
     def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak, epoch_windows):
         self.cfg, self.dist, self.watch = cfg, dist, watch
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
-        self.epoch_windows = epoch_windows
+        self.epoch_windows, self.per_step = epoch_windows, cfg.gradient_accumulation_steps * cfg.batch_size
+        self.windows_before = state.windows - state.step * self.per_step  # 0, but in a run that had another batch
         self.unread = []  # steps whose numbers are still on the device
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
         self.file = self.wandb = self.bar = self.failure = None
@@ -178,12 +179,12 @@ class Log:
 
     def _epoch(self, step):
         """How many times the training data has been read after `step` updates."""
-        return step * self.cfg.gradient_accumulation_steps * self.cfg.batch_size / self.epoch_windows
+        return (self.windows_before + step * self.per_step) / self.epoch_windows
 
     def _end_of_epoch(self, step):
         """Say that an epoch has ended in this step, unless they are so short that the steps' own lines say enough."""
         epoch = int(self._epoch(step))
-        longer_than_a_line = self._epoch(self.cfg.log_interval) <= 1
+        longer_than_a_line = self.cfg.log_interval * self.per_step <= self.epoch_windows
         if self.cfg.sampling == "epochs" and longer_than_a_line and epoch > int(self._epoch(step - 1)):
             self.say(
                 f"epoch {epoch} ends at iter {step}: all {self.epoch_windows:,} windows of the data have been read"

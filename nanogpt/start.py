@@ -30,6 +30,8 @@ class TrainState:
     stale: int = 0  # evaluations since then
     spikes: int = 0  # losses far above the recent ones, so far
     micro_batch: int | None = None  # the most sequences at a time, where that is not batch_size: see memory.py
+    windows: int = 0  # windows of the training data read so far, which is the number of the next one: see data.py
+    epoch_windows: int = 0  # how many of them an epoch has
 
     def note(self, losses):
         """Take note of an evaluation at this step."""
@@ -38,6 +40,11 @@ class TrainState:
         self.stale = 0 if self.improved else self.stale + 1
         if self.improved:
             self.best_val_loss, self.best_step = losses["val"], self.step
+
+    def forget_best(self):
+        """Have the best loss, and the patience with it, begin anew; an evaluation at this very step is made again."""
+        self.best_val_loss, self.best_step, self.stale = None, 0, 0
+        self.evaluated = min(self.evaluated, self.step - 1)
 
 
 @dataclass
@@ -154,7 +161,7 @@ def padded(vocab_size, dist):
     return size
 
 
-def restore(run, found):
+def restore(run, found, cfg):
     """Put the run where the checkpoint left it. UserError where that does not fit."""
     try:
         tensors = found.optimizer_tensors()
@@ -163,9 +170,35 @@ def restore(run, found):
         optim.load_state_tensors(run.model, run.optimizer, tensors)
         if found.scaler and run.scaler.is_enabled():
             run.scaler.load_state_dict(found.scaler)
-        run.state = TrainState(**found.state)
+        settings = config.settings(cfg) | found.settings
+        batch = int(settings["gradient_accumulation_steps"]) * int(settings["batch_size"])
+        place = {"windows": found.step * batch, "epoch_windows": run.state.epoch_windows}  # of earlier checkpoints
+        run.state = TrainState(**place | found.state)
+        if not (0 <= run.state.windows < 2**62 and run.state.epoch_windows > 0):
+            raise ValueError("it is nowhere in its data")
     except (ValueError, KeyError, TypeError, RuntimeError) as e:
         raise UserError(f"{found.folder}: its state does not fit the model ({e})") from None
+
+
+def go_on_in_data(run, found, cfg, dist):
+    """Keep the run's place in its data, or, if they are others than before, begin a new epoch of them."""
+    state, settings, train = run.state, config.settings(cfg), run.datasets["train"]
+    fingerprints = {split: dataset.fingerprint for split, dataset in run.datasets.items()}
+    if not found.saw(fingerprints, settings):
+        changed = [d.path for split, d in run.datasets.items() if found.data.get(split, d.fingerprint) != d.fingerprint]
+        changed += [f"--{n}={settings[n]}" for n in ("dataset", "documents") if is_new(n, settings, found.settings)]
+        dist.say(f"data: not what the run has seen so far ({', '.join(changed)}); best loss and patience begin anew")
+        state.forget_best()
+    same_windows = found.saw({"train": train.fingerprint}, settings)
+    if not same_windows or any(is_new(name, settings, found.settings) for name in ("sampling", "seed")):
+        epochs, windows = -(-state.windows // state.epoch_windows), data.epoch_windows(train, cfg.block_size)
+        state.windows, state.epoch_windows = epochs * windows, windows
+        dist.say(f"epoch: number {epochs + 1} begins, as the run reads other windows now, or in another order")
+
+
+def is_new(name, settings, earlier):
+    """Whether a setting is another than it was earlier, as far as that is known."""
+    return earlier.get(name, settings[name]) != settings[name]
 
 
 def start(cfg, dist):
@@ -196,15 +229,12 @@ def make_run(cfg, found, resuming, dist):
     datasets = {s: data.Dataset(cfg.dataset, s, cfg.block_size, documents=cfg.documents) for s in splits}
     model = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    run = Run(
-        model, optim.make_optimizer(model, cfg, dist), scaler, health.Health(cfg, dist.device), TrainState(), datasets
-    )
+    state = TrainState(epoch_windows=data.epoch_windows(datasets["train"], cfg.block_size))
+    run = Run(model, optim.make_optimizer(model, cfg, dist), scaler, health.Health(cfg, dist.device), state, datasets)
     if resuming:
-        restore(run, found)
+        restore(run, found, cfg)
         dist.say(f"resuming {found.folder} at step {run.state.step}")
-        for split, dataset in datasets.items():
-            if found.data.get(split, dataset.fingerprint) != dataset.fingerprint:
-                dist.say(f"{dataset.path}: is not what it was; the run goes on with what is there now")
+        go_on_in_data(run, found, cfg, dist)
         if cfg.batch_size != found.settings.get("batch_size"):
             run.state.micro_batch = None
         if run.state.micro_batch:
