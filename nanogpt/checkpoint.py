@@ -320,11 +320,11 @@ def set_aside(out_dir):
     return aside
 
 
-def write_settings(out_dir, settings, sources):
-    """Write the resolved settings, and where each came from, to `out_dir/config.json`."""
+def write_settings(out_dir, settings, sources, **more):
+    """Write the resolved settings, where each came from, and what `more` is known, to `out_dir/config.json`."""
     out_dir = Path(out_dir)
     temporary = out_dir / ".config.json.tmp"
-    write_json(temporary, {"settings": settings, "sources": sources})
+    write_json(temporary, {"settings": settings, "sources": sources} | more)
     flush(temporary)
     os.replace(temporary, out_dir / "config.json")
 

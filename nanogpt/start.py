@@ -57,6 +57,7 @@ class Run:
     health: health.Health
     state: TrainState
     datasets: dict  # {"train": data.Dataset, "val": data.Dataset}
+    wandb: object = None  # the W&B run that it is logged in, on the main process
 
     def tensors(self):
         """Everything but the weights, by name; the very tensors that are in use."""
@@ -217,7 +218,7 @@ def start(cfg, dist):
     if not cfg.eval_only:
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.model, cfg, dist)
         with dist.together():
-            open_out_dir(cfg, dist, resuming)
+            run.wandb = open_out_dir(cfg, dist, resuming)
     return run, found.folder if resuming else None
 
 
@@ -250,14 +251,25 @@ def make_run(cfg, found, resuming, dist):
 
 
 def open_out_dir(cfg, dist, resuming):
-    """Make `out_dir`, set an earlier run in it aside, and save the settings there."""
+    """Make `out_dir`, set an earlier run in it aside, and save the settings there. Returns the W&B run, if there is one.
+
+    What can fail for reasons of its own, as W&B can, comes first: then the earlier run stays where it is.
+    """
     if not dist.is_main:
-        return
+        return None
+    run_id, run = metrics.kept_wandb_id(cfg.out_dir) if resuming else None, None
     try:
+        if cfg.wandb_log:
+            run = metrics.start_wandb(cfg, run_id, dist.say)
+            run_id = run.id
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         aside = None if resuming else checkpoint.set_aside(cfg.out_dir)
         if aside:
             dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")
-        checkpoint.write_settings(cfg.out_dir, config.settings(cfg), cfg.sources)
+        more = {"wandb_run_id": run_id} if run_id else {}
+        checkpoint.write_settings(cfg.out_dir, config.settings(cfg), cfg.sources, **more)
     except OSError as e:
+        if run:
+            run.finish(exit_code=1)
         raise RunFailed(f"--out_dir={cfg.out_dir}: cannot be written to ({e.strerror})") from None
+    return run

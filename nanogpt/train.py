@@ -170,6 +170,7 @@ def start_log(cfg, dist, run, epoch_windows, watch):
         flops_per_iter=flops,
         peak=peak,
         epoch_windows=epoch_windows,
+        wandb=run.wandb,
     )
 
 
