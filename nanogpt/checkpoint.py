@@ -58,6 +58,17 @@ class Checkpoint:
         losses = self.state["losses"]
         return losses["val"] if losses and not math.isnan(losses["val"]) else math.inf
 
+    def saw(self, data, settings):
+        """Whether its run had this data (fingerprints by split), read as these settings say: only then losses compare.
+
+        Where no fingerprint is known, as in earlier checkpoints, the dataset's name decides.
+        """
+        if known := self.data.keys() & data.keys():
+            same = all(self.data[split] == data[split] for split in known)
+        else:
+            same = self.settings.get("dataset") == settings.get("dataset")
+        return same and self.settings.get("documents", False) == settings.get("documents", False)
+
     def model_tensors(self):
         """{parameter name: tensor}."""
         return self.in_memory[0] if self.in_memory else _tensors(self.folder / "model.safetensors")
@@ -172,7 +183,7 @@ def write(out_dir, model_tensors, other_tensors, info):
 
 
 def clean(out_dir, keep, always):
-    """Remove all checkpoints but the newest, the `keep` newest, and the best.
+    """Remove all checkpoints but the newest, the `keep` newest, and the best on the data of the newest.
 
     Where not `always`, those that were no improvement do not count among the `keep` newest.
     """
@@ -183,7 +194,8 @@ def clean(out_dir, keep, always):
         except UserError:
             continue  # damaged: neither counted nor touched
     counted = [c for c in found if always or c.state["improved"]]
-    kept = {c.folder for c in [found[-1], *counted[-keep:], min(found, key=lambda c: (c.val_loss, c.step))]}
+    comparable = [c for c in found if c.saw(found[-1].data, found[-1].settings)]
+    kept = {c.folder for c in [found[-1], *counted[-keep:], min(comparable, key=lambda c: (c.val_loss, c.step))]}
     for checkpoint in found:
         if checkpoint.folder not in kept:
             remove(checkpoint.folder)
@@ -215,14 +227,16 @@ def peek(out_dir):
 
 
 def best(out_dir, say=print):
-    """The sound Checkpoint with the lowest validation loss; otherwise like `newest`."""
-    losses = {}
-    for folder in _folders(out_dir):
+    """The sound Checkpoint with the lowest validation loss on the data of the newest one; otherwise like `newest`."""
+    order, latest = {}, None  # newest first
+    for folder in reversed(_folders(out_dir)):
         try:
-            losses[folder] = read(folder).val_loss
+            found = read(folder)
+            latest = latest or found
+            order[folder] = not found.saw(latest.data, latest.settings), found.val_loss
         except UserError:
-            losses[folder] = math.inf
-    return _first_sound(out_dir, sorted(reversed(losses), key=losses.get), say)
+            order[folder] = True, math.inf
+    return _first_sound(out_dir, sorted(order, key=order.get), say)
 
 
 def _first_sound(out_dir, folders, say):
@@ -329,9 +343,9 @@ def set_aside(out_dir):
     return aside
 
 
-def write_settings(out_dir, settings, sources):
-    """Write the resolved settings, and where each came from, to `out_dir/config.json`."""
-    write_json(Path(out_dir) / "config.json", {"settings": settings, "sources": sources})
+def write_settings(out_dir, settings, sources, **more):
+    """Write the resolved settings, where each came from, and what `more` is known, to `out_dir/config.json`."""
+    write_json(Path(out_dir) / "config.json", {"settings": settings, "sources": sources} | more)
 
 
 def _folders(out_dir):

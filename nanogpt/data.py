@@ -1,9 +1,9 @@
 """Token files and the batches drawn from them.
 
 A dataset is a folder with `train.bin` and `val.bin`, streams of token ids, and `meta.json`, which says how
-wide an id is and which tokenizer wrote it; a long stream may lie in several files. The batch of a step is a pure
-function of (seed, step): there is no loader state, so a resumed run or another number of processes reads the same
-tokens in the same order. docs/batches.md says which.
+wide an id is and which tokenizer wrote it; a long stream may lie in several files. Windows of tokens are numbered, and
+where one lies is a pure function of the seed and its number: the only state is how many have been read, so a resumed
+run or another number of processes reads the same tokens in the same order. docs/batches.md says which.
 Shapes: B sequences of T tokens.
 """
 
@@ -347,6 +347,13 @@ def step_seed(seed, step, rank):
     return int(hash64(seed, STREAMS["dropout"], step * 2**16 + rank) >> np.uint64(1))
 
 
+def epoch_windows(dataset, block_size):
+    """How many windows of the dataset an epoch has; without documents, whatever the epoch's offset."""
+    if dataset.documents:
+        return len(dataset.documents)
+    return max(1, (len(dataset.tokens) - block_size) // block_size)
+
+
 class Batches:
     """The windows of a dataset, in a random order: each epoch has every one once.
 
@@ -362,12 +369,9 @@ class Batches:
     def __init__(self, dataset, stream, seed, block_size, dist, sampling="epochs", per_step=None):
         self.dataset, self.stream, self.seed, self.block_size = dataset, STREAMS[stream], seed, block_size
         self.dist, self.sampling, self.per_step = dist, sampling, per_step
-        n, self.documents = len(dataset.tokens), dataset.documents
-        if self.documents:
-            self.epoch_windows, self.offsets = len(self.documents), 1
-        else:
-            self.epoch_windows = max(1, (n - block_size) // block_size)  # whatever the epoch's offset
-            self.offsets = min(block_size, n - self.epoch_windows * block_size)  # that an epoch can begin at
+        self.documents, self.epoch_windows = dataset.documents, epoch_windows(dataset, block_size)
+        fitting = len(dataset.tokens) - self.epoch_windows * block_size
+        self.offsets = 1 if self.documents else min(block_size, fitting)  # that an epoch can begin at
         self._block = functools.lru_cache(maxsize=8)(self._block)
 
     def get(self, first, size):
@@ -385,10 +389,12 @@ class Batches:
         starts, stops = self._places(first, size)
         return int((stops - starts - 1).sum()) / (size * self.block_size)
 
-    def weight(self, first, size):
-        """What the mean loss of these windows counts in their step, so that each of its targets counts the same."""
-        step = first // self.per_step
-        return self.filled(first, size) / self.filled(step * self.per_step, self.per_step)
+    def weight(self, first, size, begin):
+        """What the mean loss of these windows counts in the step that begins with window number `begin`.
+
+        Each target of the step then counts the same.
+        """
+        return self.filled(first, size) / self.filled(begin, self.per_step)
 
     def _places(self, first, size):
         """`places` of windows `first` to `first + size - 1`: an array (2, size)."""

@@ -7,10 +7,11 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -110,13 +111,14 @@ class Log:
     that fails concerns the main process alone, so it is kept, and raised by `check`, when all have agreed to stop.
     """
 
-    def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak, epoch_windows):
-        self.cfg, self.dist, self.watch = cfg, dist, watch
+    def __init__(self, cfg, dist, watch, state, *, tokens_per_iter, flops_per_iter, peak, epoch_windows, wandb=None):
+        self.cfg, self.dist, self.watch, self.wandb = cfg, dist, watch, wandb
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
-        self.epoch_windows = epoch_windows
+        self.epoch_windows, self.per_step = epoch_windows, cfg.gradient_accumulation_steps * cfg.batch_size
+        self.windows_before = state.windows - state.step * self.per_step  # 0, but in a run that had another batch
         self.unread = []  # steps whose numbers are still on the device
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
-        self.file = self.wandb = self.bar = self.failure = None
+        self.file = self.bar = self.failure = None
         if not dist.is_main or cfg.eval_only:
             return
         path = Path(cfg.out_dir) / "metrics.jsonl"
@@ -125,7 +127,6 @@ class Log:
             self.file = files.append_to(path)
         except OSError as e:
             raise RunFailed(f"{path}: cannot be written to ({e.strerror})") from None
-        self.wandb = start_wandb(cfg) if cfg.wandb_log else None
         if sys.stderr.isatty():
             self.bar = tqdm(total=cfg.max_iters, initial=state.step, unit="it", leave=False, dynamic_ncols=True)
 
@@ -181,12 +182,12 @@ class Log:
 
     def _epoch(self, step):
         """How many times the training data has been read after `step` updates."""
-        return step * self.cfg.gradient_accumulation_steps * self.cfg.batch_size / self.epoch_windows
+        return (self.windows_before + step * self.per_step) / self.epoch_windows
 
     def _end_of_epoch(self, step):
         """Say that an epoch has ended in this step, unless they are so short that the steps' own lines say enough."""
         epoch = int(self._epoch(step))
-        longer_than_a_line = self._epoch(self.cfg.log_interval) <= 1
+        longer_than_a_line = self.cfg.log_interval * self.per_step <= self.epoch_windows
         if self.cfg.sampling == "epochs" and longer_than_a_line and epoch > int(self._epoch(step - 1)):
             self.say(
                 f"epoch {epoch} ends at iter {step}: all {self.epoch_windows:,} windows of the data have been read"
@@ -250,7 +251,11 @@ class Log:
 
     def _send(self, step, values):
         if self.wandb:
-            self.wandb.log({"iter": step} | values, step=step)
+            try:
+                self.wandb.log({"iter": step} | values, step=step)
+            except Exception as e:  # its own process may have been killed
+                self.say(f"W&B: nothing more is sent ({one_line(e)}); the run goes on, and {self.file.name} has it all")
+                self.wandb = None
 
     def close(self):
         """Close what is open, and draw the picture of the losses."""
@@ -258,7 +263,10 @@ class Log:
             self.bar.close()
             self.bar = None
         if self.wandb:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as e:
+                self.say(f"W&B: not all of the run could be sent ({one_line(e)})")
         if self.file:
             try:
                 self.file.close()
@@ -299,11 +307,53 @@ def require_wandb(cfg):
         raise UserError('--wandb_log=True: wandb is not installed; pip install -e ".[wandb]" brings it')
 
 
-def start_wandb(cfg):
-    """A W&B run; WANDB_MODE=offline keeps it on this machine."""
-    import wandb
+def start_wandb(cfg, run_id, say):
+    """A W&B run: the one with this id, or, without an id, a new one. WANDB_MODE=offline keeps it on this machine.
 
-    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings(cfg), dir=cfg.out_dir)
+    Raises UserError if W&B cannot start, after at most half a minute or WANDB_INIT_TIMEOUT, and leaves nothing behind;
+    OSError if `out_dir` cannot be made.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would print a page, and ask for a login at a terminal
+    folder = Path(cfg.out_dir) / "wandb"
+    missing, there = [p for p in (folder, *folder.parents) if not p.exists()], set(folder.glob("*"))
+    folder.parent.mkdir(parents=True, exist_ok=True)  # if it is missing, W&B writes elsewhere
+    try:
+        import wandb
+
+        own = {}
+        if hasattr(wandb, "Settings"):  # a stand-in may not know these
+            timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", 30))
+            own = dict(dir=cfg.out_dir, settings=wandb.Settings(init_timeout=timeout, symlink=False))
+        if run_id and "WANDB_RUN_ID" not in os.environ:
+            own |= dict(id=run_id, resume="allow")
+        run = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings(cfg), **own)
+    except Exception as e:  # of any kind: its packages, its settings, no login, no network
+        for path in set(folder.glob("*")) - there:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise UserError(
+            f"--wandb_log=True: Weights & Biases cannot start ({one_line(e)}); WANDB_MODE=offline keeps its log on this "
+            "machine, --wandb_log=False goes without"
+        ) from None
+    say(f"W&B: offline; wandb sync {Path(run.dir).parent} sends the log" if run.offline else f"W&B: {run.url}")
+    return run
+
+
+def kept_wandb_id(out_dir):
+    """The id of the W&B run that the run in `out_dir` has been logged in, or None."""
+    path = Path(out_dir) / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["wandb_run_id"] if path.is_file() else None
+        return found if re.fullmatch(r"[\w-]{1,64}", found) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def one_line(error):
+    """What an exception says, on one line of no great length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def draw_losses(out_dir):

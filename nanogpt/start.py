@@ -31,6 +31,8 @@ class TrainState:
     stale: int = 0  # evaluations since then
     spikes: int = 0  # losses far above the recent ones, so far
     micro_batch: int | None = None  # the most sequences at a time, where that is not batch_size: see memory.py
+    windows: int = 0  # windows of the training data read so far, which is the number of the next one: see data.py
+    epoch_windows: int = 0  # how many of them an epoch has
 
     @classmethod
     def of_json(cls, found):
@@ -57,6 +59,11 @@ class TrainState:
         if self.improved:
             self.best_val_loss, self.best_step = losses["val"], self.step
 
+    def forget_best(self):
+        """Have the best loss, and the patience with it, begin anew; an evaluation at this very step is made again."""
+        self.best_val_loss, self.best_step, self.stale = None, 0, 0
+        self.evaluated = min(self.evaluated, self.step - 1)
+
 
 @dataclass
 class Run:
@@ -68,6 +75,7 @@ class Run:
     health: health.Health
     state: TrainState
     datasets: dict  # {"train": data.Dataset, "val": data.Dataset}
+    wandb: object = None  # the W&B run that it is logged in, on the main process
 
     def tensors(self):
         """Everything but the weights, by name; the very tensors that are in use."""
@@ -186,7 +194,7 @@ def padded(vocab_size, dist):
     return size
 
 
-def restore(run, found):
+def restore(run, found, cfg):
     """Put the run where the checkpoint left it. UserError where that does not fit."""
     try:
         tensors = found.optimizer_tensors()
@@ -198,11 +206,37 @@ def restore(run, found):
             if {name: type(value) for name, value in found.scaler.items()} != kinds:
                 raise ValueError(f"the loss scale is {found.scaler!r:.60}")
             run.scaler.load_state_dict(found.scaler)
-        run.state = TrainState.of_json(found.state)
+        settings = config.settings(cfg) | found.settings
+        batch = int(settings["gradient_accumulation_steps"]) * int(settings["batch_size"])
+        place = {"windows": found.step * batch, "epoch_windows": run.state.epoch_windows}  # of earlier checkpoints
+        run.state = TrainState.of_json(place | found.state)
         if run.state.step != found.step:
             raise ValueError(f"it is of step {run.state.step}, and the checkpoint of step {found.step}")
+        if not run.state.epoch_windows:
+            raise ValueError("it is nowhere in its data")
     except (ValueError, KeyError, TypeError, RuntimeError) as e:
         raise UserError(f"{found.folder}: its state does not fit the model ({e})") from None
+
+
+def go_on_in_data(run, found, cfg, dist):
+    """Keep the run's place in its data, or, if they are others than before, begin a new epoch of them."""
+    state, settings, train = run.state, config.settings(cfg), run.datasets["train"]
+    fingerprints = {split: dataset.fingerprint for split, dataset in run.datasets.items()}
+    if not found.saw(fingerprints, settings):
+        changed = [d.path for split, d in run.datasets.items() if found.data.get(split, d.fingerprint) != d.fingerprint]
+        changed += [f"--{n}={settings[n]}" for n in ("dataset", "documents") if is_new(n, settings, found.settings)]
+        dist.say(f"data: not what the run has seen so far ({', '.join(changed)}); best loss and patience begin anew")
+        state.forget_best()
+    same_windows = found.saw({"train": train.fingerprint}, settings)
+    if not same_windows or any(is_new(name, settings, found.settings) for name in ("sampling", "seed")):
+        epochs, windows = -(-state.windows // state.epoch_windows), data.epoch_windows(train, cfg.block_size)
+        state.windows, state.epoch_windows = epochs * windows, windows
+        dist.say(f"epoch: number {epochs + 1} begins, as the run reads other windows now, or in another order")
+
+
+def is_new(name, settings, earlier):
+    """Whether a setting is another than it was earlier, as far as that is known."""
+    return earlier.get(name, settings[name]) != settings[name]
 
 
 def start(cfg, dist, lock):
@@ -226,7 +260,7 @@ def start(cfg, dist, lock):
     if not cfg.eval_only:
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.model, cfg, dist)
         with dist.together():
-            open_out_dir(cfg, dist, resuming, lock)
+            run.wandb = open_out_dir(cfg, dist, resuming, lock)
     return run, found.folder if resuming else None
 
 
@@ -238,16 +272,13 @@ def make_run(cfg, found, resuming, dist):
     datasets = {s: data.Dataset(cfg.dataset, s, cfg.block_size, documents=cfg.documents) for s in splits}
     model = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    run = Run(
-        model, optim.make_optimizer(model, cfg, dist), scaler, health.Health(cfg, dist.device), TrainState(), datasets
-    )
+    state = TrainState(epoch_windows=data.epoch_windows(datasets["train"], cfg.block_size))
+    run = Run(model, optim.make_optimizer(model, cfg, dist), scaler, health.Health(cfg, dist.device), state, datasets)
     if resuming:
-        restore(run, found)
+        restore(run, found, cfg)
         dist.say(f"resuming {found.folder} at step {run.state.step}")
         say_what_differs(cfg, found, dist)
-        for split, dataset in datasets.items():
-            if found.data.get(split, dataset.fingerprint) != dataset.fingerprint:
-                dist.say(f"{dataset.path}: is not what it was; the run goes on with what is there now")
+        go_on_in_data(run, found, cfg, dist)
         if cfg.batch_size != found.settings.get("batch_size"):
             run.state.micro_batch = None
         if run.state.micro_batch:
@@ -282,16 +313,27 @@ def take(lock, cfg, dist, create):
 
 
 def open_out_dir(cfg, dist, resuming, lock):
-    """Make and lock `out_dir`, set an earlier run in it aside, and save the settings there."""
+    """Make and lock `out_dir`, set an earlier run in it aside, and save the settings; the W&B run, if there is one.
+
+    What can fail for reasons of its own, as W&B can, comes first: then the earlier run stays where it is.
+    """
     if not dist.is_main:
-        return
+        return None
+    run_id, run = metrics.kept_wandb_id(cfg.out_dir) if resuming else None, None
     try:
+        if cfg.wandb_log:
+            run = metrics.start_wandb(cfg, run_id, dist.say)
+            run_id = run.id
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         take(lock, cfg, dist, create=True)
         lock.sign()
         aside = None if resuming else checkpoint.set_aside(cfg.out_dir)
         if aside:
             dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")
-        checkpoint.write_settings(cfg.out_dir, config.settings(cfg), cfg.sources)
+        more = {"wandb_run_id": run_id} if run_id else {}
+        checkpoint.write_settings(cfg.out_dir, config.settings(cfg), cfg.sources, **more)
     except OSError as e:
+        if run:
+            run.finish(exit_code=1)
         raise RunFailed(f"--out_dir={cfg.out_dir}: cannot be written to ({e.strerror})") from None
+    return run

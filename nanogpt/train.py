@@ -102,6 +102,7 @@ def train_step(model, run, batches, cfg, dist):
     scaler.update()
     optimizer.zero_grad()
     run.state.step += 1
+    run.state.windows += batches.per_step
     return loss, grad_norm, spike
 
 
@@ -109,17 +110,17 @@ def gradients(model, run, batches, cfg, dist, most):
     """Gradients of this process's part of the global batch, in `.grad`, `most` sequences at a time; its mean loss."""
     step = run.state.step
     micro_steps, size = distributed.share_batch(cfg, dist.world_size, most)
-    window = (step * dist.world_size + dist.rank) * micro_steps * size
+    mine = run.state.windows + dist.rank * micro_steps * size  # the first of this process's windows
     run.optimizer.zero_grad()  # those of an attempt that ran out of memory
     if cfg.dropout:
         torch.manual_seed(data.step_seed(cfg.seed, step, dist.rank))  # so that no random state need be kept
     total = torch.zeros((), device=dist.device)
     for micro_step in range(micro_steps):
-        first = window + micro_step * size
+        first = mine + micro_step * size
         x, y = batches.get(first, size)
         with dist.synchronised(model, last=micro_step == micro_steps - 1):
             with dist.autocast():
-                loss = model(x, y)[1] / (micro_steps / batches.weight(first, size))
+                loss = model(x, y)[1] / (micro_steps / batches.weight(first, size, run.state.windows))
             run.scaler.scale(loss).backward()
         total += loss.detach()
     return total
@@ -135,10 +136,10 @@ def is_out_of_patience(state, cfg, log):
     """Whether the last evaluations brought nothing, so that the run may as well end."""
     if not cfg.patience or state.stale < cfg.patience:
         return False
-    log.say(
-        f"no improvement in {state.stale} evaluations: the run ends; the best, {state.best_val_loss:.4f} at step "
-        f"{state.best_step}, is kept (--patience)"
-    )
+    best = "none was a number"
+    if state.best_val_loss is not None:
+        best = f"the best, {state.best_val_loss:.4f} at step {state.best_step}, is kept"
+    log.say(f"no improvement in {state.stale} evaluations: the run ends; {best} (--patience)")
     return True
 
 
@@ -171,6 +172,7 @@ def start_log(cfg, dist, run, epoch_windows, watch):
         flops_per_iter=flops,
         peak=peak,
         epoch_windows=epoch_windows,
+        wandb=run.wandb,
     )
 
 

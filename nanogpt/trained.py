@@ -16,7 +16,7 @@ class Trained:
     model: GPT
     tokenizer: object
     tokenizer_json: dict
-    settings: dict  # of the run that trained it; none of GPT-2's
+    settings: dict  # the latest of the run that trained it; none of GPT-2's
 
 
 def load(cfg, dist):
@@ -33,7 +33,8 @@ def load(cfg, dist):
             f"--{'out_dir' if cfg.init_from == 'resume' else 'init_from'}={folder}: holds no checkpoint{hint}"
         )
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
-    return Trained(checkpoint.load_model(found), open_tokenizer(found.tokenizer), found.tokenizer, found.settings)
+    latest = checkpoint.peek(folder) or found
+    return Trained(checkpoint.load_model(found), open_tokenizer(found.tokenizer), found.tokenizer, latest.settings)
 
 
 def known(text, tok):

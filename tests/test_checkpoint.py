@@ -415,6 +415,27 @@ def test_without_always_those_that_are_no_improvement_give_way_but_the_last_one_
     assert kept == [[f"step-{s:08d}" for s in row] for row in expected]
 
 
+@pytest.mark.parametrize("always", [True, False])
+def test_the_best_is_the_best_on_the_data_of_the_newest(tmp_path, monkeypatch, always):
+    monkeypatch.chdir(tmp_path)
+    best = []
+    monkeypatch.setitem(REST, "data", {"train": "a", "val": "v"})
+    for step in save_all([1.0, 2.0, 5.0, 4.0, 4.5], keep=2, always=always):
+        best.append(checkpoint.best("out").step)
+        monkeypatch.setitem(REST, "data", {"train": "a" if step < 2 else "b", "val": "v"})
+    assert best == [1, 1, 3, 4, 4]
+
+
+def test_without_fingerprints_the_name_of_the_dataset_decides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(list(save_all([1.0, 2.0, 4.0, 3.0], keep=9))) == 4
+    assert checkpoint.best("out").step == 1  # neither is known
+    for folder, name in zip(sorted(Path("out/checkpoints").iterdir()), "aabb", strict=True):
+        info = json.loads((folder / "checkpoint.json").read_text())
+        forge(folder, info | {"settings": {"dataset": name}})
+    assert checkpoint.best("out").step == 4
+
+
 def test_a_loss_that_is_no_number_is_never_the_best(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     list(save_all([math.nan, 5.0, math.nan, math.nan], keep=1))

@@ -88,6 +88,27 @@ def test_the_dataset_of_the_run_gives_its_exact_loss(evaluate):
     assert evaluate("--split=train")["tiny, train split"][1] > found[1]
 
 
+def test_a_run_that_went_on_with_another_dataset_is_measured_on_that(evaluate, capsys):
+    shutil.copytree("data/tiny", "data/other")
+    ids = np.fromfile("data/tiny/val.bin", np.uint16)
+    ids[:-50].tofile("data/other/val.bin")
+    worse = ["--learning_rate=3", "--min_lr=3", "--decay_lr=False"]
+    train.main(["--init_from=resume", "--dataset=other", "--max_iters=42", "--eval_interval=42", *worse])
+    capsys.readouterr()
+    ((name, found),) = evaluate().items()
+    assert name == "other, val split"
+    assert found[:2] == (pytest.approx(metrics()[-1]["exact_loss"], abs=1e-5), len(ids) - 50 - 1)
+
+
+def test_a_dataset_that_was_renamed_is_the_same_data_by_its_new_name(evaluate, capsys):
+    before = evaluate()
+    os.rename("data/tiny", "data/renamed")
+    worse = ["--learning_rate=3", "--min_lr=3", "--decay_lr=False"]
+    train.main(["--init_from=resume", "--dataset=renamed", "--max_iters=41", *worse])
+    assert "best loss" not in capsys.readouterr().out
+    assert evaluate() == {"renamed, val split": before["tiny, val split"]}
+
+
 def test_a_text_is_measured_token_by_token(evaluate):
     text = tiny_text(3, seed=9)
     Path("a.txt").write_text(text)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, free_port
 from test_train import SMALL, losses
 
 from nanogpt import health, metrics
@@ -22,26 +23,89 @@ from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.start import TrainState
 
 
-def test_wandb_receives_losses_rate_and_mfu(tiny, run_door, tmp_path):
-    """The real package, offline: its own file is read back."""
+def test_wandb_receives_losses_rate_and_mfu_and_a_resumed_run_goes_on_in_its_run(start, tmp_path):
+    """The real package, offline: its own files are read back."""
     pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-
-    args = ["--wandb_log=True", "--wandb_project=owls", "--wandb_run_name=barn", "--max_iters=4"]
-    done = run_door("train.py", *SMALL, *args, WANDB_MODE="offline", WANDB_SILENT="true")
-    assert done.returncode == 0, done.stderr
-    rows, run = {}, None
-    for raw in log_records(next(tmp_path.glob("out/wandb/offline-run-*/*.wandb")).read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(raw)
-        for item in record.history.item:
-            rows.setdefault("/".join(item.nested_key) or item.key, []).append(json.loads(item.value_json))
-        run = record.run if record.HasField("run") else run
+    args, offline = ["--wandb_project=owls", "--wandb_run_name=barn", "--wandb_log=True"], {"WANDB_MODE": "offline"}
+    door = start(*args, "--max_iters=4", env=offline)
+    assert door.end() == 0, door.printed
+    ((rows, run),) = logged(tmp_path)
     assert (run.project, run.display_name) == ("owls", "barn")
     by_step = losses(tmp_path / "out")
     assert rows["train/iter_loss"] == pytest.approx([by_step[s] for s in (1, 2, 3, 4)])
     assert len(rows["train/loss"]) == len(rows["val/loss"]) == 2
     assert {"lr", "mfu", "iter"} <= rows.keys() and all(m > 0 for m in rows["mfu"])
+    place = next(tmp_path.glob("out/wandb/*")).relative_to(tmp_path)
+    said = [line for line in door.printed.splitlines() if "W&B" in line or "wandb" in line]
+    assert said == [f"W&B: offline; wandb sync {place} sends the log"]
+    for wandb_log, steps in ((False, 5), (True, 6)):
+        door = start("--init_from=resume", f"--wandb_log={wandb_log}", f"--max_iters={steps}", env=offline)
+        assert door.end() == 0, door.printed
+    runs = [(again.run_id, rows["iter"][-1]) for rows, again in logged(tmp_path)]
+    assert sorted(runs) == [(run.run_id, 4), (run.run_id, 6)]
+
+
+def logged(folder):
+    """({name: values}, run) of each W&B log in the run's folder."""
+    from wandb.proto import wandb_internal_pb2
+
+    for path in folder.glob("out/wandb/offline-run-*/*.wandb"):
+        rows, run = {}, None
+        for raw in log_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(raw)
+            for item in record.history.item:
+                rows.setdefault("/".join(item.nested_key) or item.key, []).append(json.loads(item.value_json))
+            run = record.run if record.HasField("run") else run
+        yield rows, run
+
+
+def break_wandb():
+    """In another process: W&B is installed, and cannot be imported."""
+    Path("broken").mkdir(exist_ok=True)
+    Path("broken/wandb.py").write_text("raise ImportError('its packages\\ndo not fit')")
+    sys.path.insert(0, "broken")
+
+
+ONLINE = dict(WANDB_MODE="online", WANDB_INIT_TIMEOUT="1", HOME="nowhere", NETRC="nowhere")  # and so no login
+UNREACHABLE = dict(WANDB_API_KEY="a" * 40, WANDB_BASE_URL="http://127.0.0.1:PORT")
+
+
+@pytest.mark.parametrize(
+    "env, before, why",
+    [
+        (dict(WANDB_API_KEY=""), None, "No API key"),
+        (UNREACHABLE, None, "connection refused"),
+        ({}, break_wandb, "its packages do not fit"),
+    ],
+    ids=["no login", "no network", "no import"],
+)
+def test_wandb_that_cannot_start_gets_one_line_and_the_earlier_run_stays(run, start, tmp_path, env, before, why):
+    pytest.importorskip("wandb")
+    run("--max_iters=2")
+    earlier = {p: p.read_bytes() for p in tmp_path.rglob("out/**/*") if p.is_file()}
+    env = ONLINE | {name: value.replace("PORT", str(free_port())) for name, value in env.items()}
+    for out_dir in ("out", "another/out"):
+        door = start("--wandb_log=True", f"--out_dir={out_dir}", before=before, env=env)
+        assert door.end() == 2
+        (line,) = [line for line in door.printed.splitlines() if not line.startswith(("dtype: ", "device: "))]
+        assert line.startswith("error: --wandb_log=True: Weights & Biases cannot start (") and why in line
+        assert "WANDB_MODE=offline" in line and "--wandb_log=False" in line
+    assert {p: p.read_bytes() for p in tmp_path.rglob("out/**/*") if p.is_file()} == earlier
+    assert not Path("another").exists() and not Path("out/wandb").exists()
+
+
+def test_a_run_goes_on_without_wandb_if_that_is_killed(start):
+    psutil, _ = pytest.importorskip("psutil"), pytest.importorskip("wandb")
+    args = ["--wandb_log=True", "--max_iters=1000000", "--eval_interval=1000000"]
+    door = start(*args, env=dict(WANDB_MODE="offline"))
+    door.wait_for("^iter 3:")
+    (service,) = [p for p in psutil.Process(door.process.pid).children() if p.name() == "wandb-core"]
+    service.kill()
+    door.wait_for("^W&B: nothing more is sent .*; the run goes on")
+    door.send(signal.SIGTERM)
+    assert door.end() == 128 + signal.SIGTERM
+    assert "saved in out/checkpoints/" in door.printed
 
 
 def log_records(raw, block=2**15):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -241,17 +242,20 @@ def test_a_model_of_longer_context_than_the_default_is_finetuned_with_the_defaul
     assert cfg.block_size == default
 
 
-def test_a_resumed_run_says_that_its_data_has_changed(run, tiny):
-    run("--max_iters=2")
-    path = tiny / "train.bin"
+def change(path):
+    """Give the last token of a split another id."""
     ids = np.fromfile(path, np.uint16)
-    assert "is not what it was" not in run("--init_from=resume", "--max_iters=3")
     ids[-1] = (ids[-1] + 1) % ids.max()
     ids.tofile(path)
-    said = run("--init_from=resume", "--max_iters=4")
-    assert "data/tiny/train.bin: is not what it was; the run goes on with what is there now" in said
-    assert "val.bin" not in said
-    assert "is not what it was" not in run("--init_from=resume", "--max_iters=5")
+
+
+def test_a_resumed_run_says_that_its_data_has_changed(run, tiny):
+    changed = "data: not what the run has seen so far (data/tiny/train.bin); best loss and patience begin anew"
+    run("--max_iters=2")
+    assert "data: not" not in run("--init_from=resume", "--max_iters=3")
+    change(tiny / "train.bin")
+    assert changed in run("--init_from=resume", "--max_iters=4")
+    assert "data: not" not in run("--init_from=resume", "--max_iters=5")
 
 
 def test_an_earlier_checkpoint_that_does_not_know_its_data_is_resumed_without_a_word_about_them(run, monkeypatch):
@@ -261,7 +265,7 @@ def test_an_earlier_checkpoint_that_does_not_know_its_data_is_resumed_without_a_
     )
     run("--max_iters=2")
     assert checkpoint.newest("out").data == {}
-    assert "is not what it was" not in run("--init_from=resume", "--max_iters=3")
+    assert "data: not" not in run("--init_from=resume", "--max_iters=3")
 
 
 def refused(capsys, *args):
@@ -412,6 +416,87 @@ def test_a_run_that_is_over_says_so(run):
 # Which windows a run reads
 
 
+@pytest.fixture
+def read(undrawn, monkeypatch):
+    """Where the windows lie that runs in this process train on, in the order in which they are read."""
+    starts, real = [], data.Batches.get
+
+    def get(self, first, size):
+        if self.stream == data.STREAMS["train"]:
+            starts.extend(self.places(np.arange(first, first + size))[0].tolist())
+        return real(self, first, size)
+
+    monkeypatch.setattr(data.Batches, "get", get)
+    return starts
+
+
+LONG = ["--eval_interval=1000", "--lr_decay_iters=1000"]
+
+
+def test_each_window_of_an_epoch_is_read_once_whatever_the_batch_was_before(run, read):
+    run(*LONG, "--max_iters=5")
+    run(*LONG, "--max_iters=9", "--init_from=resume", "--batch_size=5", "--gradient_accumulation_steps=3")
+    said = run(*LONG, "--max_iters=30", "--init_from=resume", "--batch_size=21")
+    counts = np.cumsum([8] * 5 + [15] * 4 + [42] * 21)  # windows that have been read after each step
+    epoch = checkpoint.newest("out").state["epoch_windows"]
+    assert len(read) == counts[-1] > 2 * epoch
+    first, second = read[:epoch], read[epoch : 2 * epoch]
+    assert len(set(first)) == len(set(second)) == epoch and first != second
+    epochs = {r["step"]: r["epoch"] for r in metrics() if "loss" in r}
+    assert epochs == pytest.approx(dict(enumerate(counts / epoch, start=1)))
+    ends = [1 + int(np.argmax(counts >= n * epoch)) for n in (1, 2)]
+    assert re.findall(r"^epoch (\d) ends at iter (\d+)", said, re.M) == [
+        (str(n), str(s)) for n, s in enumerate(ends, 1)
+    ]
+
+
+def test_another_batch_is_read_alike_by_any_number_of_processes(run, tmp_path, start_two):
+    run(*LONG, "--max_iters=3", "--out_dir=one")
+    shutil.copytree("one", "two")
+    args = [*LONG, "--max_iters=6", "--init_from=resume", "--batch_size=3"]
+    doors = start_two(*args, "--out_dir=two")
+    run(*args, "--out_dir=one")
+    assert [d.end() for d in doors] == [0, 0], doors[0].printed + doors[1].printed
+    assert losses("one") == pytest.approx(losses("two"), abs=1e-4)
+
+
+def test_an_earlier_checkpoint_is_where_its_own_batch_brought_it(run, read, monkeypatch):
+    write = checkpoint.write
+
+    def write_as_before(out_dir, model_tensors, other_tensors, info):
+        state = {k: v for k, v in info["state"].items() if k not in ("windows", "epoch_windows")}
+        return write(out_dir, model_tensors, other_tensors, info | {"state": state})
+
+    run(*LONG, "--max_iters=5", "--out_dir=new")
+    run(*LONG, "--max_iters=9", "--out_dir=new", "--init_from=resume", "--batch_size=3")
+    expected = read.copy()
+    read.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", write_as_before)
+        run(*LONG, "--max_iters=5")
+    run(*LONG, "--max_iters=9", "--init_from=resume", "--batch_size=3")
+    assert read == expected
+
+
+@pytest.mark.parametrize("what", ["more data", "seed", "sampling", "documents"])
+def test_other_windows_begin_with_an_epoch_of_their_own(run, read, documents, what):
+    run(*LONG, "--max_iters=5")
+    flags = {"seed": ["--seed=7"], "sampling": ["--sampling=random"], "documents": ["--documents=True"]}.get(what, [])
+    if what == "more data":
+        raw = (documents / "train.bin").read_bytes()
+        (documents / "train.bin").write_bytes(raw + raw[:2000])
+    read.clear()
+    said = run(*LONG, *flags, "--max_iters=7", "--init_from=resume", "--batch_size=100")
+    assert "epoch: number 2 begins" in said and ("best loss and patience" in said) == (
+        what in ("more data", "documents")
+    )
+    epoch = checkpoint.newest("out").state["epoch_windows"]
+    assert metrics()[-2]["epoch"] == pytest.approx(1 + 400 / epoch)
+    if what != "sampling":
+        assert len(set(read[:epoch])) == min(400, epoch)
+    assert "epoch: number" not in run(*LONG, "--max_iters=8", "--init_from=resume")
+
+
 def test_random_windows_are_read_alike_by_any_number_of_processes_and_after_a_stop(run, tmp_path):
     run("--sampling=random", "--out_dir=one")
     run("--sampling=epochs", "--out_dir=other")
@@ -560,6 +645,22 @@ def test_patience_is_remembered_when_a_run_goes_on(run, undrawn, monkeypatch):
     said = run("--init_from=resume", "--max_iters=50")
     assert "the best, 3.0000 at step 1, is kept" in said
     assert [r["step"] for r in metrics() if "val_loss" in r] == [0, 1, 2, 3, 4]
+
+
+def test_the_best_loss_and_patience_begin_anew_with_other_data(run, undrawn, monkeypatch, tiny):
+    stubborn(monkeypatch, [5.0, 1.0, 2.0, 2.0, 4.0, 3.0, 3.5, 3.5, 3.5, 0.0])
+    run(*PATIENT, "--max_iters=3", "--lr_decay_iters=3")
+    assert (checkpoint.best("out").step, checkpoint.newest("out").state["stale"]) == (1, 2)
+    change(tiny / "val.bin")
+    said = run(*PATIENT, "--init_from=resume")
+    assert "the best, 3.0000 at step 4, is kept" in said
+    assert checkpoint.best("out").step == 4  # 3: on the data of before
+    assert [r["step"] for r in metrics() if "val_loss" in r] == list(range(8))
+
+
+def test_a_run_whose_losses_are_no_numbers_ends_with_a_line(run, undrawn, monkeypatch):
+    stubborn(monkeypatch, [float("nan")] * 4)
+    assert "no improvement in 3 evaluations: the run ends; none was a number (--patience)" in run(*PATIENT)
 
 
 def test_without_patience_a_run_goes_to_its_end(run, undrawn, monkeypatch):
