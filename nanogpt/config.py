@@ -4,7 +4,9 @@ Everything else receives a finished, checked config. This module knows no other 
 """
 
 import ast
+import codecs
 import difflib
+import encodings.aliases
 import math
 import operator
 import re
@@ -66,6 +68,7 @@ class TrainConfig:
     wandb_project: str = setting("owt", "its project")
     wandb_run_name: str = setting("gpt2", "its run name")
     dataset: str = setting("openwebtext", "a folder in data/ with train.bin, val.bin and meta.json", group="Data")
+    root: str = setting("data", "the folder that holds the datasets")
     gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
     batch_size: int | str = setting(
         12,
@@ -149,6 +152,8 @@ class TrainConfig:
                 yield (name,), "must be below 1"
         if not is_name(self.dataset):
             yield ("dataset",), NOT_A_NAME
+        if not is_path(self.root):
+            yield ("root",), NOT_A_PATH
 
 
 @dataclass
@@ -233,7 +238,9 @@ class EvalConfig:
         "", "what nanogpt prepare reads: a file, a folder, 'a glob*', hf:NAME, or - for standard input", group="Text"
     )
     field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME")
+    encoding: str = setting("utf-8", "of plain text, by its name in Python: latin-1, cp1252, utf-16, ...")
     dataset: str = setting("", "instead of a text a folder in data/; with neither, the one it was trained on")
+    root: str = setting("data", "the folder that holds the datasets")
     split: str = setting("val", "of the dataset", choices=("train", "val"))
     per_document: bool = setting(
         False, "a line for each document (a file, a line of .jsonl, ...), and no context from others"
@@ -259,6 +266,10 @@ class EvalConfig:
             yield ("dataset", "text"), "either a text or a dataset can be evaluated on, and --text is given too"
         if self.dataset and not is_name(self.dataset):
             yield ("dataset",), NOT_A_NAME
+        if not is_path(self.root):
+            yield ("root",), NOT_A_PATH
+        if why := not_an_encoding(self.encoding):
+            yield ("encoding",), why
         if self.init_from in GPT2_NAMES and not self.text and not self.dataset:
             yield ("init_from", "text", "dataset"), "--text=FILE or --dataset=NAME says what to evaluate it on"
         if "auto" not in (self.stride, self.block_size) and self.stride > self.block_size:
@@ -283,9 +294,10 @@ class PrepareConfig:
     seed: int = setting(1337, "of the order of the documents", low=0, high=2**63 - 1)
     shard_tokens: int = setting(10**9, "tokens in a file; a larger split gets several", low=10**4)
     field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME", group="Text")
+    encoding: str = setting("utf-8", "of plain text, by its name in Python: latin-1, cp1252, utf-16, ...")
     errors: str = setting(
         "strict",
-        "bytes that are no UTF-8: strict refuses them, replace makes each U+FFFD",
+        "bytes that are not text in that encoding: strict refuses them, replace makes each U+FFFD",
         choices=("strict", "replace"),
     )
     drop_duplicates: bool = setting(False, "of documents that are equal byte for byte, take one")
@@ -299,14 +311,42 @@ class PrepareConfig:
         """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
         if self.dataset and not is_name(self.dataset):
             yield ("dataset",), NOT_A_NAME
+        if not is_path(self.root):
+            yield ("root",), NOT_A_PATH
+        if why := not_an_encoding(self.encoding):
+            yield ("encoding",), why
 
 
-NOT_A_NAME = "must be the name of a folder in data/, not a path, and begin with neither . nor -"
+NOT_A_NAME = (
+    "must be the name of a folder in data/, not a path, and begin with neither . nor -; "
+    "--root=FOLDER is for datasets that lie elsewhere"
+)
 
 
 def is_name(dataset):
     """Whether this can be the name of a folder in data/, and of nothing outside it."""
-    return dataset != "" and dataset[0] not in ".-" and "\0" not in dataset and dataset == Path(dataset).name
+    return is_path(dataset) and dataset[0] not in ".-" and dataset == Path(dataset).name
+
+
+NOT_A_PATH = "must be the path of a folder: not empty, without NUL, in UTF-8"
+
+
+def is_path(text):
+    """Whether this can be a path: not empty, and characters that a file's name can have."""
+    return text != "" and "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def not_an_encoding(name):
+    """What is wrong with the name of an encoding, or None: it must decode any text, piece by piece."""
+    try:
+        b"a".decode(name, "replace")
+        codecs.getincrementaldecoder(name)("surrogateescape").decode(b"a")
+        return None
+    except (LookupError, ValueError):  # there is no such codec, or it is not one of bytes and text, or not of all text
+        pass
+    pairs = encodings.aliases.aliases.items()
+    known = sorted({k for pair in pairs for k in pair if not pair[1].endswith(("_codec", "rot_13"))})
+    return f"is no encoding of text that Python knows, such as latin-1, cp1252 or utf-16{nearest(name, known)}"
 
 
 @dataclass
@@ -430,6 +470,7 @@ def change(cfg, name, text):
 
 def nearest(name, known):
     """'; did you mean X?' for a mistyped name, or nothing."""
+    known = [k for k in known if k != name]  # what was given, and failed, is no suggestion
     close = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -549,7 +590,8 @@ def read_config_file(path, names, problems):
 def nearest_file(path):
     """'; did you mean FILE?' for a mistyped path, or nothing."""
     folder = Path(path).parent
-    close = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.py")], n=1, cutoff=0.5)
+    others = [p.name for p in folder.glob("*.py") if p.name != Path(path).name]  # a link to nothing is there, too
+    close = difflib.get_close_matches(Path(path).name, others, n=1, cutoff=0.5)
     return f"; did you mean {folder / close[0]}?" if close else ""
 
 

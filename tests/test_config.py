@@ -11,6 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanogpt.config import (
+    NOT_A_NAME,
+    NOT_A_PATH,
     EvalConfig,
     PrepareConfig,
     SampleConfig,
@@ -38,6 +40,7 @@ TRAIN_DEFAULTS = dict(
     wandb_project="owt",
     wandb_run_name="gpt2",
     dataset="openwebtext",
+    root="data",
     gradient_accumulation_steps=40,
     batch_size=12,
     block_size=1024,
@@ -94,7 +97,9 @@ EVAL_DEFAULTS = dict(
     out_dir="out",
     text="",
     field="text",
+    encoding="utf-8",
     dataset="",
+    root="data",
     split="val",
     per_document=False,
     block_size="auto",
@@ -130,6 +135,7 @@ PREPARE_DEFAULTS = dict(
     seed=1337,
     shard_tokens=10**9,
     field="text",
+    encoding="utf-8",
     errors="strict",
     drop_duplicates=False,
     memory=1024,
@@ -438,15 +444,26 @@ def test_all_problems_come_at_once_in_order(config_file):
         ("--dropout=1.0", "must be below 1"),
         ("--beta1=1", "must be below 1"),
         ("--beta2=1", "must be below 1"),
-        ("--dataset=.hidden", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
-        ("--dataset=-x", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
-        ("--dataset=data/tiny", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
-        ("--dataset=..", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
-        ("--dataset=", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
+        *((f"--dataset={name}", NOT_A_NAME) for name in (".hidden", "-x", "data/tiny", "..", "", "a\0b")),
+        *((f"--root={path}", NOT_A_PATH) for path in ("", "a\0b", "\ud800")),
     ],
 )
 def test_settings_that_do_not_fit_each_other(flag, why):
     assert problem(flag) == f"{flag}: {why}"
+
+
+@pytest.mark.parametrize("cls", [PrepareConfig, EvalConfig])
+def test_an_encoding_is_one_that_decodes_text(cls):
+    for name in ("utf8", "latin-1", "cp1252", "UTF-16", "shift_jis"):
+        assert load(cls, [f"--encoding={name}"], "x").encoding == name
+    for name, hint in [
+        ("latn-1", "; did you mean latin_1?"),
+        *((n, "") for n in ("hex", "rot13", "idna", "undefined")),
+    ]:
+        assert problem(f"--encoding={name}", cls=cls).endswith(f"such as latin-1, cp1252 or utf-16{hint}")
+    assert "is no encoding" in problem("--encoding=", cls=cls) and "is no encoding" in problem(
+        "--encoding=a\0", cls=cls
+    )
 
 
 @pytest.mark.parametrize(
