@@ -5,24 +5,27 @@ A process of its own: `nanogpt prepare` runs `main`, and gives back the memory t
 
 import json
 import math
+import os
+import shlex
 import statistics
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nanogpt import config, distributed, metrics, optim
-from nanogpt.config import TrainConfig, UserError, settings
+from nanogpt.config import TrainConfig, settings
 from nanogpt.model import GPT, GPTConfig
 
 HOUR = 3600  # seconds that a run may take, so that nobody waits in vain
 TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffmann et al. 2022, "Chinchilla")
 MAX_EPOCHS = 10  # so often repeated, text has nothing left to teach to a run with Muon; see benchmarks/LOG.md
 LEAST = 1, 2  # tokens for each parameter that the repeated text, and the hour, must allow: a larger model is too large
-TRIAL = 2.0  # seconds
+TRIAL, GLIMPSE = 3.0, 0.4  # seconds, of all that is tried, and of what only shows whether to try something larger
+STEADY = 6  # steps, at least, that a trial's batch leaves time for
 UNMEASURED = 2e11  # FLOP/s that a machine is taken for without a trial, about those of two cores of a Xeon
-TRIED = 2  # of SHAPES; the first ones are too small to show what the machine can do
 PATIENCE = 5
 
 # From small to large, with what a batch takes, and learning rates. The first three were tried (benchmarks/LOG.md), the
@@ -50,39 +53,38 @@ def main():
                     print(line, flush=True)
     except KeyboardInterrupt:
         return 130
-    except (UserError, RuntimeError, OSError) as e:  # the dataset is made all the same
+    except BrokenPipeError:
+        return 141  # nobody reads any more
+    except Exception as e:  # of any kind: the dataset is made all the same
         print(f"no advice on how to train: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
 
 
-def advise(name, vocab_size, train_tokens, val_tokens, memory, trial, dist):
-    """Yield lines: what to train on the dataset `name` and how long that takes. `memory`: bytes that a trial may take."""
+def advise(name, root, vocab_size, train_tokens, val_tokens, memory, trial, dist):
+    """Yield lines: what to train on the dataset `name` in `root`, and how long that takes.
+
+    `memory`: bytes that a trial may take.
+    """
     runs = [Run(shape, vocab_size, train_tokens, val_tokens) for shape in SHAPES]
-    rate, why_not = None, "(--trial=True measures how long it takes)"
-    if trial:
-        rate, why_not = measure(runs[TRIED], memory, dist)
-        if not rate:
-            rate, why_not = measure(runs[0], memory, dist)
-    run = choose(runs, rate or UNMEASURED, dist)
-    measured, _ = measure(run, memory, dist) if rate and run is not runs[TRIED] else (rate, None)
-    rate = measured or rate
-    if rate:
-        run.fit(rate)
+    found, why_not = try_out(runs, memory, dist) if trial else (None, "(--trial=True measures how long it takes)")
+    run = choose(runs, found.rate if found else UNMEASURED, dist)
+    if found:
+        run.fit(found.rate)
     yield (
         f"a model that fits: {run.n_layer} layers, {run.n_head} heads, {run.n_embd} channels, {run.block_size} tokens of "
         f"context: {run.params / 1e6:.2f}M parameters, {two_digits(train_tokens / run.params)} tokens of text for each of them"
     )
     speed = ""
-    if rate:
-        ms = run.seconds(rate, 1) * 1000
-        speed = f", {duration(run.seconds(rate, run.max_iters))} on this {dist.device.type} at {ms:.3g} ms each"
+    if found:
+        whole, each = ([run.seconds(rate, n) for rate in found.rates] for n in (run.max_iters, 1))
+        speed = f", {span(*whole, duration)} on this {dist.device.type} at {span(*each, milliseconds)} each"
     yield (
         f"a run that fits: {run.max_iters:,} iterations of {run.batch:,} tokens, {run.epochs:.1f} times through the text, "
         f"{two_digits(run.epochs * train_tokens / run.params)} tokens a parameter{speed}; about {run.memory() / 1e9:.1f} GB of memory"
     )
-    if not rate:
+    if not found:
         yield f"no trial {why_not}"
     yield from warnings(run, vocab_size)
-    yield f"next: {command(name, run, dist.device.type)}"
+    yield f"next: {command(name, root, run, dist.device.type)}"
 
 
 class Run:
@@ -119,6 +121,10 @@ class Run:
     def fit(self, rate):
         """Shorten the run to an hour at `rate` FLOP/s."""
         self.max_iters = min(self.max_iters, rounded(HOUR / self.seconds(rate, 1)))
+
+    def work(self, batch_size):
+        """Operations in a step, roughly: of forward and backward, and of Muon's Newton-Schulz iterations."""
+        return batch_size * self.block_size * self.flops + 30 * self.params * self.n_embd
 
     def seconds(self, rate, iterations):
         return iterations * self.batch * self.flops / rate
@@ -165,47 +171,103 @@ def choose(runs, rate, dist):
     return fitting[-1] if fitting else runs[0]
 
 
-def measure(run, memory, dist):
-    """(FLOP/s of training this model, None), or (None, why it cannot be tried in so much memory)."""
-    batch_size = run.batch_size
+@dataclass
+class Trial:
+    """What a moment of training has shown."""
+
+    rates: tuple  # FLOP/s of a whole iteration: the quartiles of its steps, the fastest first
+    each: float  # seconds for an operation of `work`
+    build: float  # seconds for a parameter, to make the model
+
+    @property
+    def rate(self):
+        return self.rates[1]
+
+    def seconds(self, run):
+        """How long it takes at least to try another run."""
+        return self.build * run.params + 3 * self.each * run.work(1)
+
+
+def try_out(runs, memory, dist):
+    """(the Trial of the run that fits, or of the largest that there is time to try, None); or (None, why there is none).
+
+    Glimpses at the runs from the smallest on show how long the next one may take, and which one is worth the rest of the
+    time.
+    """
+    end, found, last = time.perf_counter() + TRIAL, None, 0
+    for n, run in enumerate(runs[: runs.index(choose(runs, math.inf, dist)) + 1]):
+        left = end - time.perf_counter()
+        if found and found.seconds(run) > left / 2:
+            break
+        tried, why_not = measure(run, memory, dist, end - left + min(GLIMPSE, left))
+        if not tried:
+            if not found:
+                return None, why_not
+            break
+        found, last = tried, n
+        if choose(runs, found.rate, dist) in runs[:n]:
+            break
+    run = runs[min(last, runs.index(choose(runs, found.rate, dist)))]
+    if found.seconds(run) < end - time.perf_counter():
+        found, _ = measure(run, memory, dist, end)
+    return found, None
+
+
+def measure(run, memory, dist, end):
+    """(the Trial of a run, which takes until `end` by the clock, None), or (None, why it needs too much memory)."""
+    most = run.batch_size
     if dist.device.type == "cpu":
-        while batch_size > 1 and run.memory(batch_size) > memory:
-            batch_size //= 2
-        if run.memory(batch_size) > memory:
-            return (
-                None,
-                f"was made: it would take {run.memory(batch_size) / 1e6:,.0f} MB, and --memory does not allow it",
-            )
+        while most > 1 and run.memory(most) > memory:
+            most //= 2
+        if run.memory(most) > memory:
+            return None, f"was made: it would take {run.memory(most) / 1e6:,.0f} MB, and --memory does not allow it"
     cfg = TrainConfig(**run.settings(dist.device.type))
     before = torch.get_float32_matmul_precision()
     if dist.device.type == "cpu":
         distributed.prepare_device(dist.device, distributed.choose_dtype(cfg, dist.device, dist.say))
     try:
-        return train_a_moment(run, batch_size, cfg, dist), None
+        return train_a_moment(run, most, cfg, dist, end), None
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def train_a_moment(run, batch_size, cfg, dist):
-    """FLOP/s of training this model for a moment."""
+def train_a_moment(run, most, cfg, dist, end):
+    """The Trial of a run, in batches of at most `most` sequences, and of so few that there is time for several."""
+    began = time.perf_counter()
     model = GPT(run.model_config()).to(dist.device)
     optimizer = optim.make_optimizer(model, cfg)
-    idx = torch.randint(run.vocab_size, (batch_size, run.block_size + 1), device=dist.device)
-    x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
-    times, end = [], time.perf_counter() + TRIAL
-    while len(times) < 5 or time.perf_counter() < end:
-        metrics.synchronize(dist.device)
-        begin = time.perf_counter()
+    build = (time.perf_counter() - began) / run.params
+
+    def step(size):
+        """Seconds of a step: forward and backward, and the update, which a larger batch does not make longer."""
+        idx = torch.randint(run.vocab_size, (size, run.block_size + 1), device=dist.device)
+        x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+        times = []
+        for work in (lambda: backward(x, y), optimizer.step):
+            metrics.synchronize(dist.device)
+            begin = time.perf_counter()
+            work()
+            metrics.synchronize(dist.device)
+            times.append(time.perf_counter() - begin)
+        optimizer.zero_grad()
+        return times
+
+    def backward(x, y):
         with dist.autocast():
             loss = model(x, y)[1]
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        metrics.synchronize(dist.device)
-        times.append(time.perf_counter() - begin)
-        if times[-1] > TRIAL and len(times) > 1:
-            break
-    return x.numel() * run.flops / statistics.median(times[1:])  # the first loads what it needs
+
+    step(1)  # loads what it needs
+    size, steps = 1, [step(1)]
+    while 2 * size <= most and 2 * STEADY * sum(steps[-1]) < end - time.perf_counter():
+        size *= 2
+        step(size)
+        steps = [step(size)]
+    while sum(steps[-1]) < end - time.perf_counter():
+        steps.append(step(size))
+    whole = sorted(forth * run.batch_size / size + update for forth, update in steps)
+    rates = tuple(run.batch * run.flops / whole[int(q * (len(whole) - 1))] for q in (0.25, 0.5, 0.75))
+    return Trial(rates, statistics.median(map(sum, steps)) / run.work(size), build)
 
 
 def warnings(run, vocab_size):
@@ -224,21 +286,37 @@ def warnings(run, vocab_size):
         )
 
 
-def command(name, run, device):
-    """The command line to start: a config, and what is another than there."""
+def command(name, root, run, device):
+    """The command line to start, as a shell takes it: a config, and what is another than there."""
     base = SMALL if device == "cpu" and run.n_embd < IN_BFLOAT16 else LARGE
     here = Path(base).is_file() and Path("train.py").is_file()
     cfg = config.load(TrainConfig, [base] if here else [], "train.py")
-    wanted = settings(cfg) | {"dataset": name, "out_dir": f"out-{name}"} | run.settings(device)
+    wanted = settings(cfg) | {"dataset": name, "root": root, "out_dir": f"out-{name}"} | run.settings(device)
     if not here:
         wanted |= {"eval_iters": 20, "log_interval": 10}
+    if os.path.realpath(root) == os.path.realpath(cfg.root):
+        wanted["root"] = cfg.root
     changed = [f"--{k}={v}" for k, v in wanted.items() if v != getattr(cfg, k)]
-    return " ".join(["sh train.py", base, *changed] if here else ["nanogpt train", *changed])
+    return shlex.join(["sh", "train.py", base, *changed] if here else ["nanogpt", "train", *changed])
 
 
 def two_digits(x):
     """0.32, 3.2, 320."""
     return f"{x:.2g}" if x < 100 else f"{float(f'{x:.2g}'):,.0f}"
+
+
+def span(fast, median, slow, in_words):
+    """A quantity in words; where what was measured varies, from the fast quarter to the slow one."""
+    if slow < 1.2 * fast or in_words(fast) == in_words(slow):
+        return in_words(median)
+    low, unit = in_words(fast).rsplit(" ", 1)
+    high = in_words(slow).removeprefix("about ")
+    return f"{low} to {high}" if high.endswith(unit) else f"{low} {unit} to {high}"
+
+
+def milliseconds(seconds):
+    """'about 220 ms'."""
+    return f"about {two_digits(1000 * seconds)} ms"
 
 
 def duration(seconds):

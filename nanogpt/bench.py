@@ -66,7 +66,7 @@ def measure(cfg, dist):
 def open_data(cfg, dist):
     """(vocabulary size, batches): of the dataset where it is prepared, otherwise of random tokens."""
     try:
-        dataset = data.Dataset(cfg.dataset, "train", cfg.block_size)
+        dataset = data.Dataset(cfg.dataset, "train", cfg.block_size, cfg.root)
         return dataset.vocab_size, data.Batches(dataset, "train", cfg.seed, cfg.block_size, dist)
     except UserError as e:
         dist.say(f"data: {cfg.vocab_size} kinds of random tokens (--vocab_size); {e}")

@@ -4,7 +4,9 @@ Everything else receives a finished, checked config. This module knows no other 
 """
 
 import ast
+import codecs
 import difflib
+import encodings.aliases
 import math
 import operator
 import re
@@ -82,6 +84,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = setting(
         40, "micro-batches in an iteration, over all processes", low=1, high=10**6
     )
+    root: str = setting("data", "the folder that holds the datasets", path=True)
+    gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
     batch_size: int | str = setting(
         12,
         "sequences in a micro-batch; auto: as many as fit the memory, and in an iteration as many as without",
@@ -263,7 +267,9 @@ class EvalConfig:
         group="Text",
     )
     field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME")
+    encoding: str = setting("utf-8", "of plain text, by its name in Python: latin-1, cp1252, utf-16, ...")
     dataset: str = setting("", "instead of a text a folder in data/; with neither, the one it was trained on")
+    root: str = setting("data", "the folder that holds the datasets", path=True)
     split: str = setting("val", "of the dataset", choices=("train", "val"))
     per_document: bool = setting(
         False, "a line for each document (a file, a line of .jsonl, ...), and no context from others"
@@ -290,6 +296,8 @@ class EvalConfig:
             yield ("dataset", "text"), "either a text or a dataset can be evaluated on, and --text is given too"
         if self.dataset and not is_name(self.dataset):
             yield ("dataset",), NOT_A_NAME
+        if why := not_an_encoding(self.encoding):
+            yield ("encoding",), why
         if self.init_from in GPT2_NAMES and not self.text and not self.dataset:
             yield ("init_from", "text", "dataset"), "--text=FILE or --dataset=NAME says what to evaluate it on"
         if "auto" not in (self.stride, self.block_size) and self.stride > self.block_size:
@@ -314,9 +322,10 @@ class PrepareConfig:
     seed: int = setting(1337, "of the order of the documents", low=0, high=2**63 - 1)
     shard_tokens: int = setting(10**9, "tokens in a file; a larger split gets several", low=10**4, high=10**13)
     field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME", group="Text")
+    encoding: str = setting("utf-8", "of plain text, by its name in Python: latin-1, cp1252, utf-16, ...")
     errors: str = setting(
         "strict",
-        "bytes that are no UTF-8: strict refuses them, replace makes each U+FFFD",
+        "bytes that are not text in that encoding: strict refuses them, replace makes each U+FFFD",
         choices=("strict", "replace"),
     )
     drop_duplicates: bool = setting(False, "of documents that are equal byte for byte, take one")
@@ -337,14 +346,32 @@ class PrepareConfig:
         """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
         if self.dataset and not is_name(self.dataset):
             yield ("dataset",), NOT_A_NAME
+        if why := not_an_encoding(self.encoding):
+            yield ("encoding",), why
 
 
-NOT_A_NAME = "must be the name of a folder in data/, not a path, and begin with neither . nor -"
+NOT_A_NAME = (
+    "must be the name of a folder in data/, not a path, and begin with neither . nor -; "
+    "--root=FOLDER is for datasets that lie elsewhere"
+)
 
 
 def is_name(dataset):
     """Whether this can be the name of a folder in data/, and of nothing outside it."""
     return is_path(dataset) and dataset[0] not in ".-" and dataset == Path(dataset).name
+
+
+def not_an_encoding(name):
+    """What is wrong with the name of an encoding, or None: it must decode any text, piece by piece."""
+    try:
+        b"a".decode(name, "replace")
+        codecs.getincrementaldecoder(name)("surrogateescape").decode(b"a")
+        return None
+    except (LookupError, ValueError):  # there is no such codec, or it is not one of bytes and text, or not of all text
+        pass
+    pairs = encodings.aliases.aliases.items()
+    known = sorted({k for pair in pairs for k in pair if not pair[1].endswith(("_codec", "rot_13"))})
+    return f"is no encoding of text that Python knows, such as latin-1, cp1252 or utf-16{nearest(name, known)}"
 
 
 @dataclass
@@ -484,6 +511,7 @@ def check_bounds(cls, values, source):
 
 def nearest(name, known):
     """'; did you mean X?' for a mistyped name, or nothing."""
+    known = [k for k in known if k != name]  # what was given, and failed, is no suggestion
     close = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
@@ -621,7 +649,8 @@ def read_config_file(path, names, problems):
 def nearest_file(path):
     """'; did you mean FILE?' for a mistyped path, or nothing."""
     folder = Path(path).parent
-    close = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.py")], n=1, cutoff=0.5)
+    others = [p.name for p in folder.glob("*.py") if p.name != Path(path).name]  # a link to nothing is there, too
+    close = difflib.get_close_matches(Path(path).name, others, n=1, cutoff=0.5)
     return f"; did you mean {folder / close[0]}?" if close else ""
 
 

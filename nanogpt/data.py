@@ -9,9 +9,12 @@ Shapes: B sequences of T tokens.
 
 import bisect
 import functools
+import glob
 import itertools
 import json
 import os
+import shlex
+import stat
 import weakref
 import zlib
 from pathlib import Path
@@ -152,7 +155,7 @@ class Dataset:
         self.separator = meta.get("separator")
         paths = [folder / file for file in meta.get("files", {}).get(split, [f"{split}.bin"])]
         for path in paths:
-            if not path.is_file():
+            if not is_there(path):
                 raise UserError(f"--dataset={name}: {path} is missing{how_to_prepare(folder)}")
         self.path = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
         self.tokens = Tokens(paths, meta["dtype"])
@@ -268,15 +271,21 @@ class Documents:
         return starts, np.minimum(starts + self.block_size + 1, self.begins[i + 1] + self.shared)
 
 
+GPT2_META = '{"tokenizer": {"type": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}'  # the least that it can say
+
+
 def read_meta(folder):
     """The checked contents of a dataset's `meta.json`; UserError says what is missing and what makes it."""
-    path = folder / "meta.json"
-    if not path.is_file() and (folder / "meta.pkl").is_file():  # prepared by the original nanoGPT
-        chars = legacy.read_meta(folder / "meta.pkl")
+    path, pickled = folder / "meta.json", folder / "meta.pkl"
+    if not is_there(path) and is_there(pickled):  # prepared by the original nanoGPT
+        chars = legacy.read_meta(pickled)
         return {"tokenizer": {"type": "char", "chars": chars}, "vocab_size": len(chars), "dtype": "uint16"}
-    if not path.is_file():
-        what = "is not there" if not folder.is_dir() else "has no meta.json"
-        raise UserError(f"--dataset={folder.name}: {folder}/ {what}{how_to_prepare(folder)}")
+    if not is_there(path):
+        what = "has no meta.json" if folder.is_dir() else "is no folder" if folder.exists() else "is not there"
+        hint = how_to_prepare(folder)
+        if os.path.lexists(folder / "train.bin"):
+            hint += f"; for GPT-2's tokens, as the original nanoGPT prepares them, it would be {GPT2_META}"
+        raise UserError(f"--dataset={folder.name}: {folder}/ {what}{hint}")
     try:
         meta = json.loads(files.read(path))
         vocab_size, dtype = meta["vocab_size"], meta["dtype"]
@@ -288,11 +297,28 @@ def read_meta(folder):
             and all(is_list_of_files(names) for names in meta.get("files", {}).values())
             and ("separator" not in meta or is_id(meta["separator"], vocab_size))
         )
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise UserError(f"{path}: does not describe a dataset{how_to_prepare(folder)}")
+        raise UserError(
+            f"{path}: does not describe a dataset{how_to_prepare(folder)}; for GPT-2's tokens it would be {GPT2_META}"
+        )
     return meta
+
+
+def is_there(path):
+    """Whether there is such a file. UserError where there is something else, or the system does not say."""
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    if not regular:
+        raise UserError(f"{path}: is no regular file")
+    return True
 
 
 def is_list_of_files(names):
@@ -310,10 +336,13 @@ def is_id(value, vocab_size):
 
 def how_to_prepare(folder):
     """'; COMMAND makes it', or what is prepared already, for the end of a message."""
-    if (folder / "prepare.py").is_file():
-        return f"; python {folder}/prepare.py makes it"
-    present = sorted(p.parent.name for p in folder.parent.glob("*/meta.json"))
-    recipes = sorted(p.parent.name for p in folder.parent.glob("*/prepare.py"))
+    recipe = f"{folder / 'prepare.py'}"
+    if os.path.isfile(recipe):
+        return f"; python {shlex.quote(recipe)} makes it"
+    recipes, present = (
+        sorted({os.path.dirname(path) for path in glob.glob(f"*/{name}", root_dir=folder.parent)} - {folder.name})
+        for name in ("prepare.py", "meta.json")
+    )
     return nearest(folder.name, recipes + present) or (f"; prepared here: {', '.join(present)}" if present else "")
 
 

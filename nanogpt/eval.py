@@ -6,7 +6,7 @@ import sys
 import numpy as np
 
 from nanogpt import config, data, distributed, evaluate, sources, trained
-from nanogpt.config import EvalConfig, UserError
+from nanogpt.config import EvalConfig, UserError, is_name, is_path
 
 
 def main(argv):
@@ -28,7 +28,7 @@ def read_texts(cfg, dist):
     if cfg.text == "-" and dist.world_size > 1:
         raise UserError("--text=-: several processes cannot share standard input; a file they can all read")
     try:
-        found, documents = read_standard_input() if cfg.text == "-" else find_documents(cfg, dist)
+        found, documents = read_standard_input(cfg) if cfg.text == "-" else find_documents(cfg, dist)
     except UserError as e:
         raise UserError(*(flag(cfg.text, line) for line in e.problems)) from None
     if not documents:
@@ -48,21 +48,24 @@ def flag(pattern, line):
     return f"--text={line}" if line.startswith(pattern) else f"--text={pattern}: {line}"
 
 
-def read_standard_input():
+def read_standard_input(cfg):
     """(its Source alone, [(0, its text)])."""
-    found, raw = [sources.Source(sources.STANDARD_INPUT, "-", "text")], sys.stdin.buffer.read()
+    found, _ = sources.find(["-"], None, None, cfg.field, cfg.encoding)
+    stream = sources.Recoded(sys.stdin.buffer, found[0]) if found[0].encoding else sys.stdin.buffer
+    raw = b"".join(iter(lambda: stream.read(sources.BLOCK), b""))
     documents, problems = sources.read_block("text", [[0, 0, 0, len(raw), True]], raw, "", False)
     if problems:
-        raise UserError(*sources.explain(problems, found, False, remedy=""))
+        raise UserError(*sources.explain(problems, found, False))
     return found, [(0, text) for text, _, _ in documents]
 
 
 def find_documents(cfg, dist):
     """(Sources, [(a Source's number, the text of a document), ...])."""
-    found, notes = sources.find([cfg.text], None, None)
-    for note in notes:
+    found, notes = sources.find([cfg.text], None, None, cfg.field, cfg.encoding)
+    documents, empty = sources.read_whole(found, cfg.field)
+    for note in [*notes, sources.left_out(empty, cfg.field)] if empty else notes:
         dist.say(note)
-    return found, sources.read_whole(found, cfg.field)
+    return found, documents
 
 
 def choose_context(cfg, longest):
@@ -109,10 +112,12 @@ def from_split(cfg, found):
 
     As in training, the whole split is one document, unless the model was trained with `documents`.
     """
-    name = cfg.dataset or found.settings.get("dataset")
-    if not name:
+    name, root = cfg.dataset or found.settings.get("dataset"), cfg.root
+    if not cfg.dataset and "root" not in cfg.sources:
+        root = found.settings.get("root", root)
+    if not (isinstance(name, str) and is_name(name) and isinstance(root, str) and is_path(root)):
         raise UserError(f"--init_from={cfg.init_from}: --text=FILE or --dataset=NAME says what to evaluate it on")
-    dataset = data.Dataset(name, cfg.split, block_size=1)
+    dataset = data.Dataset(name, cfg.split, block_size=1, root=root)
     if dataset.tokenizer_json != found.tokenizer_json:
         raise UserError(f"--dataset={name}: its tokenizer is not the one of the model")
     if not (cfg.per_document or found.settings.get("documents")):
@@ -120,8 +125,8 @@ def from_split(cfg, found):
         return dataset, documents, [f"{name}, {cfg.split} split"]
     if dataset.separator is None:
         raise UserError(
-            f"--per_document={cfg.per_document}: data/{name}/meta.json names no separator, so where a document begins "
-            "is unknown"
+            f"--per_document={cfg.per_document}: {root}/{name}/meta.json names no separator, so where a document "
+            "begins is unknown"
         )
     begins = data.find_documents(dataset.tokens, dataset.separator)
     documents = data.Documents(begins, cfg.block_size, cfg.stride, shared=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt import files, legacy, memory, tokenizer
+from nanogpt import data, files, legacy, memory, tokenizer
 from nanogpt.checkpoint import Checkpoint
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
@@ -337,11 +337,10 @@ def legacy_moments(model, state):
 def legacy_tokenizer(dataset, vocab_size, path):
     """The tokenizer of a nanoGPT model, which lies with its data and not with the model."""
     meta = Path("data") / Path(dataset).name / "meta.pkl"
-    if meta.is_file():
+    if os.path.isfile(meta):
         return {"type": "char", "chars": legacy.read_meta(meta)}
-    meta = meta.with_suffix(".json")
-    if meta.is_file():
-        return json.loads(files.read(meta))["tokenizer"]
+    if os.path.lexists(meta.with_suffix(".json")):
+        return data.read_meta(meta.parent)["tokenizer"]
     if vocab_size < 50257:
         raise UserError(f"{path}: its characters are in {meta.with_suffix('.pkl')}, which is missing")
     return {"type": "gpt2"}

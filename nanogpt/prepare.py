@@ -73,7 +73,8 @@ class State:
     bytes: int = 0  # of text
     tokens: int = 0
     documents: int = 0
-    replaced: int = 0  # bytes that were no UTF-8
+    replaced: int = 0  # bytes that were no UTF-8, or not in the encoding that was named
+    empty: int = 0  # rows and lines without text
     counts: list = field(default_factory=list)  # how often each id occurs
     split: dict = field(default_factory=dict)  # how it was made
     files: dict = field(default_factory=dict)  # {"train": [names], "val": [names]}
@@ -175,7 +176,8 @@ def prepare(cfg, folder):
     began = time.monotonic()
     with stoppable(folder):
         tok = given_tokenizer(cfg)
-        found, notes = sources.find(cfg.arguments, folder, folder / ".prepare" / "input.txt")
+        copied = folder / ".prepare" / "input.txt"
+        found, notes = sources.find(cfg.arguments, folder, copied, cfg.field, cfg.encoding)
         work = Work(folder)
         pool, keep = None, work.has_state()
         try:
@@ -233,7 +235,8 @@ def make_plan(cfg, found, work):
             digest = copy_standard_input(Path(source.path))
             about = os.stat(source.path)
             source.size, source.mtime = about.st_size, about.st_mtime_ns
-    names = ("tokenizer", "val_fraction", "seed", "shard_tokens", "field", "errors", "drop_duplicates")
+    names = ("tokenizer", "val_fraction", "seed", "shard_tokens", "field", "encoding", "errors")
+    names += ("drop_duplicates",)
     mark = [digest if s.name == STANDARD_INPUT else s.mtime for s in found]
     listed = [[s.name, s.kind, s.packing, s.size, m] for s, m in zip(found, mark, strict=True)]
     return {"settings": {name: getattr(cfg, name) for name in names}, "sources": listed}
@@ -390,9 +393,10 @@ def read(cfg, found, state, work, pool, task, cut):
     Where a source is not what it should be, the rest is only checked, and UserError tells everything.
     """
     problems, replace = Problems(), cfg.errors == "replace"
+    remedy = "--errors=replace makes each U+FFFD"
 
     def fatal():
-        return any(kind != "utf8" or not replace for _, kind in problems)
+        return any(kind != "empty" and not (kind == "utf8" and replace) for _, kind in problems)
 
     total = 0 if any(s.kind == "hf" for s in found) else sum(s.size for s in found)
     done = sum(s.size for s in found[: state.position[0]]) + (state.position[1] if state.position[1] < total else 0)
@@ -413,8 +417,8 @@ def read(cfg, found, state, work, pool, task, cut):
         except UserError as e:
             if isinstance(e, (CannotWrite, Stopped)):
                 raise
-            raise UserError(*sources.explain(problems, found, replace), *e.problems) from None
-    if lines := sources.explain(problems, found, replace):
+            raise UserError(*sources.explain(problems, found, replace, remedy), *e.problems) from None
+    if lines := sources.explain(problems, found, replace, remedy):
         raise UserError(*lines)
 
 
@@ -442,7 +446,9 @@ def encode(cfg, found, state, work, pool, tok):
             counts[sparse["id"]] += sparse["n"]
             state.tokens += len(ids)
             state.bytes += about["bytes"]
-            state.replaced += sum(count for _, _, _, _, count in about["problems"])
+            for _, kind, _, _, count in about["problems"]:
+                state.replaced += count if kind == "utf8" else 0
+                state.empty += count if kind == "empty" else 0
             state.documents += int(fragments["first"].sum())
             state.key = int(fragments["key"][-1]) if len(fragments) else state.key
             state.position = block.next
@@ -544,10 +550,16 @@ def too_little(cfg, state, found, split):
     share = val_tokens(cfg, 10**6) / 10**6 if cfg.val_fraction != "auto" else VAL_SHARE
     enough = math.ceil((WINDOW + 1) / (share if split == "val" else 1 - share))
     name = found[0].name if len(found) == 1 else f"the {len(found)} sources"
+    left_out = f"; {sources.left_out(state.empty, cfg.field)}" if state.empty else ""
     return UserError(
-        f"{name}: too little text: {state.split['tokens'][split]} tokens to {what}, of {state.tokens:,}, are less than "
-        f"one window of {WINDOW} and the token after it; a text of {enough:,} tokens would do"
+        f"{name}: too little text: {state.split['tokens'][split]} tokens to {what}, of {all_tokens(state):,}, are less "
+        f"than one window of {WINDOW} and the token after it; a text of {enough:,} tokens would do{left_out}"
     )
+
+
+def all_tokens(state):
+    """How many tokens the dataset has; `state.tokens` counts duplicates that were dropped as well."""
+    return sum(state.split["tokens"].values())
 
 
 def publish(state, work):
@@ -595,7 +607,9 @@ def report(cfg, state, tok, folder, peak, seconds):
     per_token = state.bytes / max(state.tokens, 1)
     print(f"tokenizer: {cfg.tokenizer}, {tok.vocab_size:,} tokens in its vocabulary; {per_token:.2f} bytes a token")
     if state.replaced:
-        print(f"replaced: {state.replaced:,} places that were not UTF-8, each by U+FFFD")
+        print(f"replaced: {state.replaced:,} places that were not {cfg.encoding.upper()}, each by U+FFFD")
+    if state.empty:
+        print(sources.left_out(state.empty, cfg.field))
     if state.split.get("dropped"):
         print(f"duplicates: {state.split['dropped']:,} documents dropped, equal to others")
     print(f"commonest tokens: {commonest(tok, state.counts)}")
@@ -606,23 +620,35 @@ def report(cfg, state, tok, folder, peak, seconds):
             "longer contexts: --tokenizer=gpt2 (English) or bpe:8192 (any language) make a third or a quarter as many tokens"
         )
     about = dict(name=folder.name, vocab_size=tok.vocab_size, train_tokens=tokens["train"], val_tokens=tokens["val"])
-    advise(**about, memory=cfg.memory * MEGABYTE - peak_memory(), trial=cfg.trial)
+    advise(**about, root=cfg.root, memory=cfg.memory * MEGABYTE - peak_memory(), trial=cfg.trial)
 
 
 def advise(**about):
-    """Have advice.py say how to train on the dataset."""
+    """Have advice.py say how to train on the dataset. Where it cannot, a line says so: the dataset is there already."""
+    if about["trial"]:
+        print(
+            "trial: once PyTorch is loaded, up to 3 seconds of training show how fast this machine is (--trial=False)"
+        )
     sys.stdout.flush()
-    with run_module("advice", stdin=subprocess.PIPE, start_new_session=True) as process:  # Ctrl-C is for this one
-        try:
-            process.communicate(json.dumps(about).encode())
-        except KeyboardInterrupt:
-            process.kill()
-            raise
+    try:
+        pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        with run_module("advice", **pipes, start_new_session=True) as process:  # Ctrl-C is for this one
+            try:
+                _, said = process.communicate(json.dumps(about).encode())
+            except KeyboardInterrupt:
+                process.kill()
+                raise
+        last = said.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        why = None if process.returncode in (0, 130, 141) else last or f"its process ended with {process.returncode}"
+    except OSError as e:
+        why = str(e)
+    if why:
+        print(f"no advice on how to train: {why}")
 
 
 def how_split(state):
     """How validation text was chosen, in words."""
-    share = state.split["tokens"]["val"] / max(state.tokens, 1)
+    share = state.split["tokens"]["val"] / max(all_tokens(state), 1)
     if state.split["how"] == "end":
         return f"the last {share:.1%} of the text"
     documents = state.split["documents"]

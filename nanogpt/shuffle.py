@@ -29,7 +29,8 @@ class Buckets:
         if sizes and any(os.path.getsize(path) < size for path, size in zip(paths, sizes, strict=True)):
             raise ValueError("the buckets have lost something")
         self.files = [
-            open(path, "r+b", buffering=2**17) if sizes else files.create(path, "x+b", buffering=2**17) for path in paths
+            open(path, "r+b", buffering=2**17) if sizes else files.create(path, "x+b", buffering=2**17)
+            for path in paths
         ]
         for f, size in zip(self.files, sizes or [0] * len(paths), strict=True):
             f.truncate(size)

@@ -4,6 +4,7 @@ One process lists the sources (`find`) and reads them as blocks of raw bytes (`b
 into text (`read_block`). A block says where the next one begins, so that reading can go on there another time.
 """
 
+import codecs
 import contextlib
 import difflib
 import glob
@@ -16,16 +17,18 @@ import re
 import stat
 import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanogpt.config import UserError, nearest
 
 BLOCK = 2**20  # bytes that are read, encoded and kept in memory at a time
+MOST_PARTS = 2**16  # of a block: rows that hold nothing take memory as well
 HEAD = 2**13  # bytes of a file in a folder that tell whether it is text
 BOM = b"\xef\xbb\xbf"  # the mark that some editors put before UTF-8; it is not text
 PACKED = {".gz": 3.5, ".zst": 4.0, ".xz": 5.0}  # and how much larger text is unpacked, roughly
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "rows"}  # all others: text, one document a file
+FIRST_LINE = 4 * BLOCK  # bytes of a .json, at most, that tell whether it is lines of JSON all the same
 ROWS_PACKED = 3.0  # the same for Parquet
 SURELY_TEXT = {".txt", ".md", *KINDS}  # in a folder, others are left out where they do not look like text
 STANDARD_INPUT = "standard input"
@@ -59,6 +62,10 @@ class Source:
     packing: str = ""
     size: int = 0  # on disk
     mtime: int = 0  # in nanoseconds
+    encoding: str = ""  # of a text, where that is not UTF-8
+    undecodable: tuple | None = (
+        None  # (place, byte) of the first byte that is not in that encoding, when it has been met
+    )
 
     def text_size(self):
         """How many bytes of text it holds, roughly; 0 where nobody knows."""
@@ -69,8 +76,8 @@ class Source:
 class Block:
     """Raw bytes, and what they are.
 
-    `kind` is text or jsonl. `parts` are [source, offset, line, bytes, first]: a document or a part of one, with its
-    place in the source (a row's number, for Parquet and hf), or many lines of a .jsonl. `first`: a document begins.
+    `kind` is text, jsonl or rows. `parts` are [source, offset, line, bytes, first]: a document or a part of one, with
+    its place in the source (a row's number, for Parquet and hf), or many lines of a .jsonl. `first`: a document begins.
     """
 
     kind: str
@@ -83,12 +90,14 @@ class Block:
 # -- which files
 
 
-def find(arguments, target, standard_input):
+def find(arguments, target, standard_input, field="text", encoding="utf-8"):
     """(sources, notes) for the arguments of the command line; UserError with all that is wrong with them.
 
-    `target`: the folder that is written to, where nothing is read, or None. `standard_input`: the file that it is copied to.
+    `target`: the folder that is written to, where nothing is read, or None. `standard_input`: the file that it is copied
+    to. `field`: that a .json of JSON lines has. `encoding`: of plain text.
     """
     sources, notes, problems, seen = [], [], [], set()
+    encoding = "" if codecs.lookup(encoding).name == "utf-8" else encoding
     for argument in arguments:
         try:
             if argument == "-":
@@ -98,7 +107,7 @@ def find(arguments, target, standard_input):
             elif argument.startswith("hf:"):
                 found = [Source(argument, argument[3:], "hf")]
             else:
-                found = list(find_files(argument, target, notes))
+                found = list(find_files(argument, target, notes, encoding))
         except UserError as e:
             problems += e.problems
             continue
@@ -111,10 +120,41 @@ def find(arguments, target, standard_input):
             seen.add(key)
     if problems:
         raise UserError(*problems)
+    notes += recognise_json(sources, field)
+    for source in sources:
+        source.encoding = encoding if source.kind == "text" else ""
     return sources, notes
 
 
-def find_files(argument, target, notes):
+def recognise_json(sources, field):
+    """Have each .json that is JSON lines, as many corpora are, read so. Lines about how .json files are read."""
+    found = {"jsonl": [], "text": []}
+    for source in sources:
+        if source.kind == "text" and source.path.removesuffix(source.packing).lower().endswith(".json"):
+            source.kind = "jsonl" if is_json_lines(source, field) else "text"
+            found[source.kind].append(source.name)
+    how = {"jsonl": f"as JSON lines, with the text in the field {field!r}", "text": "as plain text, braces and all"}
+    return [
+        f"{names[0]}: {f'and {len(names) - 1:,} more .json files are' if len(names) > 1 else 'is'} read {how[kind]}"
+        for kind, names in found.items()
+        if names
+    ]
+
+
+def is_json_lines(source, field):
+    """Whether the first line that is not blank is a JSON object with that field."""
+    try:
+        with opened(source) as (stream, _):
+            head = b""
+            while b"\n" not in head and len(head) < FIRST_LINE and (data := stream.read(HEAD)):
+                head = (head + data).removeprefix(BOM).lstrip()
+        found = json.loads(head.partition(b"\n")[0])
+    except (UserError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and field in found
+
+
+def find_files(argument, target, notes, encoding):
     """Yield the Sources that a path or a glob names."""
     path = Path(argument)
     if os.path.lexists(argument):
@@ -127,28 +167,26 @@ def find_files(argument, target, notes):
         raise UserError(f"{argument}: there is no such file or folder{nearest_path(path)}")
     for path in paths:
         if path.is_dir():
-            yield from find_in_folder(path, target, notes, required=len(paths) == 1)
+            yield from find_in_folder(path, target, notes, encoding, required=len(paths) == 1)
         elif not (len(paths) > 1 and is_inside(path, target)):
             yield describe(path)
 
 
-def find_in_folder(folder, target, notes, required):
+def find_in_folder(folder, target, notes, encoding, required):
     """Yield the Sources in a folder and those below it, in the order of their names, but hidden ones.
 
     Where there are none, that is an error if it is `required` that there be some, and a note otherwise.
     """
     found, left_out = 0, []
-    for here, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(here) / name for name in sorted(names) if not name.startswith(".")):
-            if not path.is_file() or is_inside(path, target) or path.stat().st_size == 0:
-                continue
-            source = describe(path)
-            if looks_like_text(source):
-                found += 1
-                yield source
-            else:
-                left_out.append(path.suffix or path.name)
+    for path in walk(folder):
+        if not path.is_file() or is_inside(path, target) or path.stat().st_size == 0:
+            continue
+        source = describe(path)
+        if looks_like_text(replace(source, encoding=encoding if source.kind == "text" else "")):
+            found += 1
+            yield source
+        else:
+            left_out.append(path.suffix or path.name)
     if left_out:
         kinds = ", ".join(sorted(set(left_out))[:5])
         notes.append(
@@ -160,13 +198,28 @@ def find_in_folder(folder, target, notes, required):
         notes.append(f"{folder}: holds no text")
 
 
+def walk(folder):
+    """Yield the paths in a folder and in those below it, without hidden ones; then those in folders that links name.
+
+    Each folder is gone through once, whatever links there are to it.
+    """
+    waiting, seen = [folder], set()
+    for top in waiting:  # which grows meanwhile
+        for here, folders, names in os.walk(top, onerror=refuse):
+            real = os.path.realpath(here)
+            folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
+            waiting += [path for name in folders if os.path.islink(path := os.path.join(here, name))]
+            yield from (Path(here, name) for name in sorted(names) if not name.startswith(".") and real not in seen)
+            seen.add(real)
+
+
 def refuse(error):
     """What os.walk does with a folder that cannot be read."""
     raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
 def is_inside(path, folder):
-    return folder is not None and Path(folder).resolve() in path.resolve().parents
+    return folder is not None and Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 def describe(path):
@@ -236,7 +289,7 @@ def opened(source):
     try:
         with open(source.path, "rb") as raw:
             with unpacked(source, raw) as stream:
-                yield stream, raw
+                yield (Recoded(stream, source) if source.encoding else stream), raw
     except EOFError:
         raise UserError(f"{source.name}: is cut short: the archive ends before its text does") from None
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error) as e:
@@ -290,12 +343,44 @@ def read_full(stream, size):
     return b"".join(parts)
 
 
+class Recoded:
+    """A stream of text in another encoding, read as UTF-8. What cannot be decoded is the byte 0xFF, which is not UTF-8."""
+
+    def __init__(self, stream, source):
+        self.stream, self.source = stream, source
+        self.taken, self.ready, self.ended = 0, b"", False
+        codecs.register_error("nanogpt.sources", self.undecodable)  # one text is read at a time
+        self.decoder = codecs.getincrementaldecoder(source.encoding)("nanogpt.sources")
+
+    def read(self, size):
+        """At most `size` bytes of UTF-8; none at the end."""
+        while len(self.ready) < size and not self.ended:
+            data = self.stream.read(BLOCK)
+            self.taken, self.ended = self.taken + len(data), not data
+            try:
+                text = self.decoder.decode(data, self.ended)
+            except UnicodeError as e:  # what no error handler is asked about: UTF-16 or UTF-32 without its mark
+                name = self.source.encoding
+                hint = f"; {name}-le and {name}-be need none" if "BOM" in str(e) else ""
+                raise UserError(f"{self.source.name}: is not {name} ({e}){hint}") from None
+            self.ready += SURROGATES.sub("\udcff", text).encode("utf-8", "surrogateescape")  # no text has half a pair
+        data, self.ready = self.ready[:size], self.ready[size:]
+        return data
+
+    def undecodable(self, error):
+        """What codecs calls for what cannot be decoded."""
+        place = self.taken - len(error.object) + error.start
+        self.source.undecodable = self.source.undecodable or (place, f"0x{error.object[error.start]:02x}")
+        return "\udcff", error.end
+
+
 def skip(stream, source, offset):
-    """Go to `offset` in the unpacked bytes."""
-    if not source.packing:
+    """Go to `offset` in the unpacked bytes of UTF-8."""
+    if source.packing or source.encoding:
+        while offset:
+            offset -= len(read_full(stream, min(offset, BLOCK))) or offset  # at its end there is nothing left to skip
+    else:
         stream.seek(offset)
-    while source.packing and offset:
-        offset -= len(read_full(stream, min(offset, BLOCK))) or offset  # at its end there is nothing left to skip
 
 
 def blocks(sources, start, cut, field, longest_line, folder):
@@ -309,8 +394,8 @@ def blocks(sources, start, cut, field, longest_line, folder):
     for number, source in enumerate(sources[begin:], begin):
         pieces = read_rows if source.kind in ("rows", "hf") else read_stream
         for part, data, after, at in pieces(source, offset, line, cut, field, longest_line, folder):
-            kind = "jsonl" if source.kind == "jsonl" else "text"
-            if pending and (size + len(data) > BLOCK or pending[0][0] != kind):
+            kind = "rows" if source.kind == "hf" else source.kind
+            if pending and (size + len(data) > BLOCK or pending[0][0] != kind or len(pending) == MOST_PARTS):
                 yield pack(pending, [number, *part[:2]], done)
                 pending, size = [], 0
             pending.append((kind, [number, *part], data))
@@ -339,7 +424,7 @@ def read_stream(source, offset, line, cut, field, longest_line, folder):
             part = [at, line, len(data), first]
             offset += len(data)
             line += data.count(b"\n") if jsonl else 0
-            yield part, data, [offset, line], raw.tell() if source.packing else offset
+            yield part, data, [offset, line], raw.tell() if source.packing or source.encoding else offset
 
 
 def text_pieces(stream, cut):
@@ -368,28 +453,48 @@ def line_pieces(stream, source, line, longest):
         rest.append(data[end:])
         size += len(rest[-1])
         if size > longest:
-            raise UserError(
-                f"{source.name}:{line + 1}: the line is longer than {longest / 1e6:,.0f} MB, which is as much as "
-                "--memory lets a line take; a larger --memory allows longer ones"
-            )
+            raise too_long(f"{source.name}:{line + 1}: the line", longest)
     if size:
         yield b"".join(rest)
 
 
+def too_long(what, longest):
+    """The UserError about a line or row that takes more memory than it may."""
+    return UserError(
+        f"{what} is longer than {longest / 1e6:,.0f} MB, which is as much as --memory lets one take; "
+        "a larger --memory allows longer ones"
+    )
+
+
 def read_rows(source, row, line, cut, field, longest_line, folder):
-    """Yield the same for each row of a Parquet file or a dataset of the hub; its number is the offset."""
-    rows = hub_rows if source.kind == "hf" else parquet_rows
-    for text, at in rows(source, row, field, folder):
-        if not isinstance(text, str):
-            what = "holds nothing" if text is None else f"holds {type(text).__name__}, not text"
-            raise UserError(f"{source.name}: row {row + 1}: the field {field!r} {what}")
-        data = text.encode("utf-8", "surrogatepass")
-        row += 1
-        yield [row - 1, 0, len(data), True], data, [row, 0], at
+    """Yield the same for each row of a Parquet file or a dataset of the hub; its number is the offset.
+
+    UserError where a row is longer than `longest_line`, as for .jsonl.
+    """
+    rows = (
+        hub_rows(source, row, field) if source.kind == "hf" else parquet_rows(source, row, field, longest_line, folder)
+    )
+    try:
+        for value, at in rows:
+            if isinstance(value, str):
+                value = value.encode("utf-8", "surrogatepass")
+            elif value is None:
+                value = b""  # which is left out, as other rows without text are
+            elif not isinstance(value, memoryview):
+                what = f"row {row + 1}: the field {field!r} holds {type(value).__name__}, not text"
+                raise UserError(f"{source.name}: {what}")
+            if len(value) > longest_line:
+                raise too_long(f"{source.name}: row {row + 1}", longest_line)
+            row += 1
+            yield [row - 1, 0, len(value), True], bytes(value), [row, 0], at
+    except MemoryError:
+        raise UserError(
+            f"{source.name}: row {row + 1} or one soon after it is too long for the memory there is"
+        ) from None
 
 
-def parquet_rows(source, row, field, folder):
-    """Yield (value, bytes of the file read) from a row of a Parquet file on."""
+def parquet_rows(source, row, field, longest, folder):
+    """Yield (value, bytes of the file read) from a row of a Parquet file on; a text is its bytes, whatever they are."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -408,20 +513,38 @@ def parquet_rows(source, row, field, folder):
             before = 0
             for group in range(file.num_row_groups):
                 about = file.metadata.row_group(group)
-                if before + about.num_rows > row:
-                    size = max(1, min(1024, BLOCK * about.num_rows // max(about.total_byte_size, 1)))
-                    for batch in file.iter_batches(size, row_groups=[group], columns=[field]):
-                        for value in batch.column(0).to_pylist():
-                            before += 1
-                            if before > row:
-                                yield value, source.size * before // total
-                else:
+                if before + about.num_rows <= row:
                     before += about.num_rows
+                    continue
+                columns = map(about.column, range(about.num_columns))
+                column_size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
+                if column_size > longest * about.num_rows + BLOCK:  # then some row is; it need not be read to know that
+                    raise too_long(f"{source.name}: a row from row {before + 1} on", longest)
+                size = max(1, min(1024, BLOCK * about.num_rows // max(about.total_byte_size, 1)))
+                for batch in file.iter_batches(size, row_groups=[group], columns=[field]):
+                    for value in raw_values(batch.column(0), pyarrow):
+                        before += 1
+                        if before > row:
+                            yield value, source.size * before // total
+        except MemoryError:
+            raise
         except (pyarrow.ArrowException, OSError) as e:
             raise UserError(f"{source.name}: is no sound Parquet file ({first_line(e)})") from None
 
 
-def hub_rows(source, row, field, folder):
+def raw_values(column, pyarrow):
+    """Yield the values of a column; texts as views of their bytes, which nobody has decoded or copied yet."""
+    types, kind = pyarrow.types, column.type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_string(kind) or types.is_large_string(kind) or str(kind) == "string_view":  # new in pyarrow 16
+        for value in column.cast(kind).cast(pyarrow.large_binary()):
+            yield memoryview(value.as_buffer()) if value.is_valid else None
+    else:
+        yield from column.to_pylist()
+
+
+def hub_rows(source, row, field):
     """Yield (value, 0) from a row of a dataset of the Hugging Face hub on, or of a folder in its format; streamed."""
     try:
         import datasets
@@ -471,7 +594,7 @@ class Problems(dict):
     """What in the sources is no text: {(source, kind): [place of the first, what it is, how many]}."""
 
     def note(self, source, kind, where, what, count=1):
-        """One more, or several: of a kind that is binary, line or utf8."""
+        """One more, or several: of a kind that is binary, line, utf8, or empty, which is no reason to refuse anything."""
         first = self.setdefault((source, kind), [where, what, 0])
         first[2] += count
 
@@ -479,7 +602,8 @@ class Problems(dict):
 def read_block(kind, parts, data, field, replace):
     """(documents, problems) of a block: documents are (text, its raw bytes, whether it begins one).
 
-    With `replace`, bytes that are no UTF-8 become U+FFFD; the problems then still count them.
+    With `replace`, bytes that are no UTF-8 become U+FFFD; the problems then still count them. Rows and lines without
+    text are left out, and counted there.
     """
     documents, problems, begin = [], Problems(), 0
     for source, offset, line, size, first in parts:
@@ -489,20 +613,25 @@ def read_block(kind, parts, data, field, replace):
             raw = raw.removeprefix(BOM)
         if kind == "jsonl":
             read_lines(raw, source, line, field, replace, documents, problems)
-        else:
-            text = read_text(raw, source, offset, replace, problems)
-            if text:
-                documents.append((text, raw, first))
+            continue
+        text = read_text(raw, source, offset, replace, problems, offset + 1 if kind == "rows" else None)
+        if text:
+            documents.append((text, raw, first))
+        elif kind == "rows" and not raw:
+            problems.note(source, "empty", offset + 1, "")
     return documents, problems
 
 
 def read_text(raw, source, offset, replace, problems, line=None):
-    """The text of raw bytes; what is wrong with them goes to `problems`, with its line or its offset."""
-    zero = raw.find(b"\0")
+    """The text of raw bytes; what is wrong with them goes to `problems`, with its line or row, or its offset.
+
+    In a file, the character NUL shows that it is no text; in a row it is one like any other.
+    """
+    zero = raw.find(b"\0") if line is None else -1
     if zero >= 0:
         utf16 = offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-        what = "; it looks like UTF-16: iconv -f UTF-16 -t UTF-8 converts it" if utf16 else ""
-        problems.note(source, "binary", line or offset + zero, what)
+        what = "; it looks like UTF-16, which --encoding=utf-16 reads" if utf16 else ""
+        problems.note(source, "binary", offset + zero, what)
         return ""
     try:
         return raw.decode("utf-8")
@@ -514,11 +643,13 @@ def read_text(raw, source, offset, replace, problems, line=None):
 
 
 def read_lines(raw, source, line, field, replace, documents, problems):
-    """The same for lines of JSON: objects with a field that is text."""
+    """The same for lines of JSON: objects with a field that is text. Null is none; after the first line, so is no field."""
+    beginning = line == 0
     for row in raw.split(b"\n"):
         line += 1
         if not row.strip():
             continue
+        first, beginning = beginning, False
         try:
             found = json.loads(row)
         except UnicodeDecodeError:
@@ -534,14 +665,16 @@ def read_lines(raw, source, line, field, replace, documents, problems):
             continue
         if not isinstance(found, dict):
             problems.note(source, "line", line, "expected an object with a field for the text")
-        elif field not in found:
+        elif field not in found and first:  # then it has another name, or this is another file
             there = ", ".join(list(found)[:8]) or "nothing"
             hint = nearest(field, list(found))
             problems.note(source, "line", line, f"has no field {field!r}, but {there}{hint}")
+        elif found.get(field) in ("", None):
+            problems.note(source, "empty", line, "")
         elif not isinstance(found[field], str):
-            what = "nothing" if found[field] is None else type(found[field]).__name__
+            what = type(found[field]).__name__
             problems.note(source, "line", line, f"the field {field!r} holds {what}, not text")
-        elif found[field]:
+        else:
             text = SURROGATES.sub("\ufffd", found[field])
             if text != found[field]:
                 n = len(SURROGATES.findall(found[field]))
@@ -550,7 +683,10 @@ def read_lines(raw, source, line, field, replace, documents, problems):
 
 
 def read_whole(sources, field):
-    """[(a source's number, text), ...] of all documents in order. UserError with everything in them that is no text."""
+    """[(a source's number, text), ...] of all documents in order, and how many rows and lines were without text.
+
+    UserError with everything in them that is no text.
+    """
     found, problems = [], Problems()
     for block in blocks(sources, [0, 0, 0], lambda data: 0, field, math.inf, tempfile.gettempdir()):
         begin = 0
@@ -564,26 +700,41 @@ def read_whole(sources, field):
                 if first or not found:
                     found.append((part[0], []))
                 found[-1][1].append(text)
-    if problems:
-        raise UserError(*explain(problems, sources, False, remedy=""))
-    return [(number, "".join(texts)) for number, texts in found]
+    if lines := explain(problems, sources, False):
+        raise UserError(*lines)
+    empty = sum(count for (_, kind), (*_, count) in problems.items() if kind == "empty")
+    return [(number, "".join(texts)) for number, texts in found], empty
 
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def explain(problems, sources, replace, remedy="; --errors=replace makes each U+FFFD"):
-    """A line for each source with problems that end the reading: what is wrong, where, and how often."""
+def explain(problems, sources, replace, remedy=""):
+    """A line for each source with problems that end the reading: what is wrong, where, and how often.
+
+    `remedy`: what else than naming the encoding of a plain text helps against bytes that are not in it.
+    """
     lines = []
     for number in sorted({source for source, _ in problems}):
-        name, place = sources[number].name, "line" if sources[number].kind == "jsonl" else "byte"
+        source = sources[number]
+        name, place = source.name, {"text": "byte", "jsonl": "line"}.get(source.kind, "row")
         if found := problems.get((number, "binary")):
-            lines.append(f"{name}: is not text: {place} {found[0]} is 0x00{found[1]}")
+            lines.append(f"{name}: is not text: byte {found[0]} is 0x00{found[1]}")
         elif found := problems.get((number, "line")):
             others = found[2] - 1
             more = f" (and {others:,} more {'line' if others == 1 else 'lines'} like that)" if others else ""
             lines.append(f"{name}:{found[0]}: {found[1]}{more}")
         elif (found := problems.get((number, "utf8"))) and not replace:
+            where, what = source.undecodable or found[:2]
             many = f"{found[2]:,} places, the first" if found[2] > 1 else "1 place,"
-            lines.append(f"{name}: is not UTF-8 in {many} at {place} {found[0]} ({found[1]}){remedy}")
+            name_it = "--encoding=latin-1 or another name reads other encodings" if place == "byte" else ""
+            hint = ", ".join(filter(None, [name_it if not source.encoding else "", remedy]))
+            line = f"{name}: is not {source.encoding or 'UTF-8'} in {many} at {place} {where} ({what})"
+            lines.append(f"{line}; {hint}" if hint else line)
     return lines
+
+
+def left_out(count, field):
+    """A line about rows and lines without text."""
+    rows = "row or line" if count == 1 else "rows or lines"
+    return f"left out: {count:,} {rows} without text (empty, null, or without the field {field!r})"

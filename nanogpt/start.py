@@ -269,7 +269,7 @@ def make_run(cfg, found, resuming, dist):
     if not resuming:
         choose_context(cfg, found, dist)
     splits = ("train", "val")
-    datasets = {s: data.Dataset(cfg.dataset, s, cfg.block_size, documents=cfg.documents) for s in splits}
+    datasets = {s: data.Dataset(cfg.dataset, s, cfg.block_size, cfg.root, cfg.documents) for s in splits}
     model = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     state = TrainState(epoch_windows=data.epoch_windows(datasets["train"], cfg.block_size))

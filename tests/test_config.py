@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nanogpt.config import (
     MANY,
+    NOT_A_NAME,
     BenchConfig,
     EvalConfig,
     ExportConfig,
@@ -43,6 +44,7 @@ TRAIN_DEFAULTS = dict(
     wandb_project="owt",
     wandb_run_name="gpt2",
     dataset="openwebtext",
+    root="data",
     gradient_accumulation_steps=40,
     batch_size=12,
     block_size=1024,
@@ -99,7 +101,9 @@ EVAL_DEFAULTS = dict(
     out_dir="out",
     text="",
     field="text",
+    encoding="utf-8",
     dataset="",
+    root="data",
     split="val",
     per_document=False,
     block_size="auto",
@@ -135,6 +139,7 @@ PREPARE_DEFAULTS = dict(
     seed=1337,
     shard_tokens=10**9,
     field="text",
+    encoding="utf-8",
     errors="strict",
     drop_duplicates=False,
     memory=1024,
@@ -444,15 +449,25 @@ def test_all_problems_come_at_once_in_order(config_file):
         ("--dropout=1.0", "must be below 1"),
         ("--beta1=1", "must be below 1"),
         ("--beta2=1", "must be below 1"),
-        ("--dataset=.hidden", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
-        ("--dataset=-x", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
-        ("--dataset=data/tiny", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
-        ("--dataset=..", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
-        ("--dataset=", "must be the name of a folder in data/, not a path, and begin with neither . nor -"),
+        *((f"--dataset={name}", NOT_A_NAME) for name in (".hidden", "-x", "data/tiny", "..", "", "a\0b")),
     ],
 )
 def test_settings_that_do_not_fit_each_other(flag, why):
     assert problem(flag) == f"{flag}: {why}"
+
+
+@pytest.mark.parametrize("cls", [PrepareConfig, EvalConfig])
+def test_an_encoding_is_one_that_decodes_text(cls):
+    for name in ("utf8", "latin-1", "cp1252", "UTF-16", "shift_jis"):
+        assert load(cls, [f"--encoding={name}"], "x").encoding == name
+    for name, hint in [
+        ("latn-1", "; did you mean latin_1?"),
+        *((n, "") for n in ("hex", "rot13", "idna", "undefined")),
+    ]:
+        assert problem(f"--encoding={name}", cls=cls).endswith(f"such as latin-1, cp1252 or utf-16{hint}")
+    assert "is no encoding" in problem("--encoding=", cls=cls) and "is no encoding" in problem(
+        "--encoding=a\0", cls=cls
+    )
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,9 @@ def test_the_best_loss_so_far_is_known(old):
 def test_the_characters_may_come_from_a_dataset_prepared_anew(old):
     chars = export.from_nanogpt("out").tokenizer
     Path("data/tiny/meta.pkl").unlink()
-    Path("data/tiny/meta.json").write_text(json.dumps({"tokenizer": chars}))
+    Path("data/tiny/meta.json").write_text(
+        json.dumps({"tokenizer": chars, "vocab_size": len(chars["chars"]), "dtype": "uint16"})
+    )
     assert export.from_nanogpt("out").tokenizer == chars == {"type": "char", "chars": chars["chars"]}
 
 

@@ -775,8 +775,8 @@ def test_a_text_of_just_one_window_is_enough(run):
 @pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "..", "."])
 def test_a_name_that_would_leave_data(name):
     write("a.txt", TEXT)
-    expected = f"--dataset={name}: must be the name of a folder in data/, not a path, and begin with neither . nor -"
-    assert problem("a.txt", dataset=name) == expected
+    expected = f"--dataset={name}: must be the name of a folder in data/, not a path, and begin with neither . nor -; "
+    assert problem("a.txt", dataset=name) == expected + "--root=FOLDER is for datasets that lie elsewhere"
     assert sorted(p.name for p in Path().iterdir()) == ["a.txt"]
 
 

@@ -68,7 +68,7 @@ def refused(*arguments, **settings):
     with pytest.raises(UserError) as caught:
         found = listed(*arguments)
         _, problems, _ = documents(found, **settings)
-        raise UserError(*explain(problems, found, False))
+        raise UserError(*explain(problems, found, False, "--errors=replace"))
     return list(caught.value.problems)
 
 
@@ -303,22 +303,25 @@ def test_a_binary_file_with_its_offset():
 def test_utf16_gets_a_hint():
     write("a.txt", TEXT.encode("utf-16"))
     assert refused("a.txt") == [
-        "a.txt: is not text: byte 3 is 0x00; it looks like UTF-16: iconv -f UTF-16 -t UTF-8 converts it"
+        "a.txt: is not text: byte 3 is 0x00; it looks like UTF-16, which --encoding=utf-16 reads"
     ]
+
+
+REMEDY = "--encoding=latin-1 or another name reads other encodings, --errors=replace"
 
 
 def test_broken_utf8_is_counted_over_all_files():
     write("a.txt", b"x" * 1500 + b"\xff more \xe4\n" + b"y" * 3000 + b"\xc3")
     write("b.txt", "größe".encode("latin-1"))
     assert refused("a.txt", "b.txt") == [
-        "a.txt: is not UTF-8 in 3 places, the first at byte 1500 (0xff); --errors=replace makes each U+FFFD",
-        "b.txt: is not UTF-8 in 2 places, the first at byte 2 (0xf6); --errors=replace makes each U+FFFD",
+        f"a.txt: is not UTF-8 in 3 places, the first at byte 1500 (0xff); {REMEDY}",
+        f"b.txt: is not UTF-8 in 2 places, the first at byte 2 (0xf6); {REMEDY}",
     ]
 
 
 def test_what_was_replaced_before_is_no_broken_utf8():
     write("a.txt", "Gr\ufffd\ufffde ".encode() + b"gr\xf6ber")
-    assert refused("a.txt") == ["a.txt: is not UTF-8 in 1 place, at byte 12 (0xf6); --errors=replace makes each U+FFFD"]
+    assert refused("a.txt") == [f"a.txt: is not UTF-8 in 1 place, at byte 12 (0xf6); {REMEDY}"]
 
 
 def test_broken_utf8_can_be_replaced():
@@ -344,10 +347,7 @@ def test_any_bytes_are_text_or_a_problem(raw):
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        ('{"body": "x", "id": 1}', "has no field 'text', but body, id"),
-        ('{"texts": "x"}', "has no field 'text', but texts; did you mean texts?"),
         ('{"text": 5}', "the field 'text' holds int, not text"),
-        ('{"text": null}', "the field 'text' holds nothing, not text"),
         ('["text"]', "expected an object with a field for the text"),
         ('{"text": "x"', "is no JSON (Expecting ',' delimiter: column 13)"),
         ("[" * 100_000, "is no JSON (RecursionError)"),
@@ -361,11 +361,171 @@ def test_a_bad_line_has_its_number(line, complaint):
     assert refused("b.jsonl") == [f"b.jsonl:41: {complaint} (and 2 more lines like that)"]
 
 
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ('{"body": "x", "id": 1}', "has no field 'text', but body, id"),
+        ('{"texts": "x"}', "has no field 'text', but texts; did you mean texts?"),
+    ],
+)
+def test_a_first_line_without_the_field_is_another_kind_of_file(line, complaint):
+    write("a.jsonl", "\n" + line + "\n" + json.dumps({"text": "x"}))
+    assert refused("a.jsonl") == [f"a.jsonl:2: {complaint}"]
+
+
+def left_out(problems):
+    """How many rows and lines were without text, and the first of them."""
+    ((_, kind), (where, _, count)), *others = problems.items()
+    assert (kind, others) == ("empty", [])
+    return where, count
+
+
+def test_rows_and_lines_without_text_are_left_out_and_counted():
+    lines = ['{"text": "a"}', '{"text": null}', '{"body": "x"}', '{"text": ""}', '{"text": "b"}']
+    texts, problems, _ = documents(listed(write("a.jsonl", "\n".join(lines))))
+    assert texts == ["a", "b"] and left_out(problems) == (2, 3)
+    assert explain(problems, listed("a.jsonl"), False) == []
+    assert sources.read_whole(listed("a.jsonl"), "text") == ([(0, "a"), (0, "b")], 3)
+    texts, problems, _ = documents(listed(parquet("a.parquet", {"text": ["a", None, "", "b", None]})))
+    assert texts == ["a", "b"] and left_out(problems) == (2, 3)
+
+
+def test_however_many_rows_are_without_text_a_block_has_an_end(monkeypatch):
+    monkeypatch.setattr(sources, "MOST_PARTS", 10)
+    found = listed(parquet("a.parquet", {"text": [None] * 95 + ["x"]}))
+    texts, problems, ends = documents(found)
+    assert texts == ["x"] and left_out(problems) == (1, 95) and len(ends) == 10
+    assert documents(found, ends[-2])[0] == ["x"]
+
+
+def test_a_row_may_hold_any_character():
+    """As a line of .jsonl may: a NUL is no sign of a binary file there."""
+    texts = ["a\0b", "\0", "c"]
+    lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    assert documents(listed(parquet("a.parquet", {"text": texts}), write("a.jsonl", lines)))[:2] == (texts * 2, {})
+
+
+def test_broken_utf8_in_a_row_has_its_number_and_can_be_replaced():
+    pyarrow = pytest.importorskip("pyarrow")
+    raw = pyarrow.array([b"good", b"gr\xf6\xdfe"]).view(pyarrow.string())
+    for name, column in (("a.parquet", raw), ("b.parquet", raw.dictionary_encode())):
+        found = listed(parquet(name, {"text": column}))
+        expected = f"{name}: is not UTF-8 in 2 places, the first at row 2 (0xf6); --errors=replace"
+        assert refused(name) == [expected]
+        assert documents(found, replace=True)[0] == ["good", "gr\ufffd\ufffde"]
+
+
+@pytest.mark.parametrize("rows_in_group, place", [(1000, "row 3"), (2, "a row from row 3 on")])
+def test_a_row_too_long_for_the_memory(rows_in_group, place):
+    texts = ["x", "y", "z" * 50_000, "w"]
+    parquet("a.parquet", {"text": texts}, rows_in_group)
+    assert documents(listed("a.parquet"))[0] == texts
+    (line,) = refused("a.parquet", longest=20_000)
+    assert line.startswith(f"a.parquet: {place} is longer than 0 MB, which is as much as --memory lets one take")
+
+
+def test_a_row_of_a_hub_dataset_too_long_for_the_memory(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    os.makedirs("hub")
+    parquet("hub/train-0.parquet", {"text": ["x", "y" * 50_000]})
+    assert refused("hf:hub", longest=20_000)[0].startswith("hf:hub: row 2 is longer than 0 MB")
+
+
+# -- JSON lines under another name, links to folders, other encodings
+
+
+@pytest.mark.parametrize("packing", PACK)
+def test_a_json_of_json_lines_is_read_as_such_and_a_line_says_so(packing):
+    lines = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(["a" * 20_000, "b", "c"]))
+    for name in ("a", "b"):
+        write(f"f/{name}.json{packing}", PACK[packing](f"\ufeff\n{lines}".encode()))
+    found, notes = find(["f"], None, None)
+    assert documents(found)[0] == ["a" * 20_000, "b", "c"] * 2
+    assert notes == [
+        f"f/a.json{packing}: and 1 more .json files are read as JSON lines, with the text in the field 'text'"
+    ]
+    assert [s.kind for s in find(["f"], None, None, "id")[0]] == ["jsonl", "jsonl"]
+    assert [s.kind for s in find(["f"], None, None, "body")[0]] == ["text", "text"]
+
+
+@pytest.mark.parametrize(
+    "content", ['{\n "text": "x"\n}', '[{"text": "x"}]', '{"texts": "x"}\n', '"text"\n', "5", '{"text": \n', "\n \n"]
+)
+def test_any_other_json_is_read_as_plain_text_and_a_line_says_so(content):
+    found, notes = find([write("a.json", content)], None, None)
+    assert documents(found)[0] == [content]
+    assert notes == ["a.json: is read as plain text, braces and all"]
+
+
+def test_folders_that_links_name_are_read_once_whatever_circles_they_make():
+    for name in ("f/a.txt", "f/g/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "f/.hidden/e.txt"):
+        write(name, name)
+    os.symlink("../elsewhere", "f/link")
+    os.symlink("../../elsewhere", "f/g/again")
+    os.symlink("..", "f/g/up")
+    os.symlink("../f", "elsewhere/back")
+    os.symlink("itself", "f/itself")
+    os.symlink("itself", "f/itself.txt")
+    found, notes = find(["f"], None, None)
+    assert [s.name for s in found] == ["f/a.txt", "f/g/b.txt", "f/link/c.txt", "f/link/deep/d.txt"] and notes == []
+    assert refused("f/itself*")[0].startswith("f/itself: cannot be read: ")
+
+
+ENCODED = [("latin-1", "größe\n"), ("cp1251", "жизнь\n"), ("utf-16", "世界 größe\n"), ("shift_jis", "世界\n")]
+
+
+@pytest.mark.parametrize("packing", PACK)
+@pytest.mark.parametrize("encoding, text", ENCODED)
+def test_text_in_another_encoding(encoding, text, packing):
+    text = text * 700
+    write(f"f/a.log{packing}", PACK[packing](text.encode(encoding)))
+    jsonl = write("b.jsonl", json.dumps({"text": "größe"}, ensure_ascii=False))
+    found, _ = find(["f", jsonl], None, None, "text", encoding)
+    whole, problems, ends = documents(found)
+    assert whole == [text, "größe"] and not problems
+    joined = "".join(documents(found, ends[2])[0]).removeprefix("...")
+    assert 0 < len(joined) < len(text) and "".join(whole).endswith(joined)
+
+
+def test_what_is_not_in_the_named_encoding_is_counted_with_its_place_and_can_be_replaced():
+    raw = "größe ".encode("cp1252") * 500 + b"\x81 and \x8d"
+    found, _ = find([write("a.txt", raw)], None, None, "text", "cp1252")
+    texts, problems, _ = documents(found, replace=True)
+    assert texts == ["größe " * 500 + "\ufffd and \ufffd"]
+    expected = "a.txt: is not cp1252 in 2 places, the first at byte 3000 (0x81); --errors=replace"
+    assert explain(problems, found, False, "--errors=replace") == [expected]
+
+
+@given(
+    st.binary(max_size=300), st.sampled_from(["utf-16", "utf-7", "utf-8-sig", "shift_jis", "gb18030", "cp1252", "hz"])
+)
+def test_any_bytes_in_any_encoding_are_text_or_a_problem(raw, encoding):
+    raw += b"\n" * 4
+    found, _ = find([write("any.txt", raw)], None, None, "text", encoding)
+    try:
+        texts, problems, _ = documents(found)
+        lines = explain(problems, found, False)
+    except UserError as e:
+        texts, lines = None, e.problems
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError:
+        assert len(lines) == 1
+    else:
+        assert lines or texts in ([text], [text.removeprefix("\ufeff")])
+
+
+@pytest.mark.parametrize("size", ["16", "32"])
+def test_utf16_without_its_mark_gets_a_hint(size):
+    found, _ = find([write("a.txt", TEXT.encode(f"utf-{size}-le"))], None, None, "text", f"utf-{size}")
+    with pytest.raises(UserError, match=f"a.txt: is not utf-{size} .*; utf-{size}-le and utf-{size}-be need none$"):
+        documents(found)
+
+
 def test_broken_utf8_and_half_pairs_in_a_line():
     write("a.jsonl", b'{"text": "good"}\n{"text": "gr\xf6\xdfe"}\n{"text": "\\ud83d"}\n')
-    assert refused("a.jsonl") == [
-        "a.jsonl: is not UTF-8 in 3 places, the first at line 2 (0xf6); --errors=replace makes each U+FFFD"
-    ]
+    assert refused("a.jsonl") == ["a.jsonl: is not UTF-8 in 3 places, the first at line 2 (0xf6); --errors=replace"]
     texts, _, _ = documents(listed("a.jsonl"), replace=True)
     assert texts == ["good", "gr\ufffd\ufffde", "\ufffd"]
 
@@ -374,7 +534,7 @@ def test_a_line_too_long_for_the_memory():
     write("a.jsonl", json.dumps({"text": "x"}) + "\n" + json.dumps({"text": "x" * 50_000}))
     assert documents(listed("a.jsonl"))[0] == ["x", "x" * 50_000]
     (line,) = refused("a.jsonl", longest=20_000)
-    assert line.startswith("a.jsonl:2: the line is longer than 0 MB, which is as much as --memory lets a line take")
+    assert line.startswith("a.jsonl:2: the line is longer than 0 MB, which is as much as --memory lets one take")
 
 
 @pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
@@ -396,8 +556,6 @@ def test_bad_parquet():
     assert refused("a.parquet") == ["--field=text: a.parquet has no such column; it has body"]
     parquet("a.parquet", {"text": [1]})
     assert refused("a.parquet") == ["a.parquet: row 1: the field 'text' holds int, not text"]
-    parquet("a.parquet", {"text": ["x", None]})
-    assert refused("a.parquet") == ["a.parquet: row 2: the field 'text' holds nothing"]
     write("a.parquet", "no parquet at all")
     assert refused("a.parquet")[0].startswith("a.parquet: is no sound Parquet file (")
 
