@@ -174,6 +174,8 @@ def start(cfg, dist):
     distributed.share_batch(cfg, dist.world_size)  # refuses a number of processes that does not divide the batch
     metrics.require_wandb(cfg)
     with dist.together():
+        if dist.is_main and not cfg.eval_only:
+            checkpoint.check_out_dir(cfg.out_dir)
         found = find_start(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         run = make_run(cfg, found, resuming, dist)

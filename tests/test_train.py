@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -120,6 +121,37 @@ def test_a_new_run_sets_an_earlier_one_aside(run, tmp_path):
     aside = next((tmp_path / "out").glob("earlier-*"))
     assert f"out/{aside.name}" in out
     assert all(torch.equal(before[n], t) for n, t in final_weights(aside).items())
+
+
+def test_a_models_own_config_is_neither_moved_nor_overwritten(run, tmp_path, capsys):
+    run("--max_iters=1", "--out_dir=first")
+    assert cli.main(["export", "--out_dir=first", "--to=hf"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    for args in (["--init_from=hf"], ["--init_from=auto"], []):
+        message = refused(capsys, "--out_dir=hf", *args)
+        assert message == (
+            "--out_dir=hf: expected a run's folder or a new one, and its config.json is not a run's; "
+            "--out_dir=hf/run keeps the two apart"
+        )
+        assert {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+    run("--init_from=hf", "--out_dir=hf/run", "--max_iters=1")
+    assert {path: path.read_bytes() for path in before} == before
+    shutil.copy("hf/config.json", "first/config.json")  # into the folder of a run
+    assert "its config.json is not a run's" in refused(capsys, "--out_dir=first", "--init_from=resume", "--max_iters=2")
+
+
+def test_files_by_the_names_of_a_runs_stay_where_they_are_if_no_run_wrote_them(run, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    for name in ("loss.png", "metrics.jsonl"):
+        (tmp_path / "out" / name).write_text("mine")
+    message = refused(capsys, "--max_iters=1")
+    assert "its metrics.jsonl, loss.png are not a run's; --out_dir=out/run" in message
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoints", "loss.png", "metrics.jsonl"}
+    for name in ("loss.png", "metrics.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "checkpoints" / "notes.txt").write_text("mine")
+    assert "earlier" not in run("--max_iters=1")
+    assert (tmp_path / "out" / "checkpoints" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
