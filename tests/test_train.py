@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, losses, metrics, torchrun
+from conftest import SMALL, losses, metrics, torchrun, write_tokenizer
 from safetensors.torch import load_file
 
 from nanogpt import checkpoint, cli, config, data, evaluate, start, train
@@ -226,9 +226,10 @@ def test_finetuning_starts_from_another_run(run):
 
 def test_finetuning_a_hugging_face_folder_with_a_shorter_context(run, tmp_path):
     transformers = pytest.importorskip("transformers")
-    vocab_size = json.loads((tmp_path / "data/tiny/meta.json").read_text())["vocab_size"]
-    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=vocab_size)
+    meta = json.loads((tmp_path / "data/tiny/meta.json").read_text())
+    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=meta["vocab_size"])
     transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", meta["tokenizer"])
     out = run("--init_from=hf", "--max_iters=2")
     assert "cropped from 32 to 16" in out
     assert checkpoint.newest("out").model_config["activation"] == "gelu_new"
@@ -237,9 +238,11 @@ def test_finetuning_a_hugging_face_folder_with_a_shorter_context(run, tmp_path):
 
 def test_finetuning_on_a_vocabulary_that_the_model_does_not_have_is_refused(run, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    V = json.loads((tmp_path / "data/tiny/meta.json").read_text())["vocab_size"]
+    meta = json.loads((tmp_path / "data/tiny/meta.json").read_text())
+    V = meta["vocab_size"]
     shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=V - 1)
     transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", meta["tokenizer"])
     message = refused(capsys, "--init_from=hf", "--max_iters=2")
     assert message == f"--dataset=tiny: its vocabulary of {V} does not fit the {V - 1} of hf"
     assert not (tmp_path / "out").exists()
