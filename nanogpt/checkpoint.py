@@ -328,11 +328,39 @@ def load_model(checkpoint, dropout=0.0):
     return model
 
 
+def check_out_dir(out_dir):
+    """Raise UserError if a run in `out_dir` would overwrite a file that no run wrote, such as a model's config.json."""
+    out_dir = Path(out_dir)
+    present = [n for n in RUN_FILES if n != "checkpoints" and os.path.lexists(out_dir / n)]
+    config = ["config.json"] if "config.json" in present and not is_settings(out_dir / "config.json") else []
+    if others := config or ([] if is_run(out_dir) else present):
+        raise UserError(
+            f"--out_dir={out_dir}: expected a run's folder or a new one, and its {', '.join(others)} "
+            f"{'is' if len(others) == 1 else 'are'} not a run's; --out_dir={out_dir}/run keeps the two apart"
+        )
+
+
+def is_run(out_dir):
+    """Whether a run wrote what is in `out_dir`: its settings or a checkpoint are there."""
+    return is_settings(Path(out_dir) / "config.json") or bool(_folders(out_dir))
+
+
+def is_settings(path):
+    """Whether this is the file that `write_settings` writes; models of Hugging Face have a config.json as well."""
+    try:
+        return isinstance(json.loads(files.read(path))["settings"], dict)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def set_aside(out_dir):
-    """Move an earlier run in `out_dir` into a dated folder inside it. Returns that folder, or None if there was none."""
+    """Move an earlier run in `out_dir` into a dated folder inside it. Returns that folder, or None if there was none.
+
+    Only for a folder that `check_out_dir` accepts: what no run wrote stays where it is.
+    """
     out_dir = Path(out_dir)
     present = [out_dir / n for n in RUN_FILES if os.path.lexists(out_dir / n)]
-    if not present:
+    if not present or not is_run(out_dir):
         return None
     aside = out_dir / time.strftime("earlier-%Y%m%d-%H%M%S")
     while aside.exists():

@@ -313,7 +313,9 @@ class PrepareConfig:
     dataset: str = setting("", "the dataset's name: it is written to data/NAME/", group="Dataset")
     root: str = setting("data", "the folder that holds the datasets", path=True)
     tokenizer: str = setting(
-        "char", "char, byte, gpt2, or bpe:N, a vocabulary of N tokens trained on the text, such as bpe:4096"
+        "char",
+        "char, byte, gpt2, or bpe:N, a vocabulary of N tokens trained on the text, such as bpe:4096; or the folder of a "
+        "model or dataset whose tokenizer it is to be",
     )
     val_fraction: float | str = setting(
         "auto", "part that is validated on; auto: a tenth, and of large texts 2 million tokens",

@@ -18,10 +18,8 @@ def main(argv):
         raise UserError("--to: names the folder to write, and is needed")
     found = trained.load(cfg, Dist(torch.device("cpu"), torch.float32, out=sys.stdout))
     model, tok = found.model.eval(), found.tokenizer
-    has_tokenizer = export.to_hugging_face(model, tok, cfg.to)
-    print(
-        f"wrote {cfg.to}: the model {'and its tokenizer' if has_tokenizer else 'alone, its tokenizer has no such form'}"
-    )
+    export.to_hugging_face(model, tok, cfg.to)
+    print(f"wrote {cfg.to}: the model and its tokenizer")
     try:
         difference, largest = compare(model, tok.vocab_size, cfg.to)
     except ModuleNotFoundError:

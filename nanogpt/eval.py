@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from nanogpt import config, data, distributed, evaluate, sources, trained
+from nanogpt import config, data, distributed, evaluate, sources, tokenizer, trained
 from nanogpt.config import EvalConfig, UserError, is_name, is_path
 
 
@@ -84,11 +84,6 @@ def from_texts(cfg, texts, found, dist):
     first tokens are predicted too.
     """
     tok, ids = found.tokenizer, []
-    if tok.vocab_size > found.model.config.vocab_size:
-        raise UserError(
-            f"--init_from={cfg.init_from}: the model's vocabulary of {found.model.config.vocab_size} is smaller than the "
-            f"{tok.vocab_size} of its tokenizer"
-        )
     separator = tok.eot
     for name, text in texts.items():
         try:
@@ -118,8 +113,7 @@ def from_split(cfg, found):
     if not (isinstance(name, str) and is_name(name) and isinstance(root, str) and is_path(root)):
         raise UserError(f"--init_from={cfg.init_from}: --text=FILE or --dataset=NAME says what to evaluate it on")
     dataset = data.Dataset(name, cfg.split, block_size=1, root=root)
-    if dataset.tokenizer_json != found.tokenizer_json:
-        raise UserError(f"--dataset={name}: its tokenizer is not the one of the model")
+    tokenizer.refuse_another(name, dataset.tokenizer_json, found.tokenizer_json, found.folder)
     if not (cfg.per_document or found.settings.get("documents")):
         documents = data.Documents([0, len(dataset.tokens)], cfg.block_size, cfg.stride)
         return dataset, documents, [f"{name}, {cfg.split} split"]

@@ -129,7 +129,12 @@ def window_nats(logits, y):
 
 
 def byte_lengths(tok, separator=None):
-    """The UTF-8 length of each token id of a tokenizer; a separator stands for no text, and has none."""
+    """The UTF-8 length of each token id of a tokenizer; a separator stands for no text, and has none.
+
+    None for a tokenizer that changes the text.
+    """
+    if not getattr(tok, "lossless", True):
+        return None
     lengths = np.array([len(tok.token_bytes(i)) for i in range(tok.vocab_size)])
     if separator is not None:
         lengths[separator] = 0

@@ -27,6 +27,7 @@ FIXED = {
     "tie_word_embeddings": True,
 }
 SHAPE = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
+GPT2_SIZES = (50257, 50304)  # vocabularies of the original nanoGPT's models with GPT-2's tokenizer; it rounds up
 QWEN3_SHAPE = dict(
     block_size="max_position_embeddings",
     vocab_size="vocab_size",
@@ -90,21 +91,11 @@ def is_hugging_face(folder):
     )
 
 
-def read_tokenizer(folder):
-    """What the tokenizer of a Hugging Face folder is here, as JSON: one that `to_hugging_face` wrote, or GPT-2's."""
-    try:
-        found = json.loads(files.read(Path(folder) / "tokenizer.json"))
-        model, separated = found["model"], bool(found["added_tokens"])
-        tokens = sorted(model["vocab"], key=model["vocab"].get)
-        if model["type"] == "WordLevel":
-            reserved = {"unknown": model["unk_token"], "separated": separated} if model["unk_token"] else {}
-            return {"type": "char", "chars": tokens} | reserved
-        tokens.remove(tokenizer.END_OF_TEXT)
-        if model["type"] == "BPE" and len(tokens) != tokenizer.GPT2Tokenizer.eot:
-            return {"type": "bpe", "tokens": tokens} if model["merges"] else {"type": "byte"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # none, or of another kind
-    return {"type": "gpt2"}
+def read_tokenizer(name_or_folder):
+    """The tokenizer, as JSON, of a model that `from_pretrained` reads. UserError if its folder holds none."""
+    if str(name_or_folder) in GPT2_NAMES:
+        return {"type": "gpt2"}
+    return tokenizer.from_hugging_face(name_or_folder)
 
 
 def download(name):
@@ -144,6 +135,7 @@ def read_config(folder, dropout):
             if found.get(key, value) != value and (key, found[key]) != ("n_inner", 4 * shape["n_embd"]):
                 raise UserError(f"{path}: {key} = {found[key]!r} is not supported")
         if kind == "qwen3":
+            check_window(found, shape["block_size"], path)
             return GPTConfig(**shape, dropout=dropout, architecture="qwen3")
         activation = found.get("activation_function", "gelu_new")
         activation = {"gelu_pytorch_tanh": "gelu_new"}.get(activation, activation)
@@ -184,16 +176,16 @@ def to_hugging_face(model, tok, folder):
 
     folder: must not exist or be empty; it appears when it is complete. Ids beyond the tokenizer's vocabulary, with
     which models are padded, are left out. Raises UserError where there is something already, RunFailed where it
-    cannot be written. Returns whether the tokenizer could be written too.
+    cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"--to={folder}: exists already; name a new folder")
     modern = model.config.architecture == "qwen3"
     config, tensors = (as_qwen3 if modern else as_gpt2)(model, tok.vocab_size)
-    end = tok.eot
+    end = tok.ids.get(tok.unknown) if tok.eot is None else tok.eot  # as in tokenizer_config.json
     config |= {"bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
-    of_tokenizer = tokenizer_files(tok, model.config.block_size)
+    of_tokenizer = tokenizer.hugging_face_files(tok, model.config.block_size)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -210,7 +202,6 @@ def to_hugging_face(model, tok, folder):
     except (OSError, SafetensorError) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"--to={folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
-    return bool(of_tokenizer)
 
 
 def as_gpt2(model, V):
@@ -218,12 +209,13 @@ def as_gpt2(model, V):
     ours = model.config
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **FIXED}
     config |= {theirs: getattr(ours, name) for name, theirs in SHAPE.items()}
-    config |= {"vocab_size": V, "activation_function": ours.activation}
+    config |= {"vocab_size": V, "n_ctx": ours.block_size, "activation_function": ours.activation}  # some read n_ctx
     config |= {f"{part}_pdrop": ours.dropout for part in ("attn", "embd", "resid")}
-    tensors = {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in model.named_parameters()}
-    tensors["transformer.wte.weight"] = model.transformer.wte.weight[:V]
+    named = {name.removeprefix("transformer."): t for name, t in model.named_parameters()}  # OpenAI's own names
+    tensors = {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in named.items()}
+    tensors["wte.weight"] = model.transformer.wte.weight[:V]
     if not ours.bias:  # theirs always has some
-        layers = [name.removesuffix(".weight") for name in tensors if ".h." in name or ".ln_f." in name]
+        layers = [name.removesuffix(".weight") for name in tensors if name.startswith(("h.", "ln_f."))]
         widths = {f"{name}.bias": tensors[f"{name}.weight"].shape[-1] for name in layers}  # (in, out), or (out)
         tensors |= {name: torch.zeros(width) for name, width in widths.items()}
     return config, tensors
@@ -234,6 +226,9 @@ def as_qwen3(model, V):
     ours, layers = model.config, model.transformer.h
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **qwen3_fixed(vars(ours))}
     config |= {theirs: getattr(ours, name) for name, theirs in QWEN3_SHAPE.items()} | {"vocab_size": V}
+    # each token looks at the last block_size ones, past the end of the context too
+    config |= {"use_sliding_window": True, "sliding_window": ours.block_size, "max_window_layers": 0}
+    config["layer_types"] = ["sliding_attention"] * ours.n_layer
     tensors = {
         "model.embed_tokens.weight": model.transformer.wte.weight[:V],
         "model.norm.weight": torch.ones(ours.n_embd),
@@ -261,38 +256,15 @@ def qwen3_fixed(shape):
         "rope_scaling": None,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
         "tie_word_embeddings": True,
     }
 
 
-def tokenizer_files(tok, block_size):
-    """{name: content} of the JSON files that transformers' AutoTokenizer reads; none for a tokenizer it cannot have."""
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": block_size,
-    }
-    added = []
-    if tok.eot is not None:
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        added.append({"id": tok.eot, "content": tokenizer.END_OF_TEXT, "special": True} | flags)
-        settings |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.END_OF_TEXT)
-    if isinstance(tok, tokenizer.CharTokenizer):
-        pattern = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
-        model = {"type": "WordLevel", "vocab": tok.ids, "unk_token": tok.unknown or ""}
-        content = {"pre_tokenizer": pattern, "decoder": {"type": "Fuse"}, "model": model}
-    elif isinstance(tok, (tokenizer.BPETokenizer, tokenizer.ByteTokenizer)):
-        words = isinstance(tok, tokenizer.BPETokenizer)
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
-        tokens = {tokenizer.spelled(tok.token_bytes(i)): i for i in range(tok.eot)} | {tokenizer.END_OF_TEXT: tok.eot}
-        model = {"type": "BPE", "vocab": tokens, "merges": tok.merges() if words else []}
-        content = {"pre_tokenizer": level, "decoder": level, "model": model}
-    else:
-        return {}
-    absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    content = {"version": "1.0", "added_tokens": added, **absent, **content}
-    return {"tokenizer.json": content, "tokenizer_config.json": settings}
+def check_window(found, block_size, path):
+    """Raise UserError if a Qwen3 configuration lets tokens see less than its context; past its end, ours slides too."""
+    window = found.get("sliding_window") if found.get("use_sliding_window") else None
+    if window is not None and window < block_size:
+        raise UserError(f"{path}: sliding_window = {window!r} is not supported; it must be the context, {block_size}")
 
 
 def from_nanogpt(out_dir):
@@ -337,10 +309,16 @@ def legacy_moments(model, state):
 def legacy_tokenizer(dataset, vocab_size, path):
     """The tokenizer of a nanoGPT model, which lies with its data and not with the model."""
     meta = Path("data") / Path(dataset).name / "meta.pkl"
+    found, size = {"type": "gpt2"}, tokenizer.GPT2Tokenizer.vocab_size  # what nanoGPT takes if there is no meta.pkl
     if os.path.isfile(meta):
-        return {"type": "char", "chars": legacy.read_meta(meta)}
-    if os.path.lexists(meta.with_suffix(".json")):
-        return data.read_meta(meta.parent)["tokenizer"]
-    if vocab_size < 50257:
-        raise UserError(f"{path}: its characters are in {meta.with_suffix('.pkl')}, which is missing")
-    return {"type": "gpt2"}
+        chars = legacy.read_meta(meta)
+        found, size = {"type": "char", "chars": chars}, len(chars)
+    elif os.path.lexists(meta.with_suffix(".json")):
+        meta = meta.with_suffix(".json")
+        described = data.read_meta(meta.parent)
+        found, size = described["tokenizer"], described["vocab_size"]
+    elif vocab_size not in GPT2_SIZES:
+        raise UserError(f"{path}: its characters are in {meta}, which is missing")
+    if vocab_size != size and (found["type"] != "gpt2" or vocab_size not in GPT2_SIZES):
+        raise UserError(f"{path}: has {vocab_size} tokens, and {meta}, which should be its tokenizer, has {size}")
+    return found

@@ -38,8 +38,8 @@ MEGABYTE = 10**6
 FIRST, EACH = 110, 120  # megabytes that the first process and each worker take, at most
 LIBRARIES = 250  # and what the libraries for Parquet and the hub take
 WINDOW_PACKED = 64  # and what .xz and .zst look back at
-TOKENS = {"char": 1.0, "byte": 1.0, "gpt2": 0.3, "bpe": 0.35}  # for each byte of text, roughly
-LEAST_TOKENS = {"char": 0.25, "byte": 1.0, "gpt2": 0.2, "bpe": 0.2}  # and at least, as to the room on the disk
+TOKENS = {"char": 1.0, "byte": 1.0, "gpt2": 0.3, "bpe": 0.35, "folder": 0.35}  # for each byte of text, roughly
+LEAST_TOKENS = {"char": 0.25, "byte": 1.0, "gpt2": 0.2, "bpe": 0.2, "folder": 0.2}  # and at least, for room on the disk
 
 
 def main(argv):
@@ -178,6 +178,11 @@ def prepare(cfg, folder):
         tok = given_tokenizer(cfg)
         copied = folder / ".prepare" / "input.txt"
         found, notes = sources.find(cfg.arguments, folder, copied, cfg.field, cfg.encoding)
+        if tok and tok.eot is None and not is_one_text(found):
+            raise UserError(
+                f"--tokenizer={cfg.tokenizer}: has no end-of-text token to stand between documents; "
+                "it can prepare a single file of text, or -"
+            )
         work = Work(folder)
         pool, keep = None, work.has_state()
         try:
@@ -223,8 +228,10 @@ def given_tokenizer(cfg):
         if kind == "bpe":
             tokenizer.import_tiktoken()
             tokenizer.import_tokenizers()
+        if kind == "folder":
+            return tokenizer.from_json(tokenizer.from_folder(cfg.tokenizer))
         return tokenizer.from_json({"type": kind}) if kind in ("byte", "gpt2") else None
-    except (ImportError, OSError) as e:
+    except (ImportError, OSError, UserError) as e:
         raise UserError(f"--tokenizer={cfg.tokenizer}: {e}") from None
 
 
@@ -489,7 +496,7 @@ def commit(state, work, buckets, counts):
 
 def arrange(cfg, found, state, work):
     """Write the files of both splits in the work folder."""
-    separator = None if is_one_text(found) else len(state.counts) - 1
+    separator = None if is_one_text(found) else end_of_text(state)
     with writing_to(work.target), contextlib.closing(open_buckets(state, work)) as buckets:
         if is_one_text(found) and state.tokens <= cfg.shard_tokens:
             cut_in_two(cfg, state, work, buckets)
@@ -591,10 +598,15 @@ def meta_json(state):
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     meta = {"tokenizer": state.tokenizer, "vocab_size": vocab_size, "dtype": dtype}
     if state.split["how"] != "end":
-        meta["separator"] = vocab_size - 1  # the end-of-text token is every tokenizer's last
+        meta["separator"] = end_of_text(state)
     if any(len(names) > 1 for names in state.files.values()):
         meta["files"] = state.files
     return (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def end_of_text(state):
+    """The id of the end-of-text token: the last one, unless the tokenizer says otherwise."""
+    return state.tokenizer.get("eot", len(state.counts) - 1)
 
 
 # -- what you get told

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import checkpoint, config, data, distributed, export, health, memory, metrics, optim
+from nanogpt import checkpoint, config, data, distributed, export, health, memory, metrics, optim, tokenizer
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
 from nanogpt.model import GPT, GPTConfig
 
@@ -143,10 +143,11 @@ def make_model(cfg, found, dataset, dist):
     elif isinstance(found, checkpoint.Checkpoint):
         if resuming:
             keep_shape(cfg, found)
-        if found.tokenizer != dataset.tokenizer_json:
-            raise UserError(f"--dataset={cfg.dataset}: its tokenizer is not the one of the model in {found.folder}")
+        origin = cfg.out_dir if resuming else cfg.init_from
+        tokenizer.refuse_another(cfg.dataset, dataset.tokenizer_json, found.tokenizer, origin)
         model = checkpoint.load_model(found, cfg.dropout)
     else:
+        tokenizer.refuse_another(cfg.dataset, dataset.tokenizer_json, export.read_tokenizer(found), found)
         model = export.from_pretrained(found, cfg.dropout)
         if dataset.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -248,6 +249,8 @@ def start(cfg, dist, lock):
     distributed.share_batch(cfg, dist.world_size)  # refuses a number of processes that does not divide the batch
     metrics.require_wandb(cfg)
     with dist.together():
+        if dist.is_main and not cfg.eval_only:
+            checkpoint.check_out_dir(cfg.out_dir)
         if cfg.init_from in ("resume", "auto") and not cfg.eval_only:
             take(lock, cfg, dist, create=False)  # before it is looked at: another run may be adding to it
         found = find_start(cfg, dist)

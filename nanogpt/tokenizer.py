@@ -9,7 +9,9 @@ left to data.py, tensors to everyone else.
 import codecs
 import hashlib
 import importlib.util
+import json
 import re
+import shlex
 import unicodedata
 from pathlib import Path
 
@@ -24,7 +26,10 @@ BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5" 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 UNKNOWN = "\ufffd"  # the character that stands for characters that are none of the vocabulary
 LONGEST_RUN = 500_000  # white space characters; tiktoken's regular expression gives up on some 700,000
-KINDS = ("char", "byte", "gpt2", "bpe")
+KINDS = ("char", "byte", "gpt2", "bpe", "hf")
+MOST_TOKENS = 2**24  # of a Hugging Face tokenizer; a file that asks for more is refused
+# What a Hugging Face tokenizer.json says that splits a text into characters.
+CHARACTERS = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
 class CharTokenizer:
@@ -94,7 +99,8 @@ class CharTokenizer:
         return last_character(data)
 
     def to_json(self):
-        reserved = {} if self.unknown is None else {"unknown": self.unknown, "separated": self.eot is not None}
+        reserved = {"unknown": self.unknown, "separated": self.eot is not None}
+        reserved = {} if self.unknown is None and self.eot is None else reserved
         return {"type": "char", "chars": self.chars} | reserved
 
     def count_unknown(self, text):
@@ -243,6 +249,84 @@ class GPT2Tokenizer(BPETokenizer):
         return {"type": "gpt2"}
 
 
+class HuggingFaceTokenizer:
+    """What a `tokenizer.json` of Hugging Face describes, computed by their library `tokenizers`, with the file's own ids.
+
+    `file` is the file's content; `eot` is the id of the token that ends a text, or None. No special token is added to
+    a text, nor found in one: a text that spells it out is a text like any other. Of some kinds (WordPiece) the text of
+    `decode` is not the one that was encoded; `lossless` says whether it is. Raises ImportError if tokenizers is
+    missing, UserError if `file` describes no tokenizer or contradicts itself.
+    """
+
+    def __init__(self, file, eot=None):
+        package = import_tokenizers()
+        try:
+            self.encoding = package.Tokenizer.from_str(json.dumps(file))
+            added = {token["content"]: token["id"] for token in file.get("added_tokens") or []}
+        except Exception as e:  # the library raises nothing more precise
+            raise UserError(f"Hugging Face tokenizer: {str(e)[:200]}") from None
+        self.encoding.no_truncation()
+        self.encoding.no_padding()
+        self.encoding.encode_special_tokens = True
+        vocabulary = self.encoding.get_vocab()
+        self.tokens = {id: token for token, id in vocabulary.items()}
+        self.vocab_size = max(self.tokens, default=-1) + 1
+        if len(self.tokens) != len(vocabulary) or not 0 < self.vocab_size <= MOST_TOKENS:
+            raise UserError(f"Hugging Face tokenizer: ids must be below {MOST_TOKENS:,}, and of one token each")
+        if wrong := [token for token, id in added.items() if vocabulary.get(token) != id]:
+            raise UserError(f"Hugging Face tokenizer: {wrong[0]!r} does not get the id that the file gives it")
+        if eot is not None and (type(eot) is not int or eot not in self.tokens):
+            raise UserError(f"Hugging Face tokenizer: eot: expected the id of a token or null, not {repr(eot)[:40]}")
+        self.file, self.eot = file, eot
+        self.bytewise = (file.get("decoder") or {}).get("type") == "ByteLevel"
+        self.byte_fallback = '"ByteFallback"' in json.dumps(file.get("decoder"))
+        before = file.get("pre_tokenizer") or {}
+        plain = ({"type": "ByteLevel", "add_prefix_space": False}, {"type": "Split", "behavior": "Isolated"})
+        kept = [any(p.items() <= s.items() for p in plain) for s in before.get("pretokenizers", [before]) if s]
+        self.lossless = self.bytewise and all(kept) and file.get("normalizer") is None
+
+    def encode(self, text):
+        """The ids of `text`. Raises UserError if a part of it is unknown and no token stands for that."""
+        try:
+            return self.encoding.encode(text, add_special_tokens=False).ids
+        except Exception as e:
+            raise UserError(f"Hugging Face tokenizer: {e}") from None
+
+    def encode_numpy(self, text):
+        """The same as an array."""
+        return np.array(self.encode(text), dtype=np.uint32)
+
+    def decode(self, ids):
+        """The text of `ids`, as the library writes it. Raises UserError for an id out of range."""
+        return self.encoding.decode([check_id(i, self.vocab_size) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self, id):
+        """The bytes that a token adds to a text: what it makes of two others if it stands between them."""
+        token = self.tokens.get(check_id(id, self.vocab_size), "")
+        if self.bytewise:
+            return bytes(BYTE_OF[c] for c in token) if BYTE_OF.keys() >= set(token) else token.encode("utf-8")
+        if self.byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        other = next((i for i, t in self.tokens.items() if t.isalpha()), 0)
+        first, both, all_three = self.decode([other]), self.decode([other] * 2), self.decode([other, id, other])
+        second = both.removeprefix(first)
+        if all_three.startswith(first) and all_three.endswith(second):
+            return all_three[len(first) : len(all_three) - len(second)].encode("utf-8")
+        return self.decode([id]).encode("utf-8")
+
+    def cut(self, data):
+        """The last of some places after a letter and before a space where both parts get the ids of the whole; or 0."""
+        for match in list(re.finditer(rb"[A-Za-z\x80-\xff](?= )", data[-(2**13) :]))[-2::-1]:
+            place = len(data) - len(data[-(2**13) :]) + match.end()
+            before, after = (part.decode("utf-8", "ignore") for part in (data[:place][-256:], data[place:][:256]))
+            if self.encode(before + after) == self.encode(before) + self.encode(after):
+                return place
+        return 0
+
+    def to_json(self):
+        return {"type": "hf", "file": self.file, "eot": self.eot}
+
+
 class Stream:
     """The text of tokens as they come, in pieces that can be shown at once: whole characters, and no stop string.
 
@@ -292,6 +376,8 @@ def from_json(d):
         return GPT2Tokenizer()
     if kind == "bpe":
         return BPETokenizer(tokens_from(d.get("tokens")))
+    if kind == "hf":
+        return HuggingFaceTokenizer(d.get("file"), d.get("eot"))
     known = ", ".join(KINDS[:-1]) + f" or {KINDS[-1]}"
     if not isinstance(kind, str):
         raise UserError(f"tokenizer: expected an object with a type, which is {known}")
@@ -299,16 +385,50 @@ def from_json(d):
     raise UserError(f"tokenizer: expected the type {known}, not {kind!r}{nearest(kind, KINDS)}")
 
 
+def same(a, b):
+    """Whether two tokenizers, as JSON, give the same ids to the same tokens. Raises like `from_json`."""
+    if a == b:
+        return True
+    a, b = from_json(a), from_json(b)
+    if (a.vocab_size, a.eot) != (b.vocab_size, b.eot):
+        return False
+    return all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
+
+
+def refuse_another(dataset, of_dataset, of_model, model):
+    """Raise UserError unless a dataset's tokenizer, as JSON, is that of the model by this name or in this folder.
+
+    The line names the command that prepares a dataset with the model's.
+    """
+    try:
+        if same(of_dataset, of_model):
+            return
+    except (ImportError, OSError) as e:
+        raise UserError(f"--dataset={dataset}: its tokenizer cannot be compared with the model's: {e}") from None
+    kind = of_model["type"] if of_model["type"] in ("byte", "gpt2") else shlex.quote(str(model))
+    raise UserError(
+        f"--dataset={dataset}: its tokenizer is not the one of the model in {model}; "
+        f"nanogpt prepare SOURCE --dataset=NAME --tokenizer={kind} makes a dataset that fits"
+    )
+
+
 def named(name):
-    """(kind, vocabulary size or None) of a tokenizer's name: char, byte, gpt2, bpe:4096. ValueError says what is expected."""
+    """(kind, vocabulary size or None) of a tokenizer's name: char, byte, gpt2, bpe:4096, or a folder, of kind "folder".
+
+    ValueError says what is expected.
+    """
     kind, colon, size = name.partition(":")
     if kind == "bpe" and size.isdecimal() and 257 <= int(size) <= 2**20:
         return kind, int(size)
-    if kind in KINDS[:-1] and not colon:
+    if kind in ("char", "byte", "gpt2") and not colon:
         return kind, None
+    if name and Path(name).is_dir():
+        return "folder", None
     if kind == "bpe":
         raise ValueError(f"expected bpe:N, with a vocabulary of N from 257 (all bytes and the end of text) to {2**20}")
-    raise ValueError(f"expected char, byte, gpt2 or bpe:N, such as bpe:4096{nearest(kind, KINDS)}")
+    raise ValueError(
+        f"expected char, byte, gpt2 or bpe:N, such as bpe:4096, or the folder of a model or dataset{nearest(kind, KINDS)}"
+    )
 
 
 def what_is_wrong_with(chars):
@@ -368,6 +488,163 @@ def ranges(chars):
             runs.append([c, c])
     shown = [repr(a) if a == b else f"{a!r}-{b!r}" for a, b in runs[:16]]
     return ", ".join(shown) + (", ..." if len(runs) > 16 else "")
+
+
+# -- tokenizers of models and datasets, in their folders
+
+
+def from_folder(folder):
+    """The tokenizer, as JSON, of the model or dataset in `folder`: Hugging Face's, a run's, or a prepared dataset's.
+
+    Raises UserError if there is none.
+    """
+    folder = Path(folder)
+    described = [*sorted(folder.glob("checkpoints/step-*/checkpoint.json"), reverse=True), folder / "meta.json"]
+    for path in filter(Path.is_file, described):
+        try:
+            return from_json(json.loads(path.read_text(encoding="utf-8"))["tokenizer"]).to_json()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise UserError(f"{path}: its tokenizer cannot be read ({e})") from None
+    if (folder / "meta.pkl").is_file():  # a dataset of the original nanoGPT
+        from nanogpt import legacy
+
+        return {"type": "char", "chars": legacy.read_meta(folder / "meta.pkl")}
+    if (folder / "ckpt.pt").is_file():
+        raise UserError(f"{folder}: the original nanoGPT keeps the tokenizer with the data; name that folder, data/...")
+    return from_hugging_face(folder)
+
+
+def from_hugging_face(folder):
+    """The tokenizer, as JSON, of a model in Hugging Face's format: of one of our kinds if it is exactly that.
+
+    Read from `tokenizer.json`, or GPT-2's older form, `vocab.json` and `merges.txt`. UserError if neither is there,
+    or cannot be read: which tokenizer a model was trained with is never guessed.
+    """
+    path = Path(folder) / "tokenizer.json"
+    try:
+        settings = read_object(Path(folder) / "tokenizer_config.json")
+        if path.is_file():
+            file = read_object(path)
+        else:
+            file, path = read_vocabulary(Path(folder), settings), path.with_name("vocab.json")
+        if file is None:
+            raise UserError(
+                f"{folder}: has no tokenizer; expected the model's own tokenizer.json there, or GPT-2's vocab.json and "
+                f"merges.txt; AutoTokenizer.from_pretrained(...).save_pretrained({str(folder)!r}) of transformers writes it"
+            )
+        ids = file["model"]["vocab"]
+        ids = dict(ids) if isinstance(ids, dict) else {token: i for i, (token, _) in enumerate(ids)}  # Unigram: a list
+        ids |= {token["content"]: token["id"] for token in file.setdefault("added_tokens", [])}
+        found = of_our_kind(file, ids)
+        if found:
+            return found
+        end = settings.get("eos_token")
+        end = END_OF_TEXT if END_OF_TEXT in ids else end.get("content") if isinstance(end, dict) else end
+        file |= {"truncation": None, "padding": None}
+        return HuggingFaceTokenizer(file, ids.get(end)).to_json()
+    except UserError as e:
+        raise UserError(*(p if str(folder) in p else f"{path}: {p}" for p in e.problems)) from None
+    except ImportError as e:
+        raise UserError(f"{path}: {e}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path}: describes no tokenizer ({type(e).__name__}: {str(e)[:200]})") from None
+
+
+def read_object(path):
+    """The JSON object in a file; an empty one if there is no such file."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no object")
+    return found
+
+
+def read_vocabulary(folder, settings):
+    """What tokenizer.json would say, from GPT-2's `vocab.json` and `merges.txt`; None if they do not settle it."""
+    kind = str(settings.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
+    if kind != "GPT2Tokenizer" or settings.get("add_prefix_space") or (folder / "added_tokens.json").exists():
+        return None
+    if read_object(folder / "config.json").get("model_type", "gpt2") != "gpt2":
+        return None  # another model's words are cut in another manner
+    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+        return None
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    return bpe_file(read_object(folder / "vocab.json"), merges)
+
+
+def of_our_kind(file, ids):
+    """What a tokenizer.json with these {token: id} is as one of our own kinds, as JSON; None if it is none exactly."""
+    tokens = sorted(ids, key=ids.get)
+    added = {token["content"]: token for token in file["added_tokens"]}
+    flags = [token.get(flag) for token in added.values() for flag in ("single_word", "lstrip", "rstrip")]
+    if [ids[t] for t in tokens] != list(range(len(tokens))) or file.get("normalizer") or any(flags):
+        return None
+    separated = tokens[-1] == END_OF_TEXT
+    own = tokens[: len(tokens) - separated]
+    model, before = file["model"], file.get("pre_tokenizer") or {}
+    if model["type"] == "WordLevel" and before == CHARACTERS and not what_is_wrong_with(own):
+        unknown = model["unk_token"] if model["unk_token"] in own else None
+        return CharTokenizer(own, unknown, separated).to_json()
+    changed = [
+        model.get(key) for key in ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
+    ]
+    level = before.get("type") == "ByteLevel" and not before.get("add_prefix_space", True)
+    if model["type"] != "BPE" or any(changed) or not level or not separated or added.keys() - {END_OF_TEXT}:
+        return None
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if own == [CHAR_OF[b] for b in range(256)] and not merges:
+        return {"type": "byte"}
+    if not before.get("use_regex", True) or what_is_wrong_with_tokens(tokens_from(own)):
+        return None
+    merged = [merge.replace(" ", "") for merge in merges]
+    if (
+        own == [*BYTE_OF, *merged]
+        and hashlib.sha256("\n".join(["#version: 0.2", *merges, ""]).encode()).hexdigest() == BPE_SHA256
+    ):
+        return {"type": "gpt2"}
+    if [token for token in own if len(token) > 1] != merged:
+        return None
+    found = BPETokenizer(tokens_from(own))
+    return found.to_json() if found.merges() == merges else None
+
+
+def bpe_file(ids, merges, words=True):
+    """The tokenizer.json of byte-level BPE with these {token: id}; with `words`, nothing is merged across GPT-2's words."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
+    content = {"pre_tokenizer": level, "decoder": level, "model": {"type": "BPE", "vocab": ids, "merges": merges}}
+    return whole_file(content, ids.get(END_OF_TEXT))
+
+
+def whole_file(content, eot):
+    """A tokenizer.json of this `content`, with all that the format demands besides."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [] if eot is None else [{"id": eot, "content": END_OF_TEXT, "special": True} | flags]
+    absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+    return {"version": "1.0", "added_tokens": added, **absent, **content}
+
+
+def hugging_face_files(tok, block_size):
+    """{name: content} of the JSON files that transformers' AutoTokenizer reads."""
+    if isinstance(tok, HuggingFaceTokenizer):
+        content, unknown = tok.file, tok.file["model"].get("unk_token")
+        end = None if tok.eot is None else tok.tokens[tok.eot]
+    elif isinstance(tok, CharTokenizer):
+        model = {"type": "WordLevel", "vocab": tok.ids, "unk_token": tok.unknown or ""}
+        content = whole_file({"pre_tokenizer": CHARACTERS, "decoder": {"type": "Fuse"}, "model": model}, tok.eot)
+        unknown, end = tok.unknown, tok.unknown if tok.eot is None else END_OF_TEXT
+    else:
+        words = isinstance(tok, BPETokenizer)
+        ids = {spelled(tok.token_bytes(i)): i for i in range(tok.eot)} | {END_OF_TEXT: tok.eot}
+        content = bpe_file(ids, tok.merges() if words else [], words)
+        unknown = end = END_OF_TEXT  # as OpenAI's own files have it
+    named = dict(bos_token=end, eos_token=end, pad_token=end, unk_token=unknown or end)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": block_size,
+    }
+    settings |= {role: token for role, token in named.items() if token}
+    return {"tokenizer.json": content, "tokenizer_config.json": settings}
 
 
 # -- large texts, a part at a time
@@ -468,7 +745,9 @@ def import_tokenizers():
     try:
         import tokenizers
     except ImportError:
-        raise ImportError('training BPE needs tokenizers: pip install -e ".[bpe]" brings it') from None
+        raise ImportError(
+            'training BPE and Hugging Face\'s tokenizers need the package tokenizers: pip install -e ".[bpe]" brings it'
+        ) from None
     return tokenizers
 
 

@@ -17,13 +17,14 @@ class Trained:
     tokenizer: object
     tokenizer_json: dict
     settings: dict  # the latest of the run that trained it; none of GPT-2's
+    folder: str  # that it lies in, or GPT-2's name
 
 
 def load(cfg, dist):
     """The Trained that `init_from` names: the best of the run in `out_dir`, a GPT-2, or a folder. UserError where there is none."""
     if cfg.init_from in GPT2_NAMES or (cfg.init_from != "resume" and export.is_hugging_face(cfg.init_from)):
         tokenizer_json = export.read_tokenizer(cfg.init_from)
-        return Trained(export.from_pretrained(cfg.init_from), open_tokenizer(tokenizer_json), tokenizer_json, {})
+        return fitting(export.from_pretrained(cfg.init_from), tokenizer_json, {}, cfg.init_from)
     folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
     found = checkpoint.best(folder, dist.say) or export.from_nanogpt(folder)
     if found is None:
@@ -34,7 +35,17 @@ def load(cfg, dist):
         )
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
     latest = checkpoint.peek(folder) or found
-    return Trained(checkpoint.load_model(found), open_tokenizer(found.tokenizer), found.tokenizer, latest.settings)
+    return fitting(checkpoint.load_model(found), found.tokenizer, latest.settings, folder)
+
+
+def fitting(model, tokenizer_json, settings, folder):
+    """The Trained of a model and its tokenizer. UserError if the tokenizer has ids that the model does not have."""
+    tok, V = open_tokenizer(tokenizer_json), model.config.vocab_size
+    if tok.vocab_size > V:
+        raise UserError(
+            f"{folder}: the model's vocabulary of {V} is smaller than the {tok.vocab_size} of its tokenizer"
+        )
+    return Trained(model, tok, tokenizer_json, settings, folder)
 
 
 def known(text, tok):

@@ -23,7 +23,7 @@ import nanogpt.metrics
 from nanogpt import checkpoint, cli, train
 from nanogpt.data import write_dataset
 from nanogpt.distributed import Dist
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.tokenizer import CharTokenizer, from_json, hugging_face_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -70,6 +70,12 @@ def tiny(tmp_path):
     folder = tmp_path / "data" / "tiny"
     write_dataset(folder, tokenizer, tokenizer.encode(text[:cut]), tokenizer.encode(text[cut:]))
     return folder
+
+
+def write_tokenizer(folder, described):
+    """Put the tokenizer that a dataset's or checkpoint's JSON describes into a Hugging Face folder."""
+    for name, content in hugging_face_files(from_json(described), 16).items():
+        (Path(folder) / name).write_text(json.dumps(content))
 
 
 @pytest.fixture

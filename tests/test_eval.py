@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Door, free_port, metrics, tiny_text
+from conftest import ROOT, SMALL, Door, free_port, metrics, tiny_text, write_tokenizer
 
 from nanogpt import checkpoint, cli, sources, train, trained
 from nanogpt import eval as program
@@ -244,6 +244,7 @@ def test_gpt2_weights_on_a_text(trained_run, evaluate, tmp_path):
     transformers = pytest.importorskip("transformers")
     shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)
     transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt")
+    write_tokenizer(tmp_path / "gpt", {"type": "gpt2"})
     Path("a.txt").write_text("Grüße, 世界. " * 20, encoding="utf-8")
     loss, tokens, perplexity, bits = evaluate("--init_from=gpt", "--text=a.txt")["a.txt"]
     assert loss == pytest.approx(math.log(50257), abs=0.3) and tokens > 100  # it has learned nothing
@@ -256,8 +257,9 @@ def test_a_tokenizer_that_is_larger_than_the_models_vocabulary_is_refused(traine
     transformers = pytest.importorskip("transformers")
     shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=100)
     transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt")
+    write_tokenizer(tmp_path / "gpt", {"type": "byte"})
     Path("a.txt").write_text("The cat sat.")
-    with pytest.raises(UserError, match="the model's vocabulary of 100 is smaller than the 50257 of its tokenizer"):
+    with pytest.raises(UserError, match="the model's vocabulary of 100 is smaller than the 257 of its tokenizer"):
         program.main(["--device=cpu", "--init_from=gpt", "--text=a.txt"])
 
 

@@ -289,7 +289,7 @@ OURS = [
 def exported(request, tmp_path):
     """(a model, the folder that it was written to)."""
     model = our_model(**request.param)
-    assert to_hugging_face(model, CHARS, tmp_path / "to") is True
+    to_hugging_face(model, CHARS, tmp_path / "to")
     return model, tmp_path / "to"
 
 
@@ -321,6 +321,41 @@ def test_transformers_writes_the_same_greedy_text(exported):
     )
     ours = model.generate(ids, 21, temperature=0, vocab_size=CHARS.vocab_size)
     assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_transformers_writes_the_same_text_past_the_end_of_a_qwen3s_context(tmp_path):
+    model = our_model("qwen3")
+    to_hugging_face(model, CHARS, tmp_path / "to")
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    theirs = load_theirs(tmp_path / "to").generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=171, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    ours = model.generate(ids, 24 - 3 + 150, temperature=0, vocab_size=CHARS.vocab_size)
+    assert torch.equal(ours, theirs) and len(set(ours[0].tolist())) > 3
+
+
+def test_a_qwen3_whose_window_is_shorter_than_its_context_is_refused(tmp_path):
+    to_hugging_face(our_model("qwen3"), CHARS, tmp_path / "to")
+    change_config(tmp_path / "to", sliding_window=23)
+    assert "sliding_window = 23 is not supported" in problem(tmp_path / "to")
+    change_config(tmp_path / "to", use_sliding_window=False)
+    GPT.from_pretrained(tmp_path / "to")
+
+
+def test_a_gpt2_is_written_with_openais_names_and_read_with_and_without_a_prefix(tmp_path):
+    model, folder = our_model(bias=True), tmp_path / "to"
+    to_hugging_face(model, CHARS, folder)
+    found = json.loads((folder / "config.json").read_text())
+    assert found["n_ctx"] == found["n_positions"] == 24
+    tensors = load_file(folder / "model.safetensors")
+    assert {"wte.weight", "wpe.weight", "h.0.attn.c_attn.weight", "ln_f.bias"} <= tensors.keys()
+    assert not any(name.startswith("transformer.") for name in tensors)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    assert torch.equal(theirs.transformer.wte.weight, model.transformer.wte.weight[: CHARS.vocab_size])
+    save_file({f"transformer.{name}": t for name, t in tensors.items()}, folder / "model.safetensors")  # as before
+    again = GPT.from_pretrained(folder)
+    assert all(torch.equal(a[: len(b)], b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", [dict(bias=True), dict(architecture="qwen3", bias=True)])
@@ -369,15 +404,21 @@ def test_transformers_has_every_tokenizer(tmp_path, kind):
         tok = ByteTokenizer()
     else:
         tok = CharTokenizer(sorted(set(LEARNT) | {"\ufffd"}), unknown="\ufffd", separated=kind != "char")
-    assert to_hugging_face(our_model(vocab_size=320), tok, tmp_path / "to")
+    to_hugging_face(our_model(vocab_size=320), tok, tmp_path / "to")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
     for text in [*TEXTS, LEARNT]:
         assert theirs(text).input_ids == tok.encode(text)
         assert theirs.decode(tok.encode(text)) == tok.decode(tok.encode(text))
-    assert theirs.eos_token_id == tok.eot
+    end = tok.ids["\ufffd"] if tok.eot is None else tok.eot
+    ends = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert ends == (end, end, end)
+    assert theirs.unk_token_id == (tok.ids["\ufffd"] if "char" in kind else end)
+    assert json.loads((tmp_path / "to" / "config.json").read_text())["eos_token_id"] == end
     if tok.eot is not None:
         assert theirs("e<|endoftext|>").input_ids[-1] == tok.eot
     assert read_tokenizer(tmp_path / "to") == tok.to_json()
+    theirs.save_pretrained(tmp_path / "again")
+    assert read_tokenizer(tmp_path / "again") == tok.to_json()
 
 
 def test_the_order_in_which_a_file_names_the_tokens_does_not_matter(tmp_path):

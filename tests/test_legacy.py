@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, losses
+from conftest import SMALL, losses, write_tokenizer
 
 from nanogpt import checkpoint, cli, config, data, export, legacy, start, train
 from nanogpt.model import GPT, GPTConfig
@@ -264,8 +264,9 @@ def test_an_evil_hugging_face_file_is_refused(old, capsys, kind, tmp_path):
     hub.mkdir()
     shape = dict(n_positions=16, vocab_size=22, n_layer=1, n_head=2, n_embd=16, model_type="gpt2")
     (hub / "config.json").write_text(str(shape).replace("'", '"'))
+    write_tokenizer(hub, data.read_meta(tmp_path / "data" / "tiny")["tokenizer"])
     evil_files()[kind](hub / "pytorch_model.bin")
-    refused(capsys, ["train", *SMALL, "--init_from=hub", "--out_dir=new"], "hub")
+    refused(capsys, ["train", *SMALL, "--init_from=hub", "--out_dir=new"], "hub/pytorch_model.bin")
 
 
 @pytest.mark.parametrize(
@@ -355,3 +356,31 @@ def test_the_characters_of_a_model_that_lost_its_data_are_asked_for(old, capsys)
     shutil.rmtree("data")
     line = refused(capsys, ["sample", "--device=cpu"], "out/ckpt.pt")
     assert re.search(r"its characters are in data/tiny/meta.pkl, which is missing", line)
+
+
+@pytest.mark.parametrize("command", ["sample --device=cpu", "train --init_from=resume"])
+def test_a_tokenizer_of_another_size_than_the_models_is_not_its_own(old, capsys, command):
+    chars = export.from_nanogpt("out").tokenizer["chars"]
+    Path("data/tiny/meta.pkl").unlink()
+    tokenizer = {"type": "char", "chars": chars[:-1]}
+    Path("data/tiny/meta.json").write_text(
+        json.dumps({"tokenizer": tokenizer, "vocab_size": len(chars) - 1, "dtype": "uint16"})
+    )
+    line = refused(capsys, command.split(), "out/ckpt.pt")
+    assert f"has {len(chars)} tokens, and data/tiny/meta.json, which should be its tokenizer, has" in line
+
+
+@pytest.mark.parametrize("size, known", [(50257, True), (50304, True), (50258, False), (60000, False)])
+def test_a_vocabulary_is_gpt2s_if_the_original_would_have_made_it_so(tmp_path, monkeypatch, size, known):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    model = GPT(GPTConfig(**SHAPE | {"vocab_size": size, "n_embd": 2}))
+    found = nanogpt_checkpoint(model, nanogpt_optimizer(model))
+    found["model_args"]["n_embd"] = 2
+    random_update(model, optimizer := nanogpt_optimizer(model), torch.Generator().manual_seed(1))
+    torch.save(found | {"optimizer": optimizer.state_dict()}, "out/ckpt.pt")
+    if known:
+        assert export.from_nanogpt("out").tokenizer == {"type": "gpt2"}
+    else:
+        with pytest.raises(config.UserError, match="meta.pkl, which is missing"):
+            export.from_nanogpt("out")

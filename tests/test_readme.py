@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import free_port
+from conftest import free_port, write_tokenizer
 
 from nanogpt import config
 from nanogpt.config import (
@@ -207,6 +207,7 @@ def write_tiny_gpt2(folder):
     logging.disable_progress_bar()
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32)).save_pretrained(folder)
+    write_tokenizer(folder, {"type": "gpt2"})
 
 
 def run(command, workplace):

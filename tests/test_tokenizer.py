@@ -370,7 +370,7 @@ def test_gpt2_json_round_trip(gpt2):
         ({}, "expected an object with a type"),
         ({"type": ["char"]}, "expected an object with a type"),
         ({"type": "chars"}, "not 'chars'; did you mean char?"),
-        ({"type": "x" * 10**6}, "expected the type char, byte, gpt2 or bpe, not"),
+        ({"type": "x" * 10**6}, "expected the type char, byte, gpt2, bpe or hf, not"),
         ({"type": "char"}, "expected a list of characters, not NoneType"),
         ({"type": "char", "chars": {"a": 0}}, "expected a list of characters, not dict"),
         ({"type": "char", "chars": []}, "empty"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, losses, metrics, torchrun
+from conftest import SMALL, losses, metrics, torchrun, write_tokenizer
 from safetensors.torch import load_file
 
 from nanogpt import checkpoint, cli, config, data, evaluate, start, train
@@ -123,6 +123,37 @@ def test_a_new_run_sets_an_earlier_one_aside(run, tmp_path):
     assert all(torch.equal(before[n], t) for n, t in final_weights(aside).items())
 
 
+def test_a_models_own_config_is_neither_moved_nor_overwritten(run, tmp_path, capsys):
+    run("--max_iters=1", "--out_dir=first")
+    assert cli.main(["export", "--out_dir=first", "--to=hf"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
+    for args in (["--init_from=hf"], ["--init_from=auto"], []):
+        message = refused(capsys, "--out_dir=hf", *args)
+        assert message == (
+            "--out_dir=hf: expected a run's folder or a new one, and its config.json is not a run's; "
+            "--out_dir=hf/run keeps the two apart"
+        )
+        assert {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
+    run("--init_from=hf", "--out_dir=hf/run", "--max_iters=1")
+    assert {path: path.read_bytes() for path in before} == before
+    shutil.copy("hf/config.json", "first/config.json")  # into the folder of a run
+    assert "its config.json is not a run's" in refused(capsys, "--out_dir=first", "--init_from=resume", "--max_iters=2")
+
+
+def test_files_by_the_names_of_a_runs_stay_where_they_are_if_no_run_wrote_them(run, tmp_path, capsys):
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    for name in ("loss.png", "metrics.jsonl"):
+        (tmp_path / "out" / name).write_text("mine")
+    message = refused(capsys, "--max_iters=1")
+    assert "its metrics.jsonl, loss.png are not a run's; --out_dir=out/run" in message
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoints", "loss.png", "metrics.jsonl"}
+    for name in ("loss.png", "metrics.jsonl"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "checkpoints" / "notes.txt").write_text("mine")
+    assert "earlier" not in run("--max_iters=1")
+    assert (tmp_path / "out" / "checkpoints" / "notes.txt").read_text() == "mine"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_learns_the_same(run, dtype):
     run("--out_dir=a", "--max_iters=20")
@@ -195,9 +226,10 @@ def test_finetuning_starts_from_another_run(run):
 
 def test_finetuning_a_hugging_face_folder_with_a_shorter_context(run, tmp_path):
     transformers = pytest.importorskip("transformers")
-    vocab_size = json.loads((tmp_path / "data/tiny/meta.json").read_text())["vocab_size"]
-    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=vocab_size)
+    meta = json.loads((tmp_path / "data/tiny/meta.json").read_text())
+    shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=meta["vocab_size"])
     transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", meta["tokenizer"])
     out = run("--init_from=hf", "--max_iters=2")
     assert "cropped from 32 to 16" in out
     assert checkpoint.newest("out").model_config["activation"] == "gelu_new"
@@ -206,9 +238,11 @@ def test_finetuning_a_hugging_face_folder_with_a_shorter_context(run, tmp_path):
 
 def test_finetuning_on_a_vocabulary_that_the_model_does_not_have_is_refused(run, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
-    V = json.loads((tmp_path / "data/tiny/meta.json").read_text())["vocab_size"]
+    meta = json.loads((tmp_path / "data/tiny/meta.json").read_text())
+    V = meta["vocab_size"]
     shape = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=16, vocab_size=V - 1)
     transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", meta["tokenizer"])
     message = refused(capsys, "--init_from=hf", "--max_iters=2")
     assert message == f"--dataset=tiny: its vocabulary of {V} does not fit the {V - 1} of hf"
     assert not (tmp_path / "out").exists()
