@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nanogpt.config import RunFailed, UserError, settings
+from nanogpt.config import RunFailed, UserError, installs, settings
 
 # Dense peak in TFLOP/s without sparsity, bfloat16 (float16 where the chip has no bfloat16), from the vendors' datasheets.
 # The first name that is part of the device's counts.
@@ -297,7 +297,7 @@ def read_metrics(path):
 def require_wandb(cfg):
     """Raise UserError where W&B is asked for and not installed."""
     if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise UserError('--wandb_log=True: wandb is not installed; pip install -e ".[wandb]" brings it')
+        raise UserError(f"--wandb_log=True: wandb is not installed; {installs('wandb')} brings it")
 
 
 def start_wandb(cfg):
@@ -313,7 +313,7 @@ def draw_losses(out_dir):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return 'no picture of the losses: pip install -e ".[plot]" brings matplotlib'
+        return f"no picture of the losses: {installs('plot')} brings matplotlib"
     records = read_metrics(Path(out_dir) / "metrics.jsonl")
     steps = [r for r in records if r.get("loss") is not None]
     evals = [r for r in records if r.get("val_loss") is not None]

@@ -232,7 +232,7 @@ def given_tokenizer(cfg):
     kind, _ = tokenizer.named(cfg.tokenizer)
     try:
         if kind == "bpe":
-            tokenizer.import_tiktoken()
+            tokenizer.import_tiktoken("bpe")
             tokenizer.import_tokenizers()
         return tokenizer.from_json({"type": kind}) if kind in ("byte", "gpt2") else None
     except (ImportError, OSError) as e:

@@ -19,7 +19,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt.config import UserError, nearest
+from nanogpt.config import UserError, installs, nearest
 
 BLOCK = 2**20  # bytes that are read, encoded and kept in memory at a time
 HEAD = 2**13  # bytes of a file in a folder that tell whether it is text
@@ -273,7 +273,7 @@ def import_zstd(source):
         try:
             from backports import zstd
         except ImportError:
-            raise UserError(f'{source.name}: reading .zst takes pip install -e ".[data]"') from None
+            raise UserError(f"{source.name}: reading .zst takes {installs('data')}") from None
     return zstd
 
 
@@ -394,7 +394,7 @@ def parquet_rows(source, row, field, folder):
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f'{source.name}: reading .parquet takes pip install -e ".[data]"') from None
+        raise UserError(f"{source.name}: reading .parquet takes {installs('data')}") from None
     with opened(source) as (stream, raw), contextlib.ExitStack() as stack:
         if source.packing:  # its end is read first, so it cannot be read while it is unpacked
             raw = stack.enter_context(tempfile.TemporaryFile(dir=folder))
@@ -426,7 +426,7 @@ def hub_rows(source, row, field, folder):
     try:
         import datasets
     except ImportError:
-        raise UserError(f'{source.name}: reading it takes pip install -e ".[data]"') from None
+        raise UserError(f"{source.name}: reading it takes {installs('data')}") from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, once
     name, _, config = source.path.partition(":")
     try:

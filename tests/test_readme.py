@@ -326,10 +326,31 @@ def test_the_config_in_the_readme(workplace):
     assert cfg.sources.keys() == set(re.findall(r"^(\w+) = ", block, re.M))
 
 
-def test_extras():
-    """`pip install '.[a,b]'` names extras that pyproject.toml has."""
+def extras():
+    """{extra: what it lists} of pyproject.toml."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    table = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)
-    extras = set(re.findall(r"^(\w+) = \[", table[1], re.M))
-    named = {extra for group in re.findall(r"\.\[([\w,]+)\]'", README) for extra in group.split(",")}
-    assert named and named <= extras
+    table = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)[1]
+    _, *parts = re.split(r"^(\w+) = ", table, flags=re.M)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def brought_by(extra):
+    """An extra and those it includes."""
+    included = [name for group in re.findall(r"nanogpt\[([\w,]+)\]", extras()[extra]) for name in group.split(",")]
+    return {extra}.union(*map(brought_by, included))
+
+
+def test_extras():
+    """What README.md and the messages install exists, and they name it alike."""
+    named = set(re.findall(r"\.\[([\w,]+)\]", README))
+    assert named and {extra for group in named for extra in group.split(",")} <= extras().keys()
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "nanogpt").glob("*.py")}
+    told = {group for text in sources.values() for group in re.findall(r"installs\(['\"]([\w,]+)['\"]\)", text)}
+    assert told and told <= named, f"README.md does not name {told - named}"
+    elsewhere = [name for name, text in sources.items() if re.search(r"pip install(?! -c constraints\.txt)", text)]
+    assert not elsewhere, f"these spell out what config.installs knows: {elsewhere}"
+
+
+def test_the_demo_brings_what_the_readme_needs():
+    """All extras but W&B, which nothing needs unless it is asked for, and the tests' own references."""
+    assert brought_by("demo") == extras().keys() - {"wandb", "test"}
