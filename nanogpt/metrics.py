@@ -1,14 +1,16 @@
 """What a run reports: lines and a progress bar, metrics.jsonl, W&B, throughput and MFU, the picture of the losses."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
 import statistics
 import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -99,6 +101,35 @@ def expected_seconds(steps, flops_per_iter, peak, layers):
     return steps * max(flops_per_iter / peak * 3, layers * 1e-3)
 
 
+SILENCE = 6.0  # seconds without a line before the first iteration's, after which one says what the run is doing
+
+
+class Progress:
+    """What is being done, said when there has been no line for SILENCE seconds, then for twice as long, and so on.
+
+    A thread of its own says it, since a single batch may take minutes. `ended` is set when it is no longer needed.
+    """
+
+    def __init__(self, say):
+        self.doing, self.began, self.ended = None, time.perf_counter(), threading.Event()
+        self.said = self.began  # when the last line was printed
+        self.thread = threading.Thread(target=self._watch, args=(say,), daemon=True)
+
+    def at(self, doing):
+        """What is being done from now on, in words."""
+        self.doing = doing
+        if not self.thread.ident:
+            self.thread.start()
+
+    def _watch(self, say):
+        silence = SILENCE
+        while not self.ended.wait(max(self.said + silence - time.perf_counter(), 0)):
+            if time.perf_counter() >= self.said + silence:
+                silence *= 2
+                with suppress(OSError, ValueError):  # nobody reads: the run's own next line meets that too
+                    say(f"after {time.perf_counter() - self.began:.0f} s: {self.doing}")
+
+
 class Log:
     """Reports a run: on the main process alone, and to files only where something is trained.
 
@@ -114,6 +145,8 @@ class Log:
         self.unread = []  # steps whose numbers are still on the device
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
         self.file = self.wandb = self.bar = self.failure = None
+        self.progress = Progress(self.say)
+        self.iteration = state.step + 1  # the one that comes next
         if not dist.is_main or cfg.eval_only:
             return
         path = Path(cfg.out_dir) / "metrics.jsonl"
@@ -128,6 +161,7 @@ class Log:
 
     def say(self, line):
         """Print a line on the main process, above the progress bar."""
+        self.progress.said = time.perf_counter()
         if self.bar:
             tqdm.write(line)
         else:
@@ -151,6 +185,8 @@ class Log:
             numbers, done = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
             done.record()
         self.unread.append((step, lr, numbers, done))
+        self.iteration = step + 1
+        self._begins()
         if self.bar:
             self.bar.update()
         if self.dist.device.type == "cpu" and step % self.cfg.log_interval == 0:
@@ -176,6 +212,21 @@ class Log:
                 self._line(step, lr, loss, grad_norm)
             self._end_of_epoch(step)
 
+    def _begins(self):
+        self.progress.at(
+            f"iteration {self.iteration:,} of {self.cfg.max_iters:,} (--log_interval={self.cfg.log_interval})"
+        )
+
+    def batches(self, what, stop, total=None):
+        """`stop`, which an evaluation asks before each batch, and which notes how far it is; `total` batches, if known."""
+        numbers = itertools.count(1)
+
+        def counted():
+            self.progress.at(f"{what}, batch {next(numbers):,}" + (f" of {total:,} (--eval_iters)" if total else ""))
+            return stop()
+
+        return counted
+
     def _epoch(self, step):
         """How many times the training data has been read after `step` updates."""
         return step * self.cfg.gradient_accumulation_steps * self.cfg.batch_size / self.epoch_windows
@@ -190,6 +241,7 @@ class Log:
             )
 
     def _line(self, step, lr, loss, grad_norm):
+        self.progress.ended.set()
         now = time.perf_counter()
         seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
         self.last_step, self.seconds, self.mark = step, 0.0, now
@@ -213,6 +265,7 @@ class Log:
         self.seconds += time.perf_counter() - self.mark
         yield
         self.mark = time.perf_counter()
+        self._begins()
 
     def evaluation(self, step, losses, lr):
         """Report the estimated losses {'train': nats, 'val': nats} after `step` updates."""
@@ -250,6 +303,7 @@ class Log:
 
     def close(self):
         """Close what is open, and draw the picture of the losses."""
+        self.progress.ended.set()
         if self.bar:
             self.bar.close()
             self.bar = None
