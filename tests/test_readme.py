@@ -42,6 +42,7 @@ WRITE = " --num_samples=2 --max_new_tokens=8 --device=cpu"
 NODE = " --nproc_per_node=1 --master_addr=127.0.0.1 --master_port=$FREE_PORT train.py"
 
 UNTRIED = " --trial=False"
+NEXT = r"next: sh train\.py config/(fast_shakespeare_c(har|pu)\.py|finetune_shakespeare\.py --init_from=gpt2)$"
 MADE = r"tokens to train on, .* to validate on(.*\n)*next: sh train\.py config/fast_shakespeare_c"
 APART = " --out_dir=out-apart"  # so that it may run while another section continues the run in its own folder
 ACTIVATE = "python -m venv --without-pip .venv && {} && python -V; rm -r .venv"
@@ -88,7 +89,7 @@ RULES = [
     Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --val_fraction=0.2" + UNTRIED), MADE),
     Rule(r"^nanogpt prepare hf:", instead(r"hf:\S+", "hf:hub", UNTRIED), MADE),
     Rule(r"\bnanogpt prepare ", add(UNTRIED), MADE),
-    Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin"),
+    Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin(.*\n)*" + NEXT),
     # training; the finetuned models are tiny ones in GPT-2's vocabulary, and torchrun starts two processes
     Rule(r"--node_rank=0 .*train\.py", instead(r" train\.py", NODE, TINY), PAIR),
     Rule(r"--node_rank=1 .*train\.py", instead(r" train\.py", NODE, TINY)),
@@ -324,6 +325,33 @@ def test_the_config_in_the_readme(workplace):
     (block,) = blocks("python")
     cfg = config.load(TrainConfig, [str(workplace.place / block.split()[1])], "train.py")
     assert cfg.sources.keys() == set(re.findall(r"^(\w+) = ", block, re.M))
+
+
+def test_pictures_have_curves():
+    """Those of the configs that the demo and this page start with: some evaluations, beside that of the untrained model."""
+    demo = re.findall(r"config=(config/\w+\.py)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert len(demo) == 2
+    for path in (*demo, "config/train_shakespeare_cpu.py", "config/train_shakespeare_char.py"):
+        cfg = config.load(TrainConfig, [str(ROOT / path)], "train.py")
+        assert cfg.max_iters // cfg.eval_interval >= 5, path
+
+
+def test_the_config_in_the_readme_is_a_short_run(workplace):
+    """A minute on two cores is some 2,000 iterations of the classic model of train_shakespeare_cpu.py."""
+    (block,) = blocks("python")
+    path = workplace.place / block.split()[1]
+    mine, minute = (
+        config.load(TrainConfig, [str(p)], "train.py") for p in (path, ROOT / "config/train_shakespeare_cpu.py")
+    )
+    assert work(mine) <= work(minute)
+
+
+def work(cfg):
+    """Floating-point operations of a run: 6 a parameter and token, and a third of that where it evaluates."""
+    parameters = 12 * cfg.n_layer * cfg.n_embd**2
+    evaluated = 2 * cfg.eval_iters * cfg.batch_size * (1 + cfg.max_iters // cfg.eval_interval) / 3
+    trained = cfg.max_iters * cfg.gradient_accumulation_steps * cfg.batch_size
+    return 6 * parameters * cfg.block_size * (trained + evaluated)
 
 
 def extras():
