@@ -3,8 +3,8 @@
 # takes a minute for 1.90. benchmarks/time_to_loss.py compares them on your machine, docs/speed.md says why.
 
 out_dir = "out-shakespeare-char"
-eval_interval = 1000  # at the beginning and at the end
-eval_iters = 10  # a rough estimate; the loss at the end is exact
+eval_interval = 40  # often enough that the picture of the losses shows curves
+eval_iters = 5  # a rough estimate, or evaluating would take much of so short a time; the loss at the end is exact
 log_interval = 20
 
 dataset = "shakespeare_char"

@@ -126,7 +126,7 @@ def main(argv=None) -> int:
             raise
         print(
             f"nanogpt: the Python package {error.name} is missing from {sys.executable}: "
-            "`make install` or `pip install -e .` brings it",
+            "`make install` or `pip install -c constraints.txt -e .` brings it",
             file=sys.stderr,
         )
         return 2

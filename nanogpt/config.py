@@ -32,6 +32,11 @@ class UserError(ValueError):
         self.problems = problems
 
 
+def installs(extra):
+    """The command that installs an extra of pyproject.toml, as README.md has it: pinned, so that torch stays."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
 class RunFailed(UserError):
     """A run that cannot go on through no fault of its settings: a full disk, a sick model."""
 

@@ -80,26 +80,49 @@ def choose_context(cfg, longest):
 def from_texts(cfg, texts, found, dist):
     """The texts as a data.Dataset, its Documents, which are the texts, and what they are called.
 
-    Where the tokenizer has a token that stands before every document, it stands before them here, and so their
-    first tokens are predicted too.
+    If the tokenizer has a token that stands before every document, it stands before them here, and so their first
+    tokens are predicted too. Characters that the vocabulary lacks become its token for unknown ones, or without one
+    are left out; a line counts them.
     """
     tok, ids = found.tokenizer, []
     separator = tok.eot
-    for name, text in texts.items():
-        try:
-            encoded = tok.encode(text)
-        except ValueError as e:
-            raise UserError(flag(cfg.text, f"{name}: {e}")) from None
+    unknown = unknown_characters(texts, tok)
+    if unknown:
+        dist.say(about_unknown(unknown, sum(map(len, texts.values())), tok))
+        if tok.unknown is None:
+            texts = {name: text.translate(dict.fromkeys(map(ord, unknown))) for name, text in texts.items()}
+    for text in texts.values():
+        encoded = tok.encode(text)
         ids.append(np.array(encoded if separator is None else [separator, *encoded], dtype=np.uint32))
-        if unknown := getattr(tok, "about_unknown", lambda text: None)(text):
-            dist.say(
-                f"{name}: {unknown}; each counts as the token for unknown characters, so no bits per byte are told"
-            )
     dataset = data.Dataset.of_ids(np.concatenate(ids), tok.vocab_size, separator)
     documents = data.Documents(np.cumsum([0, *map(len, ids)]), cfg.block_size, cfg.stride)
     if not len(documents):
-        raise UserError(f"--text={cfg.text}: has but one token, and none before it to predict it from")
+        known = "is not two characters of the model's vocabulary long" if unknown else "has but one token"
+        raise UserError(f"--text={cfg.text}: {known}, so there is none to predict from another")
     return dataset, documents, list(texts)
+
+
+def unknown_characters(texts, tok):
+    """A Counter of the characters of all texts that are not in the vocabulary; only characters can be unknown."""
+    if not isinstance(tok, tokenizer.CharTokenizer):
+        return {}
+    counts = collections.Counter()
+    for text in texts.values():
+        counts.update(text)
+    return collections.Counter({c: n for c, n in counts.items() if c not in tok.ids})
+
+
+def about_unknown(unknown, characters, tok):
+    """One line about the unknown characters among so many: how many, the commonest of them, and what becomes of them."""
+    named = ", ".join(f"{c!r} (U+{ord(c):04X}): {n:,}" for c, n in unknown.most_common(3))
+    named += f", and {len(unknown) - 3:,} others" if len(unknown) > 3 else ""
+    outcome = (
+        "they are left out, and the loss and the bits per byte are those of the text without them"
+        if tok.unknown is None
+        else "each counts as the token for unknown characters, and bits per byte are not reported"
+    )
+    total = unknown.total()
+    return f"not in the model's vocabulary: {total:,} of {characters:,} characters ({total / characters:.2%}), {named}; {outcome}"
 
 
 def from_split(cfg, found):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt import data, files, legacy, memory, tokenizer
 from nanogpt.checkpoint import Checkpoint
-from nanogpt.config import GPT2_NAMES, RunFailed, UserError
+from nanogpt.config import GPT2_NAMES, RunFailed, UserError, installs
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
 
 # What a GPT-2 configuration may say, and the only value this model can follow.
@@ -103,7 +103,7 @@ def download(name):
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError:
-        raise UserError(f'{name}: downloading it takes huggingface_hub; pip install -e ".[hf]" brings it') from None
+        raise UserError(f"{name}: downloading it takes huggingface_hub; {installs('gpt2,hf')} brings it") from None
     try:
         return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
     except Exception as e:  # of many kinds: network, hub, disk

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import shutil
 import statistics
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -19,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from nanogpt import files
-from nanogpt.config import RunFailed, UserError, settings
+from nanogpt.config import RunFailed, UserError, installs, settings
 
 # Dense peak in TFLOP/s without sparsity, bfloat16 (float16 where the chip has no bfloat16), from the vendors' datasheets.
 # The first name that is part of the device's counts.
@@ -103,6 +105,35 @@ def expected_seconds(steps, flops_per_iter, peak, layers):
     return steps * max(flops_per_iter / peak * 3, layers * 1e-3)
 
 
+SILENCE = 6.0  # seconds without a line before the first iteration's, after which one says what the run is doing
+
+
+class Progress:
+    """What is being done, said when there has been no line for SILENCE seconds, then for twice as long, and so on.
+
+    A thread of its own says it, since a single batch may take minutes. `ended` is set when it is no longer needed.
+    """
+
+    def __init__(self, say):
+        self.doing, self.began, self.ended = None, time.perf_counter(), threading.Event()
+        self.said = self.began  # when the last line was printed
+        self.thread = threading.Thread(target=self._watch, args=(say,), daemon=True)
+
+    def at(self, doing):
+        """What is being done from now on, in words."""
+        self.doing = doing
+        if not self.thread.ident:
+            self.thread.start()
+
+    def _watch(self, say):
+        silence = SILENCE
+        while not self.ended.wait(max(self.said + silence - time.perf_counter(), 0)):
+            if time.perf_counter() >= self.said + silence:
+                silence *= 2
+                with suppress(OSError, ValueError):  # nobody reads: the run's own next line meets that too
+                    say(f"after {time.perf_counter() - self.began:.0f} s: {self.doing}")
+
+
 class Log:
     """Reports a run: on the main process alone, and to files only where something is trained.
 
@@ -119,6 +150,8 @@ class Log:
         self.unread = []  # steps whose numbers are still on the device
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
         self.file = self.bar = self.failure = None
+        self.progress = Progress(self.say)
+        self.iteration = state.step + 1  # the one that comes next
         if not dist.is_main or cfg.eval_only:
             return
         path = Path(cfg.out_dir) / "metrics.jsonl"
@@ -132,6 +165,7 @@ class Log:
 
     def say(self, line):
         """Print a line on the main process, above the progress bar."""
+        self.progress.said = time.perf_counter()
         if self.bar:
             tqdm.write(line)
         else:
@@ -155,6 +189,8 @@ class Log:
             numbers, done = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
             done.record()
         self.unread.append((step, lr, numbers, done))
+        self.iteration = step + 1
+        self._begins()
         if self.bar:
             self.bar.update()
         if self.dist.device.type == "cpu" and step % self.cfg.log_interval == 0:
@@ -180,6 +216,21 @@ class Log:
                 self._line(step, lr, loss, grad_norm)
             self._end_of_epoch(step)
 
+    def _begins(self):
+        self.progress.at(
+            f"iteration {self.iteration:,} of {self.cfg.max_iters:,} (--log_interval={self.cfg.log_interval})"
+        )
+
+    def batches(self, what, stop, total=None):
+        """`stop`, which an evaluation asks before each batch, and which notes how far it is; `total` batches, if known."""
+        numbers = itertools.count(1)
+
+        def counted():
+            self.progress.at(f"{what}, batch {next(numbers):,}" + (f" of {total:,} (--eval_iters)" if total else ""))
+            return stop()
+
+        return counted
+
     def _epoch(self, step):
         """How many times the training data has been read after `step` updates."""
         return (self.windows_before + step * self.per_step) / self.epoch_windows
@@ -194,6 +245,7 @@ class Log:
             )
 
     def _line(self, step, lr, loss, grad_norm):
+        self.progress.ended.set()
         now = time.perf_counter()
         seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
         self.last_step, self.seconds, self.mark = step, 0.0, now
@@ -217,6 +269,7 @@ class Log:
         self.seconds += time.perf_counter() - self.mark
         yield
         self.mark = time.perf_counter()
+        self._begins()
 
     def evaluation(self, step, losses, lr):
         """Report the estimated losses {'train': nats, 'val': nats} after `step` updates."""
@@ -259,6 +312,7 @@ class Log:
 
     def close(self):
         """Close what is open, and draw the picture of the losses."""
+        self.progress.ended.set()
         if self.bar:
             self.bar.close()
             self.bar = None
@@ -304,7 +358,7 @@ def read_metrics(path):
 def require_wandb(cfg):
     """Raise UserError where W&B is asked for and not installed."""
     if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise UserError('--wandb_log=True: wandb is not installed; pip install -e ".[wandb]" brings it')
+        raise UserError(f"--wandb_log=True: wandb is not installed; {installs('wandb')} brings it")
 
 
 def start_wandb(cfg, run_id, say):
@@ -345,7 +399,7 @@ def kept_wandb_id(out_dir):
     """The id of the W&B run that the run in `out_dir` has been logged in, or None."""
     path = Path(out_dir) / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["wandb_run_id"] if path.is_file() else None
+        found = json.loads(files.read(path))["wandb_run_id"]
         return found if re.fullmatch(r"[\w-]{1,64}", found) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -362,7 +416,7 @@ def draw_losses(out_dir):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return 'no picture of the losses: pip install -e ".[plot]" brings matplotlib'
+        return f"no picture of the losses: {installs('plot')} brings matplotlib"
     records = read_metrics(Path(out_dir) / "metrics.jsonl")
     steps = [r for r in records if r.get("loss") is not None]
     evals = [r for r in records if r.get("val_loss") is not None]

@@ -226,7 +226,7 @@ def given_tokenizer(cfg):
     kind, _ = tokenizer.named(cfg.tokenizer)
     try:
         if kind == "bpe":
-            tokenizer.import_tiktoken()
+            tokenizer.import_tiktoken("bpe")
             tokenizer.import_tokenizers()
         if kind == "folder":
             return tokenizer.from_json(tokenizer.from_folder(cfg.tokenizer))

@@ -57,7 +57,7 @@ def main(argv):
     cfg = config.load(ServeConfig, argv, "nanogpt serve")
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f'nanogpt serve needs {package}: pip install -e ".[serve]" brings it')
+            raise UserError(f"nanogpt serve needs {package}: {config.installs('serve')} brings it")
     key = read_key(cfg)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stopped)

@@ -20,7 +20,7 @@ import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nanogpt.config import UserError, nearest
+from nanogpt.config import UserError, installs, nearest
 
 BLOCK = 2**20  # bytes that are read, encoded and kept in memory at a time
 MOST_PARTS = 2**16  # of a block: rows that hold nothing take memory as well
@@ -326,7 +326,7 @@ def import_zstd(source):
         try:
             from backports import zstd
         except ImportError:
-            raise UserError(f'{source.name}: reading .zst takes pip install -e ".[data]"') from None
+            raise UserError(f"{source.name}: reading .zst takes {installs('data')}") from None
     return zstd
 
 
@@ -499,7 +499,7 @@ def parquet_rows(source, row, field, longest, folder):
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f'{source.name}: reading .parquet takes pip install -e ".[data]"') from None
+        raise UserError(f"{source.name}: reading .parquet takes {installs('data')}") from None
     with opened(source) as (stream, raw), contextlib.ExitStack() as stack:
         if source.packing:  # its end is read first, so it cannot be read while it is unpacked
             raw = stack.enter_context(tempfile.TemporaryFile(dir=folder))
@@ -549,7 +549,7 @@ def hub_rows(source, row, field):
     try:
         import datasets
     except ImportError:
-        raise UserError(f'{source.name}: reading it takes pip install -e ".[data]"') from None
+        raise UserError(f"{source.name}: reading it takes {installs('data')}") from None
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, once
     name, _, config = source.path.partition(":")
     try:

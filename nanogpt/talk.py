@@ -12,11 +12,13 @@ from nanogpt.generate import Engine, Options
 from nanogpt.tokenizer import Stream
 
 CHANGEABLE = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop", "seed")
-WELCOME = "Type how a text begins. /help says what else there is, Ctrl-C stops a text, Ctrl-D leaves."
+LEAVE = ("/quit", "/exit")
+WELCOME = "Type how a text begins. /help says what else there is, Ctrl-C stops a text, /quit or Ctrl-D leaves."
 HELP = """\
   TEXT                    the model goes on from here; \\n is a new line, // at the beginning a /
   (nothing)               it goes on where it stopped
-  /again                  another text with the same beginning"""
+  /again                  another text with the same beginning
+  /quit                   leave; /exit and Ctrl-D do too"""
 
 
 def main(argv):
@@ -29,12 +31,14 @@ def main(argv):
 
 
 def talk(cfg, model, tok):
-    """Read lines and answer each, until there are no more."""
+    """Read lines and answer each, until there are no more, or one says to leave."""
     engine = Engine(model, 1, tok.vocab_size)
     begun, ids = [], []  # the tokens of the text as it began, and as it has become
     for line in lines():
         try:
             command = line.strip() if line.startswith("/") and not line.startswith("//") else None
+            if command in LEAVE:
+                return
             if command == "/help":
                 print(help_text(cfg), file=sys.stderr)
             elif command and command != "/again":
@@ -71,7 +75,7 @@ def lines():
             print()
             return
         except KeyboardInterrupt:
-            print("\n(Ctrl-D leaves)", file=sys.stderr)
+            print("\n(/quit or Ctrl-D leaves)", file=sys.stderr)
 
 
 def prepare_readline():
@@ -80,7 +84,7 @@ def prepare_readline():
         import readline
     except ImportError:
         return
-    commands = [f"/{name} " for name in CHANGEABLE] + ["/again", "/help"]
+    commands = [f"/{name} " for name in CHANGEABLE] + ["/again", "/help", *LEAVE]
     readline.set_completer_delims("")
     readline.set_completer(lambda text, i: [*(c for c in commands if text and c.startswith(text)), None][i])
     readline.parse_and_bind("tab: complete")
@@ -99,7 +103,7 @@ def change(cfg, command):
     matching = [name for name in CHANGEABLE if name == typed or (typed and name.startswith(typed))]
     name = typed if typed in matching else matching[0] if len(matching) == 1 else None
     if name is None:
-        near = config.nearest(f"/{typed}", [f"/{name}" for name in (*CHANGEABLE, "again", "help")])
+        near = config.nearest(f"/{typed}", [*(f"/{name}" for name in (*CHANGEABLE, "again", "help")), *LEAVE])
         raise UserError(f"/{typed}: there is no such command{near or '; /help lists them'}")
     if value or name == "stop":
         config.change(cfg, name, value)

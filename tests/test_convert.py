@@ -1,9 +1,12 @@
 """`nanogpt export` as a person uses it."""
 
+import sys
+
 import pytest
+import torch
 from conftest import SMALL
 
-from nanogpt import convert, sample, train
+from nanogpt import convert, export, sample, train
 from nanogpt.config import RunFailed, UserError
 
 
@@ -41,18 +44,38 @@ def test_what_was_exported_writes_the_same_text(trained, capsys):
 
 
 def test_a_difference_is_an_error(trained, monkeypatch):
-    monkeypatch.setattr(convert, "compare", lambda *args: (0.1, 10.0))
+    monkeypatch.setattr(convert, "compare", lambda *args: ("transformers", 0.1, 10.0))
     with pytest.raises(RunFailed, match="do not use it"):
         convert.main(["--to=hf"])
 
 
-def test_without_transformers_it_says_that_nothing_was_compared(trained, monkeypatch, capsys):
-    def missing(*args):
-        raise ModuleNotFoundError("transformers")
-
-    monkeypatch.setattr(convert, "compare", missing)
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_without_transformers_it_compares_with_what_we_read_ourselves(tiny, monkeypatch, capsys, architecture):
+    monkeypatch.chdir(tiny.parent.parent)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    train.main([*SMALL, f"--architecture={architecture}"])
+    capsys.readouterr()
     convert.main(["--to=hf"])
-    assert "compared with nothing" in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()[2]
+    assert said.startswith("largest logit difference to our own reader (transformers is not installed): ")
+    assert float(said.split(": ")[1].split(";")[0]) < 1e-4
+
+
+def test_a_difference_to_what_we_read_ourselves_is_an_error(trained, monkeypatch):
+    """And what was written is what is compared, not the model that is in memory."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    real = export.to_hugging_face
+
+    def with_a_slip(model, tok, folder):
+        with torch.no_grad():
+            model.transformer.h[0].mlp.c_fc.weight.mul_(2)
+            done = real(model, tok, folder)
+            model.transformer.h[0].mlp.c_fc.weight.div_(2)
+        return done
+
+    monkeypatch.setattr(export, "to_hugging_face", with_a_slip)
+    with pytest.raises(RunFailed, match="our own reader .* computes something else from it; do not use it"):
+        convert.main(["--to=hf"])
 
 
 @pytest.mark.parametrize(

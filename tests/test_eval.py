@@ -276,7 +276,7 @@ def test_a_tokenizer_that_is_larger_than_the_models_vocabulary_is_refused(traine
         (["--text=ba*.txt"], r"^--text=ba\*.txt: bad.txt: is not UTF-8 in 1 place, at byte 3 \(0xff\); --encoding="),
         (["--text=bad.jsonl"], "^--text=bad.jsonl:1: has no field 'text', but txt; did you mean txt\\?$"),
         (["--text=one.txt"], "has but one token"),
-        (["--text=other.txt"], r"^--text=other.txt: not in the tokenizer's vocabulary: 'M' \(U\+004D\), 'ß'"),
+        (["--text=other.txt"], r"^--text=other.txt: is not two characters of the model's vocabulary long"),
         (["--text=good.txt", "--dataset=tiny"], "either a text or a dataset"),
         (["--text=good.txt", "--stride=17"], "--stride=17: longer than the 16 tokens of the model's context"),
         (["--text=good.txt", "--block_size=17"], "--block_size=17: longer than the 16 tokens"),
@@ -290,7 +290,7 @@ def test_a_tokenizer_that_is_larger_than_the_models_vocabulary_is_refused(traine
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(trained_run, args, expected):
-    texts = dict(good=b"The cat", empty=b"", bad=b"The\xff", one=b"T", other="Maß é".encode(), mark=b"\xef\xbb\xbf")
+    texts = dict(good=b"The cat", empty=b"", bad=b"The\xff", one=b"T", other="Mß é".encode(), mark=b"\xef\xbb\xbf")
     for name, content in texts.items():
         Path(f"{name}.txt").write_bytes(content)
     Path("bad.jsonl").write_text('{"txt": "The"}\n')
@@ -337,3 +337,27 @@ def test_no_bits_per_byte_where_a_token_stands_for_any_character(trained_run, ev
     ((*_, known),) = evaluate("--text=known.txt").values()
     ((*_, unknown),) = evaluate("--text=unknown.txt").values()
     assert known > 0 and unknown is None
+    program.main(["--device=cpu", "--text=unknown.txt"])
+    (said,) = re.findall("^not in the model's vocabulary: .*$", capsys.readouterr().err, re.M)
+    assert said.startswith("not in the model's vocabulary: 20 of 120 characters (16.67%), '猫' (U+732B): 20; ")
+    assert said.endswith("each counts as the token for unknown characters, and bits per byte are not reported")
+
+
+def test_unknown_characters_are_counted_and_left_out(evaluate, capsys):
+    """A vocabulary without a token for them, as that of data/shakespeare_char, ends nothing."""
+    known = tiny_text(3, seed=9)
+    Path("a.txt").write_text(known)
+    Path("b.txt").write_text("“" + known.replace(".", "é.") + "猫”")
+    Path("c.txt").write_text("猫" * 9)
+    expected = evaluate("--text=a.txt")["a.txt"]
+    assert evaluate("--text=b.txt")["b.txt"] == pytest.approx(expected, abs=1e-4)
+    found = evaluate("--text=*.txt", "--per_document=True")
+    assert list(found) == ["a.txt", "b.txt", "all 3 documents"]
+    assert found["b.txt"] == pytest.approx(expected, abs=1e-4)
+    program.main(["--device=cpu", "--text=*.txt"])
+    (said,) = re.findall("^not in the model's vocabulary: .*$", capsys.readouterr().err, re.M)
+    total = 2 * len(known) + 15
+    assert said.startswith(
+        f"not in the model's vocabulary: 15 of {total} characters ({15 / total:.2%}), "
+        "'猫' (U+732B): 10, 'é' (U+00E9): 3, '“' (U+201C): 1, and 1 others; they are left out, "
+    )

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -333,3 +334,25 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(make_log, dist, monkeypatch)
 def test_what_a_crash_left_behind_the_last_line_is_left_out(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 1.0}\n\0\0\xff')
     assert metrics.read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
+# What a run says before its first iteration is done
+
+
+def impatient():
+    metrics.SILENCE = 0.05
+
+
+def test_a_run_that_takes_long_says_so_and_what_it_is_doing(start):
+    """Before the first iteration's line, which comes after minutes, and whatever log_interval is."""
+    slow = ["--batch_size=1", "--block_size=1", "--eval_iters=3000", "--gradient_accumulation_steps=100000"]
+    door = start(*slow, "--max_iters=100", "--log_interval=50", before=impatient)
+    door.wait_for(r"^after \d+ s: evaluating at step 0, batch [\d,]+ of 6,000 \(--eval_iters\)$")
+    door.wait_for(r"^after \d+ s: iteration 1 of 100 \(--log_interval=50\)$")
+    (said,) = re.findall(r"^time: .*$", door.printed, re.M)
+    assert re.match(r"time: about [\d.,]+ hours for 100 iterations, by a rough estimate; smaller --max_iters, ", said)
+    assert said.endswith("; sh train.py config/fast_shakespeare_cpu.py --dataset=tiny takes seconds")
+
+
+def test_a_short_run_has_nothing_to_say_about_time(run):
+    assert "time: " not in run("--max_iters=2")

@@ -42,6 +42,7 @@ WRITE = " --num_samples=2 --max_new_tokens=8 --device=cpu"
 NODE = " --nproc_per_node=1 --master_addr=127.0.0.1 --master_port=$FREE_PORT train.py"
 
 UNTRIED = " --trial=False"
+NEXT = r"next: sh train\.py config/(fast_shakespeare_c(har|pu)\.py|finetune_shakespeare\.py --init_from=gpt2)$"
 MADE = r"tokens to train on, .* to validate on(.*\n)*next: sh train\.py config/fast_shakespeare_c"
 APART = " --out_dir=out-apart"  # so that it may run while another section continues the run in its own folder
 ACTIVATE = "python -m venv --without-pip .venv && {} && python -V; rm -r .venv"
@@ -88,7 +89,7 @@ RULES = [
     Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --val_fraction=0.2" + UNTRIED), MADE),
     Rule(r"^nanogpt prepare hf:", instead(r"hf:\S+", "hf:hub", UNTRIED), MADE),
     Rule(r"\bnanogpt prepare ", add(UNTRIED), MADE),
-    Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin"),
+    Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin(.*\n)*" + NEXT),
     # training; the finetuned models are tiny ones in GPT-2's vocabulary, and torchrun starts two processes
     Rule(r"--node_rank=0 .*train\.py", instead(r" train\.py", NODE, TINY), PAIR),
     Rule(r"--node_rank=1 .*train\.py", instead(r" train\.py", NODE, TINY)),
@@ -327,10 +328,58 @@ def test_the_config_in_the_readme(workplace):
     assert cfg.sources.keys() == set(re.findall(r"^(\w+) = ", block, re.M))
 
 
-def test_extras():
-    """`pip install '.[a,b]'` names extras that pyproject.toml has."""
+def test_pictures_have_curves():
+    """Those of the configs that the demo and this page start with: some evaluations, beside that of the untrained model."""
+    demo = re.findall(r"config=(config/\w+\.py)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert len(demo) == 2
+    for path in (*demo, "config/train_shakespeare_cpu.py", "config/train_shakespeare_char.py"):
+        cfg = config.load(TrainConfig, [str(ROOT / path)], "train.py")
+        assert cfg.max_iters // cfg.eval_interval >= 5, path
+
+
+def test_the_config_in_the_readme_is_a_short_run(workplace):
+    """A minute on two cores is some 2,000 iterations of the classic model of train_shakespeare_cpu.py."""
+    (block,) = blocks("python")
+    path = workplace.place / block.split()[1]
+    mine, minute = (
+        config.load(TrainConfig, [str(p)], "train.py") for p in (path, ROOT / "config/train_shakespeare_cpu.py")
+    )
+    assert work(mine) <= work(minute)
+
+
+def work(cfg):
+    """Floating-point operations of a run: 6 a parameter and token, and a third of that where it evaluates."""
+    parameters = 12 * cfg.n_layer * cfg.n_embd**2
+    evaluated = 2 * cfg.eval_iters * cfg.batch_size * (1 + cfg.max_iters // cfg.eval_interval) / 3
+    trained = cfg.max_iters * cfg.gradient_accumulation_steps * cfg.batch_size
+    return 6 * parameters * cfg.block_size * (trained + evaluated)
+
+
+def extras():
+    """{extra: what it lists} of pyproject.toml."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    table = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)
-    extras = set(re.findall(r"^(\w+) = \[", table[1], re.M))
-    named = {extra for group in re.findall(r"\.\[([\w,]+)\]'", README) for extra in group.split(",")}
-    assert named and named <= extras
+    table = re.search(r"^\[project.optional-dependencies\]$(.*?)^\[", project, re.M | re.S)[1]
+    _, *parts = re.split(r"^(\w+) = ", table, flags=re.M)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def brought_by(extra):
+    """An extra and those it includes."""
+    included = [name for group in re.findall(r"nanogpt\[([\w,]+)\]", extras()[extra]) for name in group.split(",")]
+    return {extra}.union(*map(brought_by, included))
+
+
+def test_extras():
+    """What README.md and the messages install exists, and they name it alike."""
+    named = set(re.findall(r"\.\[([\w,]+)\]", README))
+    assert named and {extra for group in named for extra in group.split(",")} <= extras().keys()
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "nanogpt").glob("*.py")}
+    told = {group for text in sources.values() for group in re.findall(r"installs\(['\"]([\w,]+)['\"]\)", text)}
+    assert told and told <= named, f"README.md does not name {told - named}"
+    elsewhere = [name for name, text in sources.items() if re.search(r"pip install(?! -c constraints\.txt)", text)]
+    assert not elsewhere, f"these spell out what config.installs knows: {elsewhere}"
+
+
+def test_the_demo_brings_what_the_readme_needs():
+    """All extras but W&B, which nothing needs unless it is asked for, and the tests' own references."""
+    assert brought_by("demo") == extras().keys() - {"wandb", "test"}

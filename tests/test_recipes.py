@@ -186,7 +186,7 @@ def test_mistyped_flags(prepare, tmp_path, script):
 def test_without_tiktoken(prepare, tmp_path, text, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     result = prepare(BPE, f"--input={text}", f"--out={tmp_path / 'out'}")
-    assert fails(result, 'pip install -e ".[gpt2]"')
+    assert fails(result, "pip install -c constraints.txt -e '.[gpt2]'")
     assert not (tmp_path / "out").exists()
 
 

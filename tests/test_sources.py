@@ -565,4 +565,5 @@ def test_a_missing_package_says_what_brings_it(name, package, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     if not name.startswith("hf:"):
         write(name, "x")
-    assert refused(name) == [f'{name}: reading {"it" if "hf" in name else ".parquet"} takes pip install -e ".[data]"']
+    what = "it" if "hf" in name else ".parquet"
+    assert refused(name) == [f"{name}: reading {what} takes pip install -c constraints.txt -e '.[data]'"]

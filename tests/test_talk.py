@@ -149,6 +149,15 @@ def test_tab_completes_a_command(terminal):
     t.until("temperature = 0.5\n> $")
 
 
+@pytest.mark.parametrize("word", ["/quit", "/exit "])
+def test_a_word_leaves_too(terminal, word):
+    t = terminal()
+    t.type("/help\r")
+    assert "/quit" in t.until("/seed.*\n> $")
+    t.type(f"{word}\r")
+    assert t.end() == 0
+
+
 # In a pipe
 
 
@@ -162,6 +171,12 @@ def test_lines_from_a_pipe_are_answered(trained):
     text, said, code = talk(b"The cat\nThe dog\n")
     assert (len(text), said, code) == (2 * 31, "", 0)
     assert text[30] == text[61] == "\n"
+
+
+def test_nothing_after_the_word_that_leaves_is_answered(trained):
+    text, said, code = talk(b"The cat\n/quit\nThe dog\n")
+    assert (len(text), said, code) == (31, "", 0)
+    assert talk(b"/quti\n")[1] == "error: /quti: there is no such command; did you mean /quit?\n"
 
 
 def test_each_text_has_the_next_seed_and_settings_count(trained):

