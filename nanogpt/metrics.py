@@ -301,10 +301,17 @@ def require_wandb(cfg):
 
 
 def start_wandb(cfg):
-    """A W&B run; WANDB_MODE=offline keeps it on this machine."""
+    """A W&B run in `out_dir`, or where the user's WANDB_DIR says; WANDB_MODE=offline keeps it on this machine."""
     import wandb
 
-    return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings(cfg), dir=cfg.out_dir)
+    # Not as an argument: what is installed under that name may know none, such as trackio.
+    theirs = os.environ.get("WANDB_DIR")
+    os.environ["WANDB_DIR"] = theirs or str(cfg.out_dir)
+    try:
+        return wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings(cfg))
+    finally:
+        if theirs is None:
+            del os.environ["WANDB_DIR"]
 
 
 def draw_losses(out_dir):

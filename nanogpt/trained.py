@@ -17,6 +17,7 @@ class Trained:
     tokenizer: object
     tokenizer_json: dict
     settings: dict  # of the run that trained it; none of GPT-2's
+    checkpoint: checkpoint.Checkpoint | None = None  # that it was read from, if it was a run's
 
 
 def load(cfg, dist):
@@ -33,7 +34,8 @@ def load(cfg, dist):
             f"--{'out_dir' if cfg.init_from == 'resume' else 'init_from'}={folder}: holds no checkpoint{hint}"
         )
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
-    return Trained(checkpoint.load_model(found), open_tokenizer(found.tokenizer), found.tokenizer, found.settings)
+    tok = open_tokenizer(found.tokenizer)
+    return Trained(checkpoint.load_model(found), tok, found.tokenizer, found.settings, found)
 
 
 def known(text, tok):
