@@ -17,7 +17,7 @@ class Trained:
     tokenizer: object
     tokenizer_json: dict
     settings: dict  # of the run that trained it; none of GPT-2's
-    checkpoint: checkpoint.Checkpoint | None = None  # that it was read from, if it was a run's
+    checkpoint: object = None  # the checkpoint.Checkpoint that it was read from; none of GPT-2's
 
 
 def load(cfg, dist):

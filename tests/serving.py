@@ -103,6 +103,12 @@ class Served:
         sock.sendall(head.encode() + b"\r\n\r\n" + raw)
         return sock
 
+    def exchange(self, raw, timeout=60):
+        """All that comes back for these bytes until the connection is closed."""
+        with socket.create_connection((self.host, self.port), timeout=timeout) as sock:
+            sock.sendall(raw)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
     def close(self):
         self.door.process.kill()
         self.door.process.join()

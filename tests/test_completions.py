@@ -127,7 +127,10 @@ def test_what_cannot_be_is_named(field, value, why):
     "asked, why",
     [
         (dict(prompt=["a"] * 11, n=2), "prompt: expected 1 to 20 texts in a request, not 11 prompts x n 2"),
-        (dict(max_tokens=5, max_completion_tokens=6), "max_completion_tokens: max_tokens and max_completion_tokens differ"),
+        (
+            dict(max_tokens=5, max_completion_tokens=6),
+            "max_completion_tokens: max_tokens and max_completion_tokens differ",
+        ),
         (dict(echo=True, logprobs=0), "echo: is not supported together with logprobs"),
         (dict(stream=True, stream_options=dict(include_usage=1)), "stream_options: expected {"),
         (dict(stream=True, stream_options=[]), "stream_options: expected {"),
@@ -164,7 +167,14 @@ def test_neutral_values_of_what_is_not_supported_are_taken():
     ask(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, suffix="", best_of=1, user="somebody")
     ask(n=3, best_of=3)
     ask(repetition_penalty=1.0, ignore_eos=False, stop_token_ids=[], skip_special_tokens=True, add_special_tokens=False)
-    ask(cache_prompt=True, metadata={"a": "b"}, store=False, service_tier="auto", response_format={"type": "text"}, tools=[])
+    ask(
+        cache_prompt=True,
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        response_format={"type": "text"},
+        tools=[],
+    )
 
 
 def test_both_names_of_the_length_mean_the_same():
