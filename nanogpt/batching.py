@@ -1,18 +1,24 @@
 """Many requests, one model: a thread that continues all texts together, token by token.
 
     handlers (asyncio)                 the thread
-    Batcher.submit(jobs)    ->         they wait for free rows; their prompts are read piece by piece
+    Batcher.submit(jobs)    ->         their texts wait for places; prompts are read piece by piece
     Outbox.take()           <-         after each step, what the step has added to each text
 
 A text joins the batch and leaves it between steps, whatever the others do. Knows no HTTP.
+
+Places are shared like this. Half of them belong to whoever came first: the first unfinished text of each request in the
+order of arrival, then the second of each, and so on. The other half belong to the texts with the fewest tokens left to
+write. A text that loses its place is parked, with its part of the KV cache, and goes on later exactly as it would have;
+so that texts do not change places for nothing, one loses its place only to a text with less than half as much left.
+A short request therefore never waits for long ones to end, and a long one always advances.
 """
 
 import asyncio
 import threading
 import time
 import traceback
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -86,14 +92,21 @@ class Job:
     cancelled: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Writing:
-    """A text in the batch."""
+    """A text, before and while it is written."""
 
     job: Job
     index: int
+    arrival: int  # of its request
     stream: Stream
+    row: object = None  # generate.Row, once it has begun
     shown: int = 0  # characters
+
+    @property
+    def left(self):
+        """How many tokens it may still write."""
+        return self.job.options.max_new_tokens - (self.row.new if self.row else 0)
 
 
 @dataclass
@@ -116,7 +129,7 @@ class Failed(Exception):
 
 @dataclass(eq=False)
 class Batcher:
-    """The thread and its batch. Jobs wait for their turn, first come, first served."""
+    """The thread and its batch."""
 
     make_engine: object  # a function that returns a generate.Engine
     tok: object
@@ -124,8 +137,10 @@ class Batcher:
     figures: Figures = field(default_factory=Figures)
 
     def __post_init__(self):
-        self.waiting, self.running = deque(), {}  # Jobs; {generate.Row: Writing}
-        self.condition = threading.Condition()  # for `waiting` and `stopping`
+        self.waiting, self.running = [], {}  # Writings, new and parked; {generate.Row: Writing}
+        self.condition = threading.Condition()  # for `waiting`, `arrivals`, `changed` and `stopping`
+        self.arrivals = 0  # requests so far
+        self.changed = False  # whether somebody came or left, and the places are to be shared anew
         self.stopping = False
         self.engine = self.make_engine()
         self.thread = threading.Thread(target=self._run, name="batch", daemon=True)
@@ -138,16 +153,17 @@ class Batcher:
         with self.condition:
             if self.stopping:
                 raise Stopping
-            self.waiting.extend(jobs)
+            self.arrivals, self.changed = self.arrivals + 1, True
+            for job in jobs:
+                self.waiting += [Writing(job, i, self.arrivals, Stream(self.tok, job.stops)) for i in job.indices]
             self.condition.notify()
 
     def cancel(self, jobs):
-        """Leave the jobs as they are; their rows are free after the step that is under way."""
+        """Leave the jobs as they are; their places are free after the step that is under way."""
         with self.condition:
             for job in jobs:
                 job.cancelled = True
-                if job in self.waiting:
-                    self.waiting.remove(job)
+            self.waiting = [writing for writing in self.waiting if not writing.job.cancelled]
 
     def stop(self):
         """End all texts, and the thread."""
@@ -173,12 +189,13 @@ class Batcher:
             self._end_all()
 
     def _advance(self):
-        """Let go who is gone, let in who is next, and give every text a token."""
+        """Let go who is gone, share the places, and give every text a token."""
         for row in [row for row, writing in self.running.items() if writing.job.cancelled]:
             self.engine.remove(row)
             del self.running[row]
-        while job := self._next():
-            self._begin(job)  # which costs nothing yet: the engine reads a piece of the prompts in each step
+            self.changed = True
+        if self.changed and self.waiting:
+            self._share()
         if self.running:
             self._step()
 
@@ -189,22 +206,46 @@ class Batcher:
                 self.condition.wait()
             return not self.stopping
 
-    def _next(self):
-        """The job that has waited longest, if there is room for all its texts."""
+    def _share(self):
+        """Give each place to the text that is to have it, as the top of this file says."""
+        capacity, half = self.engine.capacity, self.engine.capacity // 2
         with self.condition:
-            if self.waiting and len(self.waiting[0].indices) <= self.engine.free:
-                return self.waiting.popleft()
+            self.changed = False
+            running, waiting = set(self.running.values()), list(self.waiting)
+            ranks, seen = {}, Counter()  # {text: how many of its request come before it}
+            for writing in sorted([*running, *waiting], key=lambda w: (w.arrival, w.index)):
+                ranks[writing] = seen[writing.arrival]
+                seen[writing.arrival] += 1
+            by_turn = sorted(ranks, key=ranks.get)
+            by_length = sorted(by_turn[half:], key=lambda w: w.left / 2 if w in running else w.left)
+            chosen = {*by_turn[:half], *by_length[: capacity - half]}
+            for writing in running - chosen:
+                self.engine.park(writing.row)
+                del self.running[writing.row]
+                self.waiting.append(writing)
+            together = {}  # texts of one job that begin now share the reading of its prompt
+            for writing in waiting:
+                if writing in chosen:
+                    together.setdefault(writing.row or writing.job, []).append(writing)
+            for writings in together.values():
+                self._enter(writings)
 
-    def _begin(self, job):
-        """Take a job's texts into the batch."""
+    def _enter(self, writings):
+        """Take a parked text into the batch, or new ones of one job."""
+        self.waiting = [writing for writing in self.waiting if writing not in writings]
+        first, job = writings[0], writings[0].job
         try:
-            rows = self.engine.add(job.ids, job.options, len(job.indices))
+            if first.row:
+                self.engine.resume(first.row)
+            else:
+                options = replace(job.options, seed=job.options.seed + first.index - job.indices[0])
+                for writing, row in zip(writings, self.engine.add(job.ids, options, len(writings)), strict=True):
+                    writing.row = row
+                self.figures.prompt_tokens += len(job.ids)
         except Exception:
             job.outbox.put(Failed())
             raise
-        for row, index in zip(rows, job.indices, strict=True):
-            self.running[row] = Writing(job, index, Stream(self.tok, job.stops))
-        self.figures.prompt_tokens += len(job.ids)
+        self.running |= {writing.row: writing for writing in writings}
 
     def _step(self):
         """A token for every text whose prompt has been read."""
@@ -230,19 +271,20 @@ class Batcher:
         writing.shown += len(text)
         if finish:
             del self.running[row]
+            self.changed = True
         writing.job.outbox.put(Part(writing.index, text, token, start, finish))
 
     def _end_running(self, error):
         """Tell those whose texts are in the batch that they are lost."""
         outboxes = {writing.job.outbox for writing in self.running.values()}
-        self.running = {}
+        self.running, self.changed = {}, True
         for outbox in outboxes:
             outbox.put(error)
 
     def _end_all(self):
         """The thread ends: tell everybody, those who wait too."""
         with self.condition:
-            self.stopping, waiting, self.waiting = True, self.waiting, deque()
+            self.stopping, waiting, self.waiting = True, self.waiting, []
         self._end_running(Stopping())
-        for job in waiting:
-            job.outbox.put(Stopping())
+        for outbox in {writing.job.outbox for writing in waiting}:
+            outbox.put(Stopping())

@@ -14,6 +14,7 @@ from nanogpt.config import convert, nearest, setting
 MAX_LOGPROBS = 20  # alternatives reported for each token
 LEAST_LOGPROB = -9999.0  # reported for minus infinity, which JSON does not have
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256
+MAX_TEXTS = 20  # of a request's prompts together, unless max_n is more
 TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
 
 
@@ -49,10 +50,6 @@ class Ask:
     echo: bool = setting(False, "the prompt before the text")
     stream: bool = setting(False, "the text as it is made")
     best_of: int = setting(None, "only for the sake of clients that send it", int, low=1)
-    frequency_penalty: float = setting(0.0, "likewise", low=-2.0, high=2.0)
-    presence_penalty: float = setting(0.0, "likewise", low=-2.0, high=2.0)
-    suffix: str = setting("", "likewise")
-    user: str = setting("", "likewise")
     # of shapes of their own
     prompts: list = field(default_factory=list)  # each a str, or a list of token ids
     stop: list = field(default_factory=list)
@@ -60,23 +57,47 @@ class Ask:
 
 
 SCALARS = {f.name: f.metadata for f in fields(Ask) if f.metadata}
-OTHERS = ("prompt", "stop", "stream_options", "logit_bias")
+OTHERS = ("prompt", "stop", "stream_options", "max_completion_tokens")
+NEUTRAL = {  # what clients of OpenAI and of other servers send, and with which values it changes nothing
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "skip_special_tokens": (True,),
+    "add_special_tokens": (True, False),  # no prompt gets any
+    "cache_prompt": (True, False),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "metadata": dict,  # any
+    "user": str,
+}
 
 
 def read_ask(body, cfg):
     """The Ask in a request's body (bytes), within the limits of `cfg`. Raises ApiError that names every problem."""
     given = {name: value for name, value in read_json(body).items() if value is not None}
     problems, values = [], {}
-    limits = {"max_tokens": cfg.max_tokens, "n": min(cfg.max_n, cfg.max_batch)}
+    limits = {"max_tokens": cfg.max_tokens, "n": cfg.max_n}
     for name, value in given.items():
-        if name in SCALARS:
-            meta = SCALARS[name] | ({"high": limits[name]} if name in limits else {})
+        ours = "max_tokens" if name == "max_completion_tokens" else name
+        if ours in SCALARS:
+            meta = SCALARS[ours] | ({"high": limits[ours]} if ours in limits else {})
             try:
-                values[name] = convert(value, meta)
+                converted = convert(value, meta)
+                if values.setdefault(ours, converted) != converted:
+                    problems.append((name, "max_tokens and max_completion_tokens differ"))
             except ValueError as e:
                 problems.append((name, f"expected {e}, not {shown(value)}"))
+        elif name in NEUTRAL:
+            problems += [(name, why) for why in neutral_problem(value, NEUTRAL[name])]
         elif name not in OTHERS:
-            problems.append((shown(name), f"there is no such field{nearest(name[:80], [*SCALARS, *OTHERS])}"))
+            known = [*SCALARS, *OTHERS, *NEUTRAL]
+            problems.append((shown(name), f"there is no such field{nearest(name[:80], known)}"))
     ask = Ask(**values)
     problems += other_problems(ask)
     for name, read in (("prompt", read_prompts), ("stop", read_stops), ("stream_options", read_stream_options)):
@@ -84,8 +105,6 @@ def read_ask(body, cfg):
             read(ask, given.get(name), cfg)
         except ValueError as e:
             problems.append((name, str(e)))
-    if given.get("logit_bias"):
-        problems.append(("logit_bias", "is not supported"))
     if problems:
         raise ApiError(400, "; ".join(f"{name}: {why}" for name, why in problems), param=problems[0][0])
     return ask
@@ -94,7 +113,7 @@ def read_ask(body, cfg):
 def read_json(body):
     """The JSON object in these bytes. Raises ApiError where there is none."""
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=refuse)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=refuse)  # some editors write a byte order mark
     except (ValueError, RecursionError) as e:
         why = "nested too deeply" if isinstance(e, RecursionError) else str(e)[:200]
         raise ApiError(400, f"the body is not JSON: {why}") from None
@@ -108,13 +127,19 @@ def refuse(constant):
     raise ValueError(f"{constant} is no number")
 
 
+def neutral_problem(value, neutral):
+    """Why a value is not among those that change nothing (or not of that type): one line, or none."""
+    if isinstance(neutral, type):
+        if not isinstance(value, neutral):
+            yield f"expected {'an object' if neutral is dict else 'text'}, not {shown(value)}"
+    elif not any(value == v and (isinstance(value, bool) == isinstance(v, bool)) for v in neutral):
+        yield f"is not supported, except with {' or '.join(map(shown, neutral))}"
+
+
 def other_problems(ask):
     """(field, what is wrong) for what convert cannot see: what this server does not do."""
     if ask.best_of not in (None, 1, ask.n):
         yield "best_of", "is not supported, but for the value of n"
-    for name in ("frequency_penalty", "presence_penalty", "suffix"):
-        if getattr(ask, name):
-            yield name, "is not supported"
     if ask.echo and ask.logprobs is not None:
         yield "echo", "is not supported together with logprobs"
 
@@ -127,8 +152,9 @@ def read_prompts(ask, prompt, cfg):
     ask.prompts = [prompt] if one else prompt
     if not isinstance(ask.prompts, list):
         raise ValueError(f"expected text, a list of token ids, or a list of such, not {shown(prompt)}")
-    if not 0 < len(ask.prompts) * ask.n <= cfg.max_n:
-        raise ValueError(f"expected 1 to {cfg.max_n} texts in a request, not {len(ask.prompts)} prompts x n {ask.n}")
+    most = max(MAX_TEXTS, cfg.max_n)
+    if not 0 < len(ask.prompts) * ask.n <= most:
+        raise ValueError(f"expected 1 to {most} texts in a request, not {len(ask.prompts)} prompts x n {ask.n}")
     for p in ask.prompts:
         if isinstance(p, str):
             check_unicode(p)

@@ -106,6 +106,7 @@ class Row:
     length: int = 0  # tokens that are
     leader: "Row | None" = None  # the row that encodes the prompt for this one too
     new: int = 0  # tokens written
+    parked: tuple = ()  # its keys and values, while it has no place
 
     @property
     def writes(self):
@@ -176,6 +177,22 @@ class Engine:
             self.cache.copy(last.index, row.index, min(last.length, self.context))
             self.rows[row.index], last.index = last, row.index
         row.index = -1
+
+    def park(self, row):
+        """Take a text out of the batch, in whatever state it is, to be gone on with by `resume`."""
+        if row.leader:  # nothing of its prompt is encoded yet
+            row.leader, row.pending = None, row.ids[-self.context :]
+        row.parked = self.cache.take(row.index, min(row.length, self.context))
+        self.remove(row)
+
+    def resume(self, row):
+        """Give a parked text a place again: it goes on as if it had never left. Raises ValueError where there is none."""
+        if not self.free:
+            raise ValueError("there is no room for a parked row")
+        row.index = len(self.rows)
+        self.rows.append(row)
+        self.cache.put(row.index, row.parked)
+        row.parked = ()
 
     @torch.inference_mode()
     def step(self):
@@ -287,6 +304,15 @@ class KVCache:
         """Copy the first `length` tokens of row `source` to row `target`."""
         for kept in (self.keys, self.values):
             kept[:, target, :length] = kept[:, source, :length]
+
+    def take(self, row, length):
+        """A copy of the beginning of a row: keys and values."""
+        return tuple(kept[:, row, :length].clone() for kept in (self.keys, self.values))
+
+    def put(self, row, taken):
+        """Make what `take` has returned the beginning of a row."""
+        for kept, values in zip((self.keys, self.values), taken, strict=True):
+            kept[:, row, : values.shape[1]] = values
 
 
 class KVCacheView:

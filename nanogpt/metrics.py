@@ -364,20 +364,21 @@ def require_wandb(cfg):
 def start_wandb(cfg, run_id, say):
     """A W&B run: the one with this id, or, without an id, a new one. WANDB_MODE=offline keeps it on this machine.
 
-    Raises UserError if W&B cannot start, after at most half a minute or WANDB_INIT_TIMEOUT, and leaves nothing behind;
+    It is written to `out_dir`, unless WANDB_DIR names another folder. What is installed by the name of wandb may be a
+    stand-in, such as trackio, which takes the folder from the environment alone. Raises UserError if W&B cannot start, after at most half a minute or WANDB_INIT_TIMEOUT, and leaves nothing behind;
     OSError if `out_dir` cannot be made.
     """
     os.environ.setdefault("WANDB_SILENT", "true")  # it would print a page, and ask for a login at a terminal
-    folder = Path(cfg.out_dir) / "wandb"
+    folder = Path(os.environ.setdefault("WANDB_DIR", str(cfg.out_dir))) / "wandb"
     missing, there = [p for p in (folder, *folder.parents) if not p.exists()], set(folder.glob("*"))
     folder.parent.mkdir(parents=True, exist_ok=True)  # if it is missing, W&B writes elsewhere
     try:
         import wandb
 
         own = {}
-        if hasattr(wandb, "Settings"):  # a stand-in may not know these
+        if hasattr(wandb, "Settings"):  # a stand-in has none
             timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", 30))
-            own = dict(dir=cfg.out_dir, settings=wandb.Settings(init_timeout=timeout, symlink=False))
+            own = dict(settings=wandb.Settings(init_timeout=timeout, symlink=False))
         if run_id and "WANDB_RUN_ID" not in os.environ:
             own |= dict(id=run_id, resume="allow")
         run = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings(cfg), **own)
@@ -391,7 +392,10 @@ def start_wandb(cfg, run_id, say):
             f"--wandb_log=True: Weights & Biases cannot start ({one_line(e)}); WANDB_MODE=offline keeps its log on this "
             "machine, --wandb_log=False goes without"
         ) from None
-    say(f"W&B: offline; wandb sync {Path(run.dir).parent} sends the log" if run.offline else f"W&B: {run.url}")
+    if getattr(run, "offline", False):
+        say(f"W&B: offline; wandb sync {Path(run.dir).parent} sends the log")
+    elif hasattr(run, "url"):
+        say(f"W&B: {run.url}")
     return run
 
 

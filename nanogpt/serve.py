@@ -20,7 +20,7 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from math import isfinite
 from pathlib import Path
 
@@ -41,6 +41,8 @@ GONE = 499  # counted where the client went away before an answer, as nginx does
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 STOPPING = "the server is stopping"
 
+SPARE_CONNECTIONS = 1000  # that may be open beside those of the requests that are being answered
+SPARE_FILES = 16  # that can be opened when there are as many connections as there may be
 CHUNK = 128  # tokens of prompts that are read in one step, at most: the other texts wait that long for their next token
 
 # Seconds.
@@ -49,6 +51,7 @@ BODY_TIME = 10  # for a request's body to arrive
 IDLE_TIME = 15  # for a connection without a request
 STALL_TIME = 10  # for a client to read the last of its answer
 GRACE_TIME = 5  # for the texts that are being written when the server is to end
+REMIND_TIME = 60  # between two lines about too many connections
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # of the histograms
 
 
@@ -91,7 +94,7 @@ def listen(cfg):
     where = f"--host={cfg.host}"
     try:
         family, kind, _, _, address = socket.getaddrinfo(cfg.host or None, cfg.port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)
+        return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, UnicodeError) as e:
         code = getattr(e, "errno", None)
         if code == errno.EADDRINUSE:
@@ -133,10 +136,20 @@ def run(server, sock):
     import uvicorn
 
     class Uvicorn(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets=[])  # connections are accepted below: uvicorn takes more than can be open
+
         async def main_loop(self):
-            closing = asyncio.create_task(close_idle(self.server_state.connections))
+            kept = Connections(self.server_state.connections, most_connections(server.cfg), server.dist.say)
+            tasks = [asyncio.create_task(kept.close_idle()), asyncio.create_task(kept.accept(sock, self.protocol))]
             await super().main_loop()
-            closing.cancel()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        def protocol(self):
+            shared = dict(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+            return self.config.http_protocol_class(**shared)
 
         def handle_exit(self, signum, frame):
             if self.should_exit and signum == signal.SIGINT:
@@ -163,17 +176,70 @@ def give_up(server):
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
-async def close_idle(connections):
-    """Close connections on which nothing is asked: uvicorn waits forever for headers that come a byte at a time."""
-    idle = {}  # {connection: since when}
-    while True:
-        await asyncio.sleep(1)
+def most_connections(cfg):
+    """How many connections may be open at a time: fewer than the files that the system lets this process open."""
+    most = cfg.max_requests + SPARE_CONNECTIONS
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        taken = len(os.listdir("/dev/fd")) + SPARE_FILES
+    except (ImportError, OSError):  # Windows, which has no such limit
+        return most
+    return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit - taken))
+
+
+class Connections:
+    """Takes connections as long as there is room, closes those that are idle, and lets further ones wait outside.
+
+    open: uvicorn's set of the connections that are open. most: how many there may be.
+    """
+
+    def __init__(self, open, most, say):
+        self.open, self.most, self.say = open, most, say
+        self.idle = {}  # {(connection, its last request): since when}
+        self.reminded = -REMIND_TIME
+
+    async def accept(self, sock, protocol):
+        """Accept connections one by one, each with a `protocol()` of its own; the system lets the others wait."""
+        loop = asyncio.get_running_loop()
+        sock.setblocking(False)
+        while True:
+            try:
+                while len(self.open) >= self.most:
+                    await self.make_room()
+                connection, _ = await loop.sock_accept(sock)
+                await loop.connect_accepted_socket(protocol, connection)
+            except OSError as e:  # the client has left, or others have taken all files of the system
+                if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    await self.make_room()
+
+    async def make_room(self):
+        """Close an eighth of the connections, those that have been idle longest; if there are none, wait a little."""
+        self.look()
+        for connection, _ in sorted(self.idle, key=self.idle.get)[: 1 + self.most // 8]:
+            connection.transport.abort()
+        if time.monotonic() - self.reminded >= REMIND_TIME:
+            self.reminded = time.monotonic()
+            why = "as many as the limit on open files allows (ulimit -n): idle ones are closed, further ones wait"
+            with suppress(OSError):  # nobody may be reading that any more
+                self.say(f"{len(self.open)} connections are open, {why}")
+        await asyncio.sleep(0 if self.idle else 0.05)
+
+    async def close_idle(self):
+        """Close those on which nothing is asked: uvicorn waits forever for headers that come a byte at a time."""
+        while True:
+            await asyncio.sleep(1)
+            self.look()
+            for (connection, _), since in self.idle.items():
+                if time.monotonic() - since > IDLE_TIME:
+                    connection.transport.abort()
+
+    def look(self):
+        """Note which connections are idle."""
         now = time.monotonic()
-        busy = {c for c in connections if c.cycle and not c.cycle.response_complete and not c.transport.is_closing()}
-        idle = {c: idle.get(c, now) for c in connections if c not in busy}
-        for connection, since in idle.items():
-            if now - since > IDLE_TIME:
-                connection.transport.abort()
+        busy = {c for c in self.open if c.cycle and not c.cycle.response_complete and not c.transport.is_closing()}
+        self.idle = {(c, c.cycle): self.idle.get((c, c.cycle), now) for c in self.open if c not in busy}
 
 
 class Server:
@@ -184,6 +250,7 @@ class Server:
         self.name = cfg.init_from if cfg.init_from in GPT2_NAMES else run_folder(cfg).resolve().name
         self.created = int(time.time())
         shape = found.model.config
+        self.losses = curves(run_folder(cfg) / "metrics.jsonl", found.checkpoint)
         self.info = dict(context=shape.block_size, vocab_size=self.tok.vocab_size, parameters=found.model.num_params())
         model = quantize.made_ready(found.model, cfg, dist)
         make_engine = partial(Engine, model, cfg.max_batch, self.tok.vocab_size, chunk=CHUNK)
@@ -199,20 +266,26 @@ class Server:
         limits = dict(max_tokens=self.cfg.max_tokens, max_n=self.cfg.max_n, max_prompt=self.cfg.max_prompt)
         return shape | self.info | limits
 
-    @cached_property
-    def losses(self):
-        """The run's curve for the page: {"train": [[step, loss], ...], "val": ...}; empty where there is none."""
-        try:
-            records = metrics.read_metrics(run_folder(self.cfg) / "metrics.jsonl")
-        except OSError:
-            records = []
-        return {"train": curve(records, "loss"), "val": curve(records, "val_loss")}
-
     def check_model(self, name):
         """Raise ApiError where another model is asked for."""
         if name not in ("", self.name):
             message = f"there is no model {name[:80]!r}; this server has {self.name!r}"
             raise ApiError(404, message, "model", "model_not_found")
+
+
+def curves(path, checkpoint):
+    """How a checkpoint (or None) learned, for the page: {"train": [[step, loss], ...], "val": ...}.
+
+    Up to its step, and empty if the records in `path` lack its last evaluation: then another run has written them.
+    """
+    records, state = [], checkpoint.state if checkpoint else {}
+    if state.get("losses") and path.is_file():
+        with suppress(OSError):
+            records = [r for r in metrics.read_metrics(path) if r["step"] <= checkpoint.step]
+    last = state.get("evaluated"), (state.get("losses") or {}).get("val")
+    if last not in [(r["step"], r.get("val_loss")) for r in records]:
+        records = []
+    return {"train": curve(records, "loss"), "val": curve(records, "val_loss")}
 
 
 def curve(records, name, most=500):
@@ -234,15 +307,20 @@ class Guard:
     async def __call__(self, scope, receive, send):
         headers, status = dict(scope["headers"]), GONE
         shared = self.shared(headers)
+        # Two ends: a proxy before us may take the one and we the other, and the rest for a request (RFC 9112, 6.3).
+        ends = {value for name, value in scope["headers"] if name in (b"content-length", b"transfer-encoding")}
+        closing = [(b"connection", b"close")] if len(ends) > 1 else []
 
         async def reply(message):
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], *self.headers, *shared]
+                message["headers"] = [*message["headers"], *self.headers, *shared, *closing]
             await send(message)
 
         try:
+            if closing:
+                raise ApiError(400, "expected one Content-Length or Transfer-Encoding, and no two that differ")
             if shared and scope["method"] == "OPTIONS":
                 await send_start(reply, 204, "text/plain")
                 await send_part(reply, b"", more=False)
@@ -262,7 +340,8 @@ class Guard:
             # A page elsewhere may let its own name point to this machine, and could then read what we answer.
             host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).strip("[]").lower()
             if host not in LOOPBACK:
-                raise ApiError(403, "without an API key, this server answers to localhost and 127.0.0.1 only")
+                why = "without an API key, this server answers to localhost and 127.0.0.1 only"
+                raise ApiError(403, f"{why}; with one ({KEY} or --api_key_file), to every name")
         if key is not None and path not in OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, b"Bearer " + key.encode()):
@@ -320,30 +399,31 @@ def make_app(server):
 
     app = FastAPI(openapi_url=None)  # and so without its pages of documentation, whose scripts lie elsewhere
     page = PAGE.read_text(encoding="utf-8")
+    get = partial(app.api_route, methods=["GET", "HEAD"])
 
-    @app.get("/", response_class=HTMLResponse)
+    @get("/", response_class=HTMLResponse)
     async def index():
         return page
 
-    @app.get("/health")
+    @get("/health")
     async def health():
         if not server.batcher.thread.is_alive():
             raise ApiError(503, "the model cannot be run any more")
         return {"status": "ok"}
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @get("/metrics", response_class=PlainTextResponse)
     async def prometheus():
         return PlainTextResponse(metrics_text(server), media_type="text/plain; version=0.0.4")
 
-    @app.get("/losses")
-    def losses():  # not async, because it reads a file
+    @get("/losses")
+    async def losses():
         return server.losses
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models():
         return {"object": "list", "data": [server.model_body]}
 
-    @app.get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}")
     async def model(name: str):
         server.check_model(name)
         return server.model_body
@@ -399,8 +479,12 @@ class Completions:
     async def read(self, scope, receive):
         """The bytes of a request's body. Raises ApiError where it is not JSON or too large, Gone where its sender left."""
         limit, headers = self.server.cfg.max_body, dict(scope["headers"])
-        if not headers.get(b"content-type", b"").lower().startswith(b"application/json"):
-            raise ApiError(415, "expected the header Content-Type: application/json")  # a page elsewhere cannot send it
+        kind = headers.get(b"content-type", b"").lower()
+        # A page elsewhere cannot send application/json, only what curl sends, and browsers say that it is a page.
+        from_page = b"origin" in headers or b"sec-fetch-site" in headers
+        by_hand = not from_page and (not kind or kind == b"application/x-www-form-urlencoded")
+        if not kind.startswith(b"application/json") and not by_hand:
+            raise ApiError(415, "expected the header Content-Type: application/json")
         declared, body, more = headers.get(b"content-length", b"0"), b"", True
         while more:
             if len(body) > limit or int(declared) > limit:

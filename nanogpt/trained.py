@@ -18,6 +18,7 @@ class Trained:
     tokenizer_json: dict
     settings: dict  # the latest of the run that trained it; none of GPT-2's
     folder: str  # that it lies in, or GPT-2's name
+    checkpoint: object = None  # the checkpoint.Checkpoint that it was read from; none of Hugging Face's
 
 
 def load(cfg, dist):
@@ -35,17 +36,17 @@ def load(cfg, dist):
         )
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
     latest = checkpoint.peek(folder) or found
-    return fitting(checkpoint.load_model(found), found.tokenizer, latest.settings, folder)
+    return fitting(checkpoint.load_model(found), found.tokenizer, latest.settings, folder, found)
 
 
-def fitting(model, tokenizer_json, settings, folder):
+def fitting(model, tokenizer_json, settings, folder, found=None):
     """The Trained of a model and its tokenizer. UserError if the tokenizer has ids that the model does not have."""
     tok, V = open_tokenizer(tokenizer_json), model.config.vocab_size
     if tok.vocab_size > V:
         raise UserError(
             f"{folder}: the model's vocabulary of {V} is smaller than the {tok.vocab_size} of its tokenizer"
         )
-    return Trained(model, tok, tokenizer_json, settings, folder)
+    return Trained(model, tok, tokenizer_json, settings, folder, found)
 
 
 def known(text, tok):

@@ -26,7 +26,7 @@ def write_run(out_dir, tok=None, losses=True, **shape):
     model = GPT(GPTConfig(vocab_size=tok.vocab_size, **shape))
     for p in model.parameters():
         p.data.mul_(4 if p.dim() == 2 else 1)
-    state = dict(step=20, evaluated=20, losses={"train": 1.0, "val": 1.5}, improved=True, best_val_loss=1.5, spikes=0)
+    state = dict(step=20, evaluated=20, losses={"train": 2.0, "val": 2.1}, improved=True, best_val_loss=2.1, spikes=0)
     info = dict(step=20, state=state, model_config=asdict(model.config), tokenizer=tok.to_json())
     checkpoint.write(
         out_dir, dict(model.named_parameters()), {"x": torch.zeros(1)}, info | dict(settings={}, scaler={})
@@ -102,6 +102,12 @@ class Served:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}"
         sock.sendall(head.encode() + b"\r\n\r\n" + raw)
         return sock
+
+    def exchange(self, raw, timeout=60):
+        """All that comes back for these bytes until the connection is closed."""
+        with socket.create_connection((self.host, self.port), timeout=timeout) as sock:
+            sock.sendall(raw)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
 
     def close(self):
         self.door.process.kill()

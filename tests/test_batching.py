@@ -1,6 +1,7 @@
-"""The thread that writes for everybody: jobs take their turn, leave when they like, and hear of every failure."""
+"""The thread that writes for everybody: texts share the places, leave when they like, and hear of every failure."""
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -15,20 +16,30 @@ from nanogpt.tokenizer import CharTokenizer
 class Slow(Engine):
     """An engine that can be told to wait, or to fail."""
 
-    delay, fail = 0.0, False
+    delay, fail, gate = 0.0, False, None
 
     def step(self):
+        if self.gate:
+            self.gate.wait(60)
         time.sleep(self.delay)
         if self.fail:
             raise RuntimeError("as the test wants it")
         return super().step()
 
 
+def small_model(**shape):
+    """Its weights are large, so that all of the context matters."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=2, n_head=2, n_embd=16, bias=False, **shape))
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.data.normal_(std=0.4)
+    return model
+
+
 @pytest.fixture
 def batcher():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=8))
-    made = Batcher(lambda: Slow(model, 4, chunk=4), CharTokenizer("abcd"))
+    made = Batcher(lambda: Slow(small_model(), 4, chunk=4), CharTokenizer("abcd"))
     yield made
     made.stop()
     made.thread.join(timeout=30)
@@ -63,20 +74,131 @@ def test_more_jobs_than_rows_are_all_done_in_their_turn(batcher):
     assert batcher.figures.tokens == 5 * sum(1 + i % 4 for i in range(10)) and batcher.engine.free == 4
 
 
-def test_who_asks_for_many_texts_is_not_overtaken_for_ever(batcher):
-    """First come, first served: small jobs do not take the rows that a large one waits for."""
-    batcher.engine.delay = 0.01
+class Noting(Outbox):
+    """An outbox that adds its name to a list when a text of it ends."""
+
+    def __init__(self, name, ended):
+        super().__init__()
+        self.name, self.ended = name, ended
+
+    def put(self, part):
+        if part.finish:
+            self.ended.append(self.name)
+        super().put(part)
+
+
+def test_short_texts_do_not_wait_for_long_ones_to_end(batcher):
+    """All places are taken and more long texts wait, of one request or of many; whoever comes last has little to ask."""
+    batcher.engine.gate, ended = threading.Event(), []
 
     async def ask():
-        first, large, small = Outbox(), Outbox(), Outbox()
-        batcher.submit([job(first, 20)])
-        batcher.submit([job(large, 1, n=4)])
-        batcher.submit([job(small, 1)])
-        done = [asyncio.create_task(texts(large, 4)), asyncio.create_task(texts(small))]
-        await asyncio.wait(done, return_when=asyncio.FIRST_COMPLETED)
-        return [task.done() for task in done], await asyncio.gather(*done)
+        many, few = Noting("long", ended), Noting("short", ended)
+        batcher.submit([job(many, 60, n=2, first=2 * i) for i in range(4)])
+        for i in range(8, 12):
+            batcher.submit([job(many, 60, first=i)])
+        batcher.submit([job(few, 10)])
+        batcher.engine.gate.set()
+        return await asyncio.gather(texts(many, 12), texts(few))
 
-    assert asyncio.run(ask())[0][0]
+    long, short = asyncio.run(ask())
+    assert ended == ["short"] + ["long"] * 12
+    assert len({text for text, _ in long.values()}) == 2  # each text of a prompt has its own seed, and nothing else
+    assert short[0][0] == long[0][0][:10]
+
+
+@pytest.mark.parametrize("places", [2, 4])
+def test_long_texts_advance_however_many_short_ones_come(places):
+    """Eight short texts wait at any time, and yet the long request ends: its texts have a claim to half of the places."""
+
+    async def ask(batcher):
+        long, short = Outbox(), Outbox()
+        batcher.submit([job(long, 30, n=places)])
+        for i in range(8):
+            batcher.submit([job(short, 2, first=i)])
+        waiting, shorts = asyncio.create_task(texts(long, places)), 0
+        while not waiting.done():
+            for part in await short.take(time.monotonic() + 60):
+                if part.finish:
+                    shorts += 1
+                    batcher.submit([job(short, 2)])
+            assert shorts < 1000
+        return await waiting
+
+    batcher = Batcher(lambda: Slow(small_model(), places), CharTokenizer("abcd"))
+    try:
+        assert {reason for _, reason in asyncio.run(ask(batcher)).values()} == {"length"}
+    finally:
+        batcher.stop()
+        batcher.thread.join(timeout=30)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_texts_that_lose_their_places_are_what_they_would_be_alone(architecture):
+    """Far past the context, for which their part of the cache has to be as it was."""
+    model = small_model(architecture=architecture)
+
+    async def ask(batcher, asked):
+        boxes = [Outbox() for _ in asked]
+        jobs = [
+            Job(ids, Options(tokens, seed=seed), [], range(1), box)
+            for box, (ids, tokens, seed) in zip(boxes, asked, strict=True)
+        ]
+        batcher.engine.later = [(batcher, job) for job in jobs[1:]]
+        batcher.submit(jobs[:1])
+        return [(await texts(box))[0] for box in boxes]
+
+    asked = [([i % 4] * (1 + 5 * i), tokens, i) for i, tokens in enumerate((90, 80, 70, 30, 25, 12, 10, 5, 4, 2, 1))]
+    batcher = Batcher(lambda: Counting(model, 3, chunk=4), CharTokenizer("abcd"))
+    try:
+        alone = [asyncio.run(ask(batcher, [one]))[0] for one in asked]
+        assert batcher.engine.parkings == 0
+        assert asyncio.run(ask(batcher, asked)) == alone
+        assert batcher.engine.parkings > 3
+    finally:
+        batcher.stop()
+        batcher.thread.join(timeout=30)
+
+
+class Counting(Slow):
+    """An engine in whose every third step the next job comes."""
+
+    parkings, steps, later = 0, 0, ()
+
+    def step(self):
+        self.steps += 1
+        if self.later and self.steps % 3 == 0:
+            batcher, job = self.later.pop(0)
+            batcher.submit([job])
+        return super().step()
+
+    def park(self, row):
+        self.parkings += 1
+        super().park(row)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_a_row_can_be_parked_in_any_state(architecture):
+    """Its prompt unread, read in part, read by another row for it, at the context's end and past it."""
+    model = small_model(architecture=architecture)
+
+    def write(parked, step=None):
+        engine, found = Engine(model, 4, chunk=2), {}
+        rows = engine.add([0, 1, 2, 3, 0], Options(20, seed=1), 2) + engine.add([1], Options(20, seed=3))
+        for i in range(60):
+            if i == step and rows[parked].index >= 0:
+                engine.park(rows[parked])
+                engine.add([2], Options(3))  # which takes its place
+            if i == (step or 0) + 5 and parked is not None and rows[parked].parked:
+                engine.resume(rows[parked])
+            for token in engine.step() if engine.rows else ():
+                found.setdefault(token.row, []).append(token.id)
+        return [found[row] for row in rows]
+
+    alone = write(None)
+    assert [len(ids) for ids in alone] == [20, 20, 20]
+    for parked in range(3):
+        for step in (0, 1, 2, 3, 4, 7, 8, 9, 13):
+            assert write(parked, step) == alone
 
 
 def test_a_cancelled_job_is_gone_within_a_step(batcher):
@@ -139,6 +261,8 @@ def test_a_job_that_cannot_begin_is_told(batcher, capsys):
 def test_a_failure_is_told_to_those_concerned_and_the_next_one_is_served(batcher, capsys):
     async def ask(delay=0.0, fail=False):
         box = Outbox()
+        while not batcher.engine:  # the next one is being made
+            await asyncio.sleep(0.01)
         batcher.engine.delay = delay
         batcher.submit([job(box, 1000)])
         await box.take(time.monotonic() + 60)
@@ -189,7 +313,7 @@ def test_a_deadline_ends_the_waiting_even_while_text_comes(batcher):
 def test_the_thread_computes_on_the_cores_that_it_was_given():
     seen = []
 
-    class Counting(Slow):
+    class Seeing(Slow):
         def step(self):
             seen.append(torch.get_num_threads())
             return super().step()
@@ -199,9 +323,9 @@ def test_the_thread_computes_on_the_cores_that_it_was_given():
         batcher.submit([job(box)])
         await texts(box)
 
-    model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=1, n_head=1, n_embd=8))
+    model = small_model()
     for cores in (2, 1):
-        batcher = Batcher(lambda: Counting(model, 4), CharTokenizer("abcd"), cores)
+        batcher = Batcher(lambda: Seeing(model, 4), CharTokenizer("abcd"), cores)
         asyncio.run(ask(batcher))
         batcher.stop()
         batcher.thread.join(timeout=30)

@@ -81,14 +81,14 @@ def test_the_shapes_of_stop(stop, stops):
         ("model", 5, "expected text, not 5"),
         ("prompt", None, "is missing"),
         ("prompt", "", "is empty"),
-        ("prompt", [], "expected 1 to 4 texts"),
+        ("prompt", [], "expected 1 to 20 texts"),
         ("prompt", [""], "is empty"),
         ("prompt", [[]], "is empty"),
         ("prompt", {}, "expected text, a list of token ids, or a list of such, not {}"),
         ("prompt", [True], "expected text"),
         ("prompt", [1, "a"], "expected text"),
         ("prompt", [[1.5]], "expected text"),
-        ("prompt", ["a"] * 5, "expected 1 to 4 texts in a request, not 5 prompts x n 1"),
+        ("prompt", ["a"] * 21, "expected 1 to 20 texts in a request, not 21 prompts x n 1"),
         ("prompt", "a" * 51, "has 51 characters; at most 50 are taken"),
         ("prompt", [1] * 51, "has 51 tokens; at most 50 are taken"),
         ("prompt", "\ud800", "U+D800 is half of a character"),
@@ -101,6 +101,19 @@ def test_the_shapes_of_stop(stop, stops):
         ("frequency_penalty", 0.5, "is not supported"),
         ("presence_penalty", 0.5, "is not supported"),
         ("suffix", "b", "is not supported"),
+        ("max_completion_tokens", 101, "expected an integer from 1 to 100, not 101"),
+        ("repetition_penalty", 1.2, "is not supported, except with 1"),
+        ("repetition_penalty", True, "is not supported, except with 1"),
+        ("ignore_eos", True, "is not supported, except with false"),
+        ("stop_token_ids", [5], "is not supported, except with []"),
+        ("skip_special_tokens", False, "is not supported, except with true"),
+        ("add_special_tokens", "yes", "is not supported, except with true or false"),
+        ("response_format", {"type": "json_object"}, 'is not supported, except with {"type": "text"}'),
+        ("tools", [{"type": "function"}], "is not supported, except with []"),
+        ("store", True, "is not supported, except with false"),
+        ("service_tier", "flex", 'is not supported, except with "auto" or "default"'),
+        ("metadata", 5, "expected an object, not 5"),
+        ("user", 5, "expected text, not 5"),
         ("best_of", 3, "is not supported, but for the value of n"),
     ],
 )
@@ -113,7 +126,11 @@ def test_what_cannot_be_is_named(field, value, why):
 @pytest.mark.parametrize(
     "asked, why",
     [
-        (dict(prompt=["a", "b", "c"], n=2), "prompt: expected 1 to 4 texts in a request, not 3 prompts x n 2"),
+        (dict(prompt=["a"] * 11, n=2), "prompt: expected 1 to 20 texts in a request, not 11 prompts x n 2"),
+        (
+            dict(max_tokens=5, max_completion_tokens=6),
+            "max_completion_tokens: max_tokens and max_completion_tokens differ",
+        ),
         (dict(echo=True, logprobs=0), "echo: is not supported together with logprobs"),
         (dict(stream=True, stream_options=dict(include_usage=1)), "stream_options: expected {"),
         (dict(stream=True, stream_options=[]), "stream_options: expected {"),
@@ -124,11 +141,13 @@ def test_what_does_not_go_together_is_named(asked, why):
     assert refused({"prompt": "a"} | asked).message.startswith(why)
 
 
-def test_no_more_texts_are_taken_than_can_be_written_together():
-    """Those of one request wait for each other; more would wait for ever."""
-    cfg = ServeConfig(max_n=8, max_batch=3)
-    assert "n: expected an integer from 1 to 3, not 4" in refused(dict(prompt="a", n=4), cfg).message
-    assert read_ask(b'{"prompt": "a", "n": 3}', cfg).n == 3
+def test_more_texts_are_taken_than_can_be_written_together():
+    """They wait for places, whatever their number."""
+    assert len(ask(prompt=["a"] * 20).prompts) == 20
+    assert ask(prompt=["a"] * 5, n=4).n == 4
+    cfg = ServeConfig(max_n=30, max_batch=3)
+    assert read_ask(b'{"prompt": "a", "n": 30}', cfg).n == 30
+    assert "n: expected an integer from 1 to 30, not 31" in refused(dict(prompt="a", n=31), cfg).message
 
 
 @pytest.mark.parametrize(
@@ -147,6 +166,24 @@ def test_all_problems_come_at_once():
 def test_neutral_values_of_what_is_not_supported_are_taken():
     ask(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, suffix="", best_of=1, user="somebody")
     ask(n=3, best_of=3)
+    ask(repetition_penalty=1.0, ignore_eos=False, stop_token_ids=[], skip_special_tokens=True, add_special_tokens=False)
+    ask(
+        cache_prompt=True,
+        metadata={"a": "b"},
+        store=False,
+        service_tier="auto",
+        response_format={"type": "text"},
+        tools=[],
+    )
+
+
+def test_both_names_of_the_length_mean_the_same():
+    assert ask(max_completion_tokens=7) == ask(max_tokens=7) == ask(max_tokens=7, max_completion_tokens=7)
+    assert ask(max_completion_tokens=7).max_tokens == 7
+
+
+def test_a_byte_order_mark_is_passed_over():
+    assert read_ask(b'\xef\xbb\xbf{"prompt": "a"}', CFG) == ask()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +224,7 @@ def test_any_body_gives_an_ask_or_one_clear_refusal(body):
     except ApiError as error:
         assert error.status == 400 and error.message and json.dumps(error.body())
     else:
-        assert isinstance(found, Ask) and 0 < len(found.prompts) * found.n <= 4 and found.max_tokens <= 100
+        assert isinstance(found, Ask) and 0 < len(found.prompts) * found.n <= 20 and found.max_tokens <= 100
 
 
 # What is answered

@@ -2,10 +2,14 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
+import subprocess
 import threading
 import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import openai
 import pytest
@@ -111,6 +115,26 @@ def test_several_prompts_are_answered_in_order(client):
     assert [c.index for c in found.choices] == [0, 1, 2, 3]
     assert found.choices[0].text == found.choices[1].text == ask(client).choices[0].text
     assert found.choices[2].text == ask(client, prompt=[1, 2, 3]).choices[0].text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_twenty_prompts_wait_for_places(client, stream):
+    prompts = ["abcdefghij"[i % 10 :] for i in range(20)]
+    found, texts = ask(client, prompt=prompts, stream=stream), [""] * 20
+    for choice in [c for part in (found if stream else [found]) for c in part.choices]:
+        texts[choice.index] += choice.text
+    assert texts[:3] == [ask(client, prompt=prompt).choices[0].text for prompt in prompts[:3]]
+    assert texts[10:] == texts[:10] and all(len(text) == 30 for text in texts)
+
+
+def test_what_common_clients_send_beside_is_taken(client):
+    extra = dict(
+        repetition_penalty=1.0, ignore_eos=False, stop_token_ids=[], metadata={}, store=False, service_tier="auto"
+    )
+    assert ask(client, extra_body=extra).choices[0].text == ask(client).choices[0].text
+    assert len(ask(client, max_tokens=None, extra_body=dict(max_completion_tokens=7)).choices[0].text) == 7
+    with pytest.raises(openai.BadRequestError, match="repetition_penalty: is not supported, except with 1"):
+        ask(client, extra_body=dict(repetition_penalty=1.5))
 
 
 def test_what_is_asked_for_beyond_openais_reaches_the_model(client):
@@ -271,8 +295,41 @@ def test_a_malformed_body_is_refused(server, body):
     assert server.refused(body, Content_Type="application/json")[0] == 400
 
 
-def test_a_form_from_a_page_elsewhere_is_refused(server):
-    assert server.refused(b'{"prompt": "a"}', Content_Type="text/plain")[0] == 415
+CURLS = "application/x-www-form-urlencoded"  # what `curl -d` sends
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content_Type": CURLS}])
+def test_a_body_that_is_not_said_to_be_json_is_taken_as_json(server, headers):
+    for bom in (b"", b"\xef\xbb\xbf"):
+        assert server.ask("POST", "/v1/completions", bom + b'{"prompt": "a"}', **headers)[0] == 200
+    assert server.refused(b"prompt=a", **headers)[0] == 400
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Content_Type": "text/plain"}, {"Content_Type": "multipart/form-data; boundary=a"}]
+    + [{"Content_Type": CURLS} | page for page in ({"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"})]
+    + [{"Origin": "http://example.com"}],
+)
+def test_a_form_from_a_page_elsewhere_is_refused(server, headers):
+    """Browsers let every page send forms, and what has no type, to any server, but say that a page does so."""
+    assert server.refused(b'{"prompt": "a"}', **headers)[0] == 415
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/metrics", "/losses", "/v1/models", "/v1/models/out-tiny", "/v1/models/x", "/nope"]
+)
+def test_head_is_answered_as_get_without_the_body(server, path):
+    status, headers, body = server.ask("HEAD", path)
+    expected, others, _ = server.ask("GET", path)
+    assert (status, headers["Content-Type"], body) == (expected, others["Content-Type"], b"")
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
+def test_curl_needs_no_header(server):
+    command = ["curl", "-sS", "-d", '{"prompt": "abc", "max_tokens": 30, "temperature": 0}']
+    done = subprocess.run([*command, f"{server.address}/v1/completions"], capture_output=True, timeout=60)
+    assert json.loads(done.stdout)["choices"][0]["text"] == server.text(max_tokens=30)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +447,80 @@ def test_what_is_no_http_does_not_harm(server):
     assert len(server.text(max_tokens=5)) == 5
 
 
+TWO_LENGTHS = [
+    "Content-Length: 5\r\nTransfer-Encoding: chunked",
+    "Transfer-Encoding: chunked\r\nContent-Length: 5",
+    "transfer-encoding: Chunked\r\nCONTENT-LENGTH: 45",
+    "Content-Length: 5\r\nContent-Length: 6",
+    "Content-Length: 5, 6",
+    "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+]
+
+
+@pytest.mark.parametrize("lengths", TWO_LENGTHS)
+@pytest.mark.parametrize("request_line", ["POST /v1/completions", "GET /health", "OPTIONS /health"])
+def test_a_request_with_two_ends_is_refused_and_the_connection_closed(server, request_line, lengths):
+    """A proxy may take the one end and we the other; what one of the two has for a second request is none."""
+    raw = (
+        f"{request_line} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://a\r\nContent-Type: application/json\r\n{lengths}"
+    )
+    answer = server.exchange(raw.encode() + b"\r\n\r\n0\r\n\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1, answer
+
+
+def test_a_length_that_is_said_twice_is_one_length(server):
+    lengths = b"Content-Length: 2\r\n" * 2
+    answer = server.exchange(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + lengths + b"\r\n{}")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+# More connections than can be open
+
+
+def few_files():
+    """Before the server starts, in its process: it may open so many files, sockets included."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+
+
+def open_most(server):
+    """How many connections the server has said that it lets be open."""
+    server.door.wait_for("connections are open, as many as")
+    return int(re.search(r"^(\d+) connections are open", server.door.printed, re.M)[1])
+
+
+def test_idle_connections_give_way_when_there_are_too_many(another):
+    """Far more of them than files that the server may open: who comes last is served, and a line says so."""
+    server = another(before=few_files)
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(socket.create_connection((server.host, server.port), timeout=60))
+        assert len(server.text(max_tokens=5)) == 5
+        assert 0 < open_most(server) < 64
+        assert len(server.text(max_tokens=5)) == 5
+    assert len(server.text(max_tokens=5)) == 5
+    said = server.door.printed.partition("serving ")[2].splitlines()
+    assert len(said) == 2 and said[1].endswith("idle ones are closed, further ones wait"), said
+
+
+def test_connections_that_are_being_answered_stay_and_further_ones_wait(another):
+    """More texts that take for ever than there may be connections: who waits outside comes in when some have left."""
+    server = another("--max_requests=500", f"--max_tokens={FOREVER}", before=few_files)
+    body = dict(prompt="a", max_tokens=FOREVER, stream=True)
+    with ExitStack() as stack:
+        socks = [stack.enter_context(server.connect(body)) for _ in range(80)]
+        most, bystander = open_most(server), server.connect(dict(prompt="a", max_tokens=5))
+        stack.enter_context(bystander)
+        for sock in socks[most:]:
+            sock.close()
+        for sock in socks[:5]:
+            assert sock.recv(1000).startswith(b"HTTP/1.1 200 ")
+            sock.close()
+        assert bystander.recv(1000).startswith(b"HTTP/1.1 200 ")
+    assert len(server.door.printed.partition("serving ")[2].splitlines()) == 2, server.door.printed
+
+
 # Keys, hosts, origins
 
 KEY = "a-very-secret-key"
@@ -496,6 +627,34 @@ def test_health_and_metrics(server):
     assert server.metric("failures_total") == 0
 
 
+def test_a_stranger_is_told_how_to_be_let_in(server):
+    assert (
+        "NANOGPT_API_KEY or --api_key_file"
+        in server.refused(None, "/v1/models", "GET", Host="host.docker.internal")[1]["message"]
+    )
+
+
+@pytest.mark.parametrize("later", ["the same run, gone on", "another run"])
+def test_the_curve_is_that_of_the_model_served(place, another, later):
+    write_run(place / "out-learned")
+    path, end = place / "out-learned" / "metrics.jsonl", 20
+    if later == "the same run, gone on":
+        records = [{"step": s, "loss": 5.0, "train_loss": 5.0, "val_loss": 5.0} for s in range(25, 41, 5)]
+        path.write_text(path.read_text() + "".join(json.dumps(r) + "\n" for r in records))
+    server = another("--out_dir=out-learned")
+    if later == "another run":  # which begins while the model is served
+        path.write_text('{"step": 0, "val_loss": 9.0}\n{"step": 5, "val_loss": 8.0}\n')
+    curves = json.loads(server.ask("GET", "/losses")[2])
+    assert curves["val"] == [[s, 3.1 - s / 20] for s in range(0, 21, 5)] and curves["train"][-1] == [end, 2.0]
+
+
+def test_there_is_no_curve_of_a_run_that_did_not_make_the_model(place, another):
+    write_run(place / "out-other")
+    records = [{"step": s, "loss": 2.0, "val_loss": 2.0 - s / 50} for s in range(0, 41, 5)]
+    (place / "out-other" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert json.loads(another("--out_dir=out-other").ask("GET", "/losses")[2]) == {"train": [], "val": []}
+
+
 def test_the_runs_curve_is_told(server):
     curves = json.loads(server.ask("GET", "/losses")[2])
     assert curves["val"] == [[s, 3.1 - s / 20] for s in range(0, 21, 5)] and len(curves["train"]) == 21
@@ -569,14 +728,16 @@ def test_a_signal_ends_it_when_nothing_is_asked(another, signum, code):
     assert server.door.printed.splitlines()[-1] == f"{signum.name}: stopped" and "Traceback" not in server.door.printed
 
 
-def test_who_is_nearly_done_may_finish_and_nobody_else_is_let_in(another):
-    server = another("--max_tokens=100000", before=long_grace)
-    with server.connect(dict(prompt="abc", max_tokens=20_000, stream=True, temperature=0)) as sock:
+def test_who_is_nearly_done_may_finish_and_nobody_else_is_let_in(place, another):
+    server = another(before=long_grace)
+    (place / "finish").unlink(missing_ok=True)
+    with server.connect(dict(prompt="abc", max_tokens=20, stream=True, temperature=0)) as sock:
         received = sock.recv(1000)
         server.door.send(signal.SIGTERM)
         server.door.wait_for("stopping: 1 ")
         with pytest.raises(OSError):
             socket.create_connection((server.host, server.port), timeout=5).close()
+        (place / "finish").touch()
         while chunk := sock.recv(65536):
             received += chunk
     assert b'"finish_reason":"length"' in received and b"data: [DONE]\n\n" in received
@@ -615,9 +776,18 @@ def test_who_does_not_read_cannot_keep_it_from_ending(another):
 
 
 def long_grace():
+    """Before the server starts, in its process: texts have long to finish, and wait for the test to let them."""
     import nanogpt.serve
+    from nanogpt import generate
 
     nanogpt.serve.GRACE_TIME = 100
+
+    def step(self, real=generate.Engine.step):
+        while any(row.new == 10 for row in self.rows) and not Path("finish").exists():
+            time.sleep(0.01)
+        return real(self)
+
+    generate.Engine.step = step
 
 
 def short_grace():
