@@ -326,7 +326,7 @@ def open_out_dir(cfg, dist, resuming, lock):
     try:
         if cfg.wandb_log:
             run = metrics.start_wandb(cfg, run_id, dist.say)
-            run_id = run.id
+            run_id = getattr(run, "id", None)  # a stand-in may have none
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         take(lock, cfg, dist, create=True)
         lock.sign()
