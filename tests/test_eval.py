@@ -1,6 +1,7 @@
 """`nanogpt eval` as a person uses it: on texts, on datasets, document by document, and on what is neither."""
 
 import gzip
+import io
 import json
 import math
 import os
@@ -275,6 +276,18 @@ def test_what_cannot_be_done_is_said_in_one_line(trained_run, args, expected):
     with pytest.raises(UserError, match=expected) as caught:
         program.main(["--device=cpu", *args])
     assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+
+
+def test_texts_in_another_encoding_and_rows_without_text(trained_run, evaluate, monkeypatch, capsys):
+    Path("a.txt").write_text(tiny_text(3), encoding="utf-16")
+    ((_, expected),) = evaluate("--text=a.txt", "--encoding=utf-16").items()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(tiny_text(3).encode("utf-16"))))
+    assert evaluate("--text=-", "--encoding=utf-16") == {"standard input": expected}
+    Path("b.json").write_text("".join(json.dumps({"text": text}) + "\n" for text in (tiny_text(3), None)))
+    assert cli.main(["eval", "--device=cpu", "--text=b.json"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"b.json, document 1: loss {expected[0]:.6f}")
+    assert "b.json: is read as JSON lines" in err and "left out: 1 row or line without text" in err
 
 
 def test_documents_of_a_dataset_without_a_separator_are_refused(trained_run):
