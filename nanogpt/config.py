@@ -305,7 +305,7 @@ class PrepareConfig:
     workers: int | str = setting(
         "auto", "processes beside the first; auto: one a core, as far as memory allows; 0: none", int, low=0, auto=True
     )
-    trial: bool = setting(True, "train for a moment, to tell how long a run will take")
+    trial: bool = setting(True, "train for up to 3 seconds, to estimate how long a run will take")
 
     def problems(self):
         """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
