@@ -10,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, Door, free_port, metrics, tiny_text
 
-from nanogpt import checkpoint, cli, sources, train, trained
+from nanogpt import checkpoint, cli, config, sources, train, trained
 from nanogpt import eval as program
 from nanogpt.config import EvalConfig, UserError
 from nanogpt.data import write_dataset
@@ -327,3 +328,10 @@ def test_no_bits_per_byte_where_a_token_stands_for_any_character(trained_run, ev
     ((*_, known),) = evaluate("--text=known.txt").values()
     ((*_, unknown),) = evaluate("--text=unknown.txt").values()
     assert known > 0 and unknown is None
+
+
+@pytest.mark.parametrize("changes", [{"dataset": "../tiny"}, {"dataset": 5}, {"root": 5}, {"root": "a\0b"}])
+def test_a_run_that_names_no_dataset_of_ours_is_asked_for_one(changes):
+    found = SimpleNamespace(settings={"dataset": "tiny"} | changes)
+    with pytest.raises(UserError, match="--text=FILE or --dataset=NAME says what to evaluate it on"):
+        program.from_split(config.load(EvalConfig, [], "nanogpt eval"), found)
