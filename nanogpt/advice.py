@@ -259,8 +259,8 @@ def train_a_moment(run, most, cfg, dist, end):
 
     step(1)  # loads what it needs
     size, steps = 1, [step(1)]
-    while 2 * size <= most and 2 * STEADY * sum(steps[-1]) < end - time.perf_counter():
-        size *= 2
+    while size < most and 2 * STEADY * sum(steps[-1]) < end - time.perf_counter():
+        size = min(2 * size, most)
         step(size)
         steps = [step(size)]
     while sum(steps[-1]) < end - time.perf_counter():

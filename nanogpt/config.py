@@ -347,7 +347,7 @@ class PrepareConfig:
         high=10**4,
         auto=True,
     )
-    trial: bool = setting(True, "train for a moment, to tell how long a run will take")
+    trial: bool = setting(True, "train for up to 3 seconds, to estimate how long a run will take")
 
     def problems(self):
         """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""

@@ -519,7 +519,8 @@ def parquet_rows(source, row, field, longest, folder):
                 columns = map(about.column, range(about.num_columns))
                 column_size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
                 if column_size > longest * about.num_rows + BLOCK:  # then some row is; it need not be read to know that
-                    raise too_long(f"{source.name}: a row from row {before + 1} on", longest)
+                    which = f"row {before + 1}" if about.num_rows == 1 else f"a row from row {before + 1} on"
+                    raise too_long(f"{source.name}: {which}", longest)
                 size = max(1, min(1024, BLOCK * about.num_rows // max(about.total_byte_size, 1)))
                 for batch in file.iter_batches(size, row_groups=[group], columns=[field]):
                     for value in raw_values(batch.column(0), pyarrow):

@@ -160,6 +160,75 @@ def test_a_mistyped_dataset_names_the_nearest(make):
     assert problem(folder.parent / "zzzzzz").endswith("is not there; prepared here: d")
 
 
+def test_a_dataset_that_is_not_sound_is_no_suggestion_for_itself(make):
+    folder = make(range(100))
+    describe(folder, dtype="int64")
+    said = problem(folder)
+    assert said.startswith(f"{folder / 'meta.json'}: does not describe a dataset; for GPT-2's tokens it would be {{")
+    assert "did you mean" not in said and "prepared here" not in said
+    describe(folder, dtype="uint16")
+    (folder / "train.bin").unlink()
+    assert problem(folder) == f"--dataset=d: {folder / 'train.bin'} is missing"
+
+
+def test_old_bins_without_meta_json_can_be_read_once_it_says_what_the_message_shows(make):
+    folder = make(range(100))
+    (folder / "meta.json").unlink()
+    said = problem(folder)
+    assert said.startswith(
+        f"--dataset=d: {folder}/ has no meta.json; for GPT-2's tokens, as the original nanoGPT prepares"
+    )
+    (folder / "meta.json").write_text(said[said.index("{") :])
+    dataset = open_dataset(folder)
+    assert (dataset.vocab_size, dataset.tokens[:].tolist()) == (50257, list(range(100)))
+    assert dataset.tokenizer_json == {"type": "gpt2"}
+
+
+@pytest.mark.parametrize("name", ["meta.json", "meta.pkl", "train.bin"])
+@pytest.mark.parametrize(
+    "put, why",
+    [
+        (os.mkdir, "is no regular file"),
+        (os.mkfifo, "is no regular file"),
+        (lambda path: os.symlink("/dev/zero", path), "is no regular file"),
+        (lambda path: os.symlink(path, path), "cannot be read (Too many levels of symbolic links)"),
+    ],
+    ids=["folder", "FIFO", "device", "circle"],
+)
+def test_what_is_no_file_is_told_in_one_line(make, name, put, why):
+    folder = make(range(100))
+    (folder / ("meta.json" if "meta" in name else name)).unlink()
+    put(folder / name)
+    assert problem(folder) == f"{folder / name}: {why}"
+
+
+@pytest.mark.parametrize(
+    "put, said",
+    [
+        (lambda path: path.write_text("x"), "--dataset=e: {}/ is no folder"),
+        (lambda path: path.symlink_to("nowhere"), "--dataset=e: {}/ is not there"),
+        (lambda path: path.symlink_to("e"), "{}/meta.json: cannot be read (Too many levels of symbolic links)"),
+    ],
+)
+def test_a_dataset_that_is_no_folder(make, put, said):
+    put(folder := make(range(100)).parent / "e")
+    assert problem(folder).startswith(said.format(folder))
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff", b"[]", b"null", b'{"vocab_size": 5}', b"[" * 10**5, b"1" * 5000])
+def test_a_meta_json_that_is_something_else(make, text):
+    folder = make(range(100))
+    (folder / "meta.json").write_bytes(text)
+    assert problem(folder).startswith(f"{folder / 'meta.json'}: does not describe a dataset; ")
+
+
+def test_a_command_that_makes_a_dataset_is_quoted_for_a_shell(tmp_path):
+    folder = tmp_path / "my data" / "d"
+    folder.mkdir(parents=True)
+    (folder / "prepare.py").touch()
+    assert problem(folder).endswith(f"; python '{folder}/prepare.py' makes it")
+
+
 def test_a_missing_split_is_named(make):
     folder = make(range(100))
     (folder / "val.bin").unlink()

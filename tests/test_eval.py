@@ -1,6 +1,7 @@
 """`nanogpt eval` as a person uses it: on texts, on datasets, document by document, and on what is neither."""
 
 import gzip
+import io
 import json
 import math
 import os
@@ -9,13 +10,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, Door, free_port, metrics, tiny_text, write_tokenizer
 
-from nanogpt import checkpoint, cli, sources, train, trained
+from nanogpt import checkpoint, cli, config, sources, train, trained
 from nanogpt import eval as program
 from nanogpt.config import EvalConfig, UserError
 from nanogpt.data import write_dataset
@@ -300,6 +302,18 @@ def test_what_cannot_be_done_is_said_in_one_line(trained_run, args, expected):
     assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
 
 
+def test_texts_in_another_encoding_and_rows_without_text(trained_run, evaluate, monkeypatch, capsys):
+    Path("a.txt").write_text(tiny_text(3), encoding="utf-16")
+    ((_, expected),) = evaluate("--text=a.txt", "--encoding=utf-16").items()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(tiny_text(3).encode("utf-16"))))
+    assert evaluate("--text=-", "--encoding=utf-16") == {"standard input": expected}
+    Path("b.json").write_text("".join(json.dumps({"text": text}) + "\n" for text in (tiny_text(3), None)))
+    assert cli.main(["eval", "--device=cpu", "--text=b.json"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"b.json, document 1: loss {expected[0]:.6f}")
+    assert "b.json: is read as JSON lines" in err and "left out: 1 row or line without text" in err
+
+
 def test_documents_of_a_dataset_without_a_separator_are_refused(trained_run):
     meta = json.loads(Path("data/tiny/meta.json").read_text())
     del meta["separator"]
@@ -361,3 +375,11 @@ def test_unknown_characters_are_counted_and_left_out(evaluate, capsys):
         f"not in the model's vocabulary: 15 of {total} characters ({15 / total:.2%}), "
         "'猫' (U+732B): 10, 'é' (U+00E9): 3, '“' (U+201C): 1, and 1 others; they are left out, "
     )
+
+
+
+@pytest.mark.parametrize("changes", [{"dataset": "../tiny"}, {"dataset": 5}, {"root": 5}, {"root": "a\0b"}])
+def test_a_run_that_names_no_dataset_of_ours_is_asked_for_one(changes):
+    found = SimpleNamespace(settings={"dataset": "tiny"} | changes)
+    with pytest.raises(UserError, match="--text=FILE or --dataset=NAME says what to evaluate it on"):
+        program.from_split(config.load(EvalConfig, [], "nanogpt eval"), found)

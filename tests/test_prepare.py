@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import no_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import pool, prepare, sources
+from nanogpt import cli, metrics, pool, prepare, sources
 from nanogpt.config import PrepareConfig, UserError, load
 from nanogpt.tokenizer import from_json
 
@@ -26,6 +27,9 @@ END = "<|endoftext|>"
 DRAW = random.Random(1)
 TEXT = "".join(f"Line {i}: Größe, 世界, жизнь, {'lamp ' * (i % 7)}\n" for i in range(400))
 DOCUMENTS = [f"Document {i}: " + " ".join(DRAW.choices(TEXT.split(), k=i % 40 + 3)) for i in range(300)]
+
+
+ADVISE = prepare.advise
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +153,42 @@ def test_broken_utf8_is_replaced_on_request(run):
     assert "replaced: 2 places" in printed
 
 
+def test_text_in_another_encoding_becomes_the_same_dataset(run, monkeypatch):
+    latin = "".join(f"Straße {i}: größer, ältlich, «déjà vu»\n" for i in range(400))
+    run(write("a.txt", latin))
+    expected = contents()
+    write("a.txt", latin.encode("cp1252"))
+    assert "--encoding=latin-1 or another name reads other encodings" in problem("a.txt")
+    run("a.txt", "--encoding=cp1252")
+    assert contents() == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(latin.encode("utf-16"))))
+    run("-", "--encoding=utf-16")
+    assert contents() == expected
+    write("a.txt", latin.encode("cp1252") + b"\x81")
+    assert "a.txt: is not cp1252 in 1 place, at byte" in problem("a.txt", "--encoding=cp1252")
+    assert "replaced: 1 places that were not CP1252" in run("a.txt", "--encoding=cp1252", "--errors=replace")
+
+
+def test_rows_without_text_and_characters_of_any_kind(run):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [d + "\0" for d in DOCUMENTS]
+    parquet.write_table(pyarrow.table({"text": [None, *texts, ""]}), "a.parquet")
+    printed = run("a.parquet")
+    assert "left out: 2 rows or lines without text (empty, null, or without the field 'text')" in printed
+    assert sorted(documents("train") + documents("val")) == sorted(texts)
+    expected = contents()
+    write("b.json", "".join(json.dumps({"text": text}) + "\n" for text in [*texts, None]))
+    printed = run("b.json", "--workers=1")
+    assert "b.json: is read as JSON lines, with the text in the field 'text'" in printed
+    assert "left out: 1 row or line without text" in printed and contents() == expected
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([None] * 5, "string")}), "c.parquet")
+    assert problem("c.parquet").endswith(
+        "would do; left out: 5 rows or lines without text (empty, null, or without the field 'text')"
+    )
+
+
 def test_what_is_told(run):
     write("a.txt", "a" * 600 + "b" * 300 + "\n" * 100)
     printed = run("a.txt")
@@ -261,6 +301,15 @@ def test_of_few_large_documents_equal_ones_are_dropped(run):
     jsonl("d.jsonl", [*books, books[0]])
     assert "of each of the 3 documents" in run("d.jsonl", "--drop_duplicates=True")
     assert sorted(a + b for a, b in zip(documents("train"), documents("val"), strict=True)) == books
+
+
+def test_the_share_that_is_told_is_of_what_is_left_without_duplicates(run):
+    books = [f"Book {i} " + TEXT for i in range(3)]
+    jsonl("d.jsonl", books + [books[0]] * 17)
+    printed = run("d.jsonl", "--drop_duplicates=True")
+    assert "the last 10.0% of each of the 3 documents" in printed and "duplicates: 17 documents dropped" in printed
+    jsonl("e.jsonl", ["x" * 50] * 20)
+    assert "less than one window" in (said := problem("e.jsonl", "--drop_duplicates=True")) and ", of 52, are" in said
 
 
 def test_of_few_large_documents_in_a_large_vocabulary_nothing_is_mixed_up(run):
@@ -709,6 +758,12 @@ def test_killed_while_the_files_take_their_places(run, name, fails, monkeypatch)
     assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"]
 
 
+def test_a_lock_that_cannot_be_had_is_told_in_a_line():
+    write("a.txt", TEXT)
+    os.makedirs("data/own/.prepare/lock")
+    assert problem("a.txt").startswith("data/own: cannot be written to (Is a directory)")
+
+
 def test_two_at_once_are_refused(run, large):
     process = start_and_dwell("a.txt")
     assert problem("a.txt") == "data/own: another `nanogpt prepare` is at work there"
@@ -883,6 +938,51 @@ def test_prepare_train_and_sample(here, run_door, name):
     sampled = run_door("sample.py", "--start=Grüße, 世界", "--num_samples=1", "--max_new_tokens=20", "--device=cpu")
     assert sampled.returncode == 0 and sampled.stdout.startswith("Grüße, 世界"), sampled.stderr
     assert "vocabulary" not in sampled.stderr
+
+
+def test_the_printed_command_trains_on_the_dataset_wherever_it_is(here, monkeypatch, capfd):
+    monkeypatch.setattr(prepare, "advise", ADVISE)
+    write("my.txt", TEXT)
+    assert cli.main(["prepare", "my.txt", "--dataset=my data", "--root=some where/data", "--trial=False"]) == 0
+    printed = capfd.readouterr().out
+    assert "trial: " not in printed
+    (command,) = [line.removeprefix("next: ") for line in printed.splitlines() if line.startswith("next: ")]
+    small = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --warmup_iters=0 --eval_iters=1"
+    short = [*small.split(), "--max_iters=2", "--eval_interval=2", "--device=cpu", "--compile=False"]
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": places}
+    trained = subprocess.run(f"{command} {' '.join(short)}", shell=True, env=env, capture_output=True, text=True)
+    assert trained.returncode == 0 and "exact val loss" in trained.stdout, trained.stderr
+    monkeypatch.setattr(metrics, "draw_losses", no_picture)
+    assert cli.main(["train", "--init_from=resume", "--out_dir=out-my data", "--max_iters=3"]) == 0
+    assert "data: my data, " in capfd.readouterr().out
+    assert cli.main(["eval", "--out_dir=out-my data", "--device=cpu"]) == 0
+    assert capfd.readouterr().out.startswith("my data, val split: loss ")
+    os.rename("some where", "elsewhere")
+    assert cli.main(["eval", "--out_dir=out-my data", "--device=cpu"]) == 2
+    assert "--dataset=my data: some where/data/my data/ is not there" in capfd.readouterr().err
+    for named in ([], ["--dataset=my data"]):
+        assert cli.main(["eval", "--out_dir=out-my data", "--device=cpu", "--root=elsewhere/data", *named]) == 0
+
+
+@pytest.mark.parametrize(
+    "torch, said",
+    [
+        ("import os; os.kill(os.getpid(), 9)", "its process ended with -9"),
+        ("raise ImportError('no such\\nlibrary')", "library"),
+        ("raise SystemExit(3)", "its process ended with 3"),
+    ],
+)
+def test_advice_that_cannot_be_had_is_said_and_fails_nothing(monkeypatch, capfd, torch, said):
+    monkeypatch.setattr(prepare, "advise", ADVISE)
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    write("torch.py", torch)
+    write("a.txt", TEXT)
+    assert cli.main(["prepare", "a.txt", "--dataset=own"]) == 0
+    out, err = capfd.readouterr()
+    assert err == "" and out.splitlines()[-1] == f"no advice on how to train: {said}"
+    assert out.splitlines()[-2].startswith("trial: once PyTorch is loaded, up to 3 seconds of training show")
+    assert text("train") + text("val") == TEXT
 
 
 def test_files_of_ones_own_beside_the_dataset_stay(run, here):

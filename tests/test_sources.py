@@ -415,7 +415,7 @@ def test_broken_utf8_in_a_row_has_its_number_and_can_be_replaced():
         assert documents(found, replace=True)[0] == ["good", "gr\ufffd\ufffde"]
 
 
-@pytest.mark.parametrize("rows_in_group, place", [(1000, "row 3"), (2, "a row from row 3 on")])
+@pytest.mark.parametrize("rows_in_group, place", [(1000, "row 3"), (2, "a row from row 3 on"), (1, "row 3")])
 def test_a_row_too_long_for_the_memory(rows_in_group, place):
     texts = ["x", "y", "z" * 50_000, "w"]
     parquet("a.parquet", {"text": texts}, rows_in_group)
