@@ -71,11 +71,23 @@ def exactly_gpt2s_size(first):
     return tok
 
 
+def merged_out_of_other_parts():
+    """BPE in which `the` can only be made of t and he, so that it never is: t and h come together first."""
+    alphabet = sorted(before.ByteLevel.alphabet())
+    merges = [("t", "h"), ("h", "e"), ("t", "he")]
+    tokens = [*alphabet, *map("".join, merges), END]
+    tok = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tok.pre_tokenizer, tok.decoder = before.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens([END])
+    return tok
+
+
 OTHERS = {  # how it is made, the id of its end of text, what it is here
     "end of text first": (lambda: bytewise([END]), 0, "hf"),
     "no end of text": (lambda: bytewise([]), None, "hf"),
     "a space before all": (lambda: bytewise([END], add_prefix_space=True), 0, "hf"),
     "words not kept apart": (lambda: bytewise([END], use_regex=False), 0, "hf"),
+    "other merges": (merged_out_of_other_parts, 259, "hf"),
     "WordPiece": (wordpiece, None, "hf"),
     "Unigram": (unigram, None, "hf"),
     "50,257 tokens, end of text last": (lambda: exactly_gpt2s_size(False), 50_256, "bpe"),
