@@ -221,9 +221,9 @@ class Connections:
             connection.transport.abort()
         if time.monotonic() - self.reminded >= REMIND_TIME:
             self.reminded = time.monotonic()
-            why = "as many as the limit on open files allows (ulimit -n): idle ones are closed, further ones wait"
+            fit = "the most that fit (--max_requests, ulimit -n)"
             with suppress(OSError):  # nobody may be reading that any more
-                self.say(f"{len(self.open)} connections are open, {why}")
+                self.say(f"{len(self.open)} connections are open, {fit}: idle ones are closed, further ones wait")
         await asyncio.sleep(0 if self.idle else 0.05)
 
     async def close_idle(self):

@@ -486,7 +486,7 @@ def few_files():
 
 def open_most(server):
     """How many connections the server has said that it lets be open."""
-    server.door.wait_for("connections are open, as many as")
+    server.door.wait_for("connections are open, the most that fit")
     return int(re.search(r"^(\d+) connections are open", server.door.printed, re.M)[1])
 
 
