@@ -1,6 +1,7 @@
-"""The server under load: 16 clients against one alone, minutes of good and bad clients together, and the first token.
+"""The server under load: 16 clients against one alone, a short request beside many long ones, minutes of good and bad
+clients together, and the first token.
 
-    python benchmarks/serving.py [--clients=16] [--tokens=500] [--rounds=3] [--minutes=10] [--only=streams,load,page]
+    python benchmarks/serving.py [--clients=16] [--tokens=500] [--rounds=3] [--minutes=10] [--only=streams,fair,load,page]
 
 Real processes and real connections: `nanogpt serve` with models of random weights, whose speed is that of trained ones,
 and clients in this process, which do little but read. The last row needs Chromium and its driver. Everything else on
@@ -50,7 +51,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--only", default="streams,load,page")
+    parser.add_argument("--only", default="streams,fair,load,page")
     args = parser.parse_args()
     command = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -63,6 +64,10 @@ def main():
         if "streams" in args.only:
             for name in MODELS:
                 streams(name, Path(folder) / name.split()[0], args)
+        if "fair" in args.only:
+            for name in MODELS:
+                with serving(Path(folder) / name.split()[0]) as (_, port):
+                    asyncio.run(fair(name, port, args.rounds))
         if "load" in args.only:
             asyncio.run(load(Path(folder) / "0.8", args.minutes))
         if "page" in args.only:
@@ -147,6 +152,26 @@ def streams(name, out_dir, args):
         row(f"one client streaming, {name}", f"{alone:,.0f} tokens/s, the first after {waits[0]:.0f} ms")
         row(f"{args.clients} clients streaming", f"{together:,.0f} tokens/s, the first after {waits[1]:.0f} ms")
         row("ratio", f"{together / alone:.1f} x", "6 x")
+
+
+# -- a short request beside many long ones
+
+
+async def fair(name, port, rounds, clients=30):
+    """Seconds until somebody has 10 tokens while each of so many others asks for 4,096 of them."""
+    long = [asyncio.create_task(ask(port, max_tokens=4096, stream=True, seed=i)) for i in range(clients)]
+    await asyncio.sleep(2)
+    waits = []
+    for _ in range(rounds):
+        status, _, _, seconds = await ask(port, max_tokens=10)
+        assert status == 200
+        waits.append(seconds)
+    ended = sum(task.done() for task in long)
+    for task in long:
+        task.cancel()
+    await asyncio.gather(*long, return_exceptions=True)
+    measured = f"{max(waits):.2f} s at most; {ended} of the {clients} long ones had ended by then"
+    row(f"10 tokens beside {clients} clients that ask for 4,096 each, {name}", measured, "5 s")
 
 
 # -- good and bad clients together

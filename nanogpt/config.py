@@ -401,7 +401,9 @@ class ServeConfig:
     max_requests: int = setting(
         64, "requests at a time, waiting ones included; more are turned away", low=1, high=10**6
     )
-    max_n: int = setting(8, "texts for one prompt; those of all prompts of a request are 20, or this if more", low=1, high=10**6)
+    max_n: int = setting(
+        8, "texts for a prompt; all prompts of a request together have up to 20, or this if more", low=1, high=10**6
+    )
     max_tokens: int = setting(4096, "tokens of one text", low=1, high=10**9)
     max_prompt: int = setting(16384, "characters of a prompt, and tokens", low=1, high=10**9)
     max_body: int = setting(2**18, "bytes of a request", low=1024, high=2**30)

@@ -210,9 +210,10 @@ class Connections:
                     await self.make_room()
                 connection, _ = await loop.sock_accept(sock)
                 await loop.connect_accepted_socket(protocol, connection)
-            except OSError as e:  # the client has left, or others have taken all files of the system
-                if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            except Exception as e:  # the client has left already, or others have taken all files of the system
+                if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     await self.make_room()
+                await asyncio.sleep(0)
 
     async def make_room(self):
         """Close an eighth of the connections, those that have been idle longest; if there are none, wait a little."""
@@ -221,9 +222,9 @@ class Connections:
             connection.transport.abort()
         if time.monotonic() - self.reminded >= REMIND_TIME:
             self.reminded = time.monotonic()
-            why = "as many as the limit on open files allows (ulimit -n): idle ones are closed, further ones wait"
+            fit = "the most that fit (--max_requests, ulimit -n)"
             with suppress(OSError):  # nobody may be reading that any more
-                self.say(f"{len(self.open)} connections are open, {why}")
+                self.say(f"{len(self.open)} connections are open, {fit}: idle ones are closed, further ones wait")
         await asyncio.sleep(0 if self.idle else 0.05)
 
     async def close_idle(self):
@@ -307,9 +308,10 @@ class Guard:
     async def __call__(self, scope, receive, send):
         headers, status = dict(scope["headers"]), GONE
         shared = self.shared(headers)
-        # Two ends: a proxy before us may take the one and we the other, and the rest for a request (RFC 9112, 6.3).
-        ends = {value for name, value in scope["headers"] if name in (b"content-length", b"transfer-encoding")}
-        closing = [(b"connection", b"close")] if len(ends) > 1 else []
+        # If the length is given twice, a proxy may go by the one and we by the other: what it takes for part of this
+        # request, we would take for the next one (RFC 9112, section 6.3).
+        lengths = {value for name, value in scope["headers"] if name in (b"content-length", b"transfer-encoding")}
+        closing = [(b"connection", b"close")] if len(lengths) > 1 else []
 
         async def reply(message):
             nonlocal status
@@ -320,7 +322,7 @@ class Guard:
 
         try:
             if closing:
-                raise ApiError(400, "expected one Content-Length or Transfer-Encoding, and no two that differ")
+                raise ApiError(400, "expected a single Content-Length or Transfer-Encoding")
             if shared and scope["method"] == "OPTIONS":
                 await send_start(reply, 204, "text/plain")
                 await send_part(reply, b"", more=False)
@@ -684,7 +686,7 @@ def metrics_text(server):
         ("failures_total", "counter", "Steps that failed.", figures.failures),
         ("texts", "gauge", "Texts that are being written.", len(batcher.running)),
         ("texts_limit", "gauge", "Texts that can be written at the same time.", server.cfg.max_batch),
-        ("waiting", "gauge", "Prompts that wait for their turn.", len(batcher.waiting)),
+        ("waiting", "gauge", "Texts that wait for a place.", len(batcher.waiting)),
         ("completions", "gauge", "Completions that are being answered.", server.open),
     ]
     lines = []

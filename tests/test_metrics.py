@@ -109,6 +109,25 @@ def test_a_run_goes_on_without_wandb_if_that_is_killed(start):
     assert "saved in out/checkpoints/" in door.printed
 
 
+TRACKIO = """import json, os
+def init(project, name=None, config=None, resume="never"):  # as trackio has it: no `dir`
+    open("told.json", "w").write(json.dumps([project, name, config["out_dir"], os.environ.get("WANDB_DIR")]))
+    return __import__("sys").modules[__name__]
+def log(metrics, step=None): pass
+def finish(): pass
+"""
+
+
+def test_what_goes_by_the_name_of_wandb_is_told_the_folder(tiny, run_door, tmp_path):
+    """A small module in wandb's place, with trackio's arguments: it has to be on the path, as trackio then is."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "wandb.py").write_text(TRACKIO)
+    args = ["--wandb_log=True", "--wandb_project=owls", "--wandb_run_name=barn", "--max_iters=1"]
+    done = run_door("train.py", *SMALL, *args, PYTHONPATH=str(tmp_path / "lib"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "told.json").read_text()) == ["owls", "barn", "out", "out"]
+
+
 def log_records(raw, block=2**15):
     """The records of a .wandb file, which is a LevelDB log (its doc/log_format.md) behind 7 bytes of W&B's own."""
     assert raw.startswith(b":W&B")
