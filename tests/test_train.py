@@ -467,15 +467,21 @@ def read(undrawn, monkeypatch):
 LONG = ["--eval_interval=1000", "--lr_decay_iters=1000"]
 
 
+def windows(first, n, seed=1337, sampling="epochs", documents=False):
+    """Where windows number `first` to `first + n - 1` of the dataset `tiny` lie."""
+    dataset = data.Dataset("tiny", "train", 16, documents=documents)
+    batches = data.Batches(dataset, "train", seed, 16, None, sampling)
+    return batches.places(np.arange(first, first + n))[0].tolist()
+
+
 def test_each_window_of_an_epoch_is_read_once_whatever_the_batch_was_before(run, read):
     run(*LONG, "--max_iters=5")
     run(*LONG, "--max_iters=9", "--init_from=resume", "--batch_size=5", "--gradient_accumulation_steps=3")
     said = run(*LONG, "--max_iters=30", "--init_from=resume", "--batch_size=21")
     counts = np.cumsum([8] * 5 + [15] * 4 + [42] * 21)  # windows that have been read after each step
     epoch = checkpoint.newest("out").state["epoch_windows"]
-    assert len(read) == counts[-1] > 2 * epoch
-    first, second = read[:epoch], read[epoch : 2 * epoch]
-    assert len(set(first)) == len(set(second)) == epoch and first != second
+    assert read == windows(0, counts[-1]) and counts[-1] > 2 * epoch
+    assert len(set(read[:epoch])) == len(set(read[epoch : 2 * epoch])) == epoch
     epochs = {r["step"]: r["epoch"] for r in metrics() if "loss" in r}
     assert epochs == pytest.approx(dict(enumerate(counts / epoch, start=1)))
     ends = [1 + int(np.argmax(counts >= n * epoch)) for n in (1, 2)]
@@ -494,6 +500,14 @@ def test_another_batch_is_read_alike_by_any_number_of_processes(run, tmp_path, s
     assert losses("one") == pytest.approx(losses("two"), abs=1e-4)
 
 
+def test_each_target_counts_the_same_after_a_resume_with_another_batch(run, undrawn, documents, dist):
+    run(*LONG, "--max_iters=3", "--documents=True")
+    model = checkpoint.load_model(checkpoint.newest("out"))
+    batches = data.Batches(data.Dataset("tiny", "train", 16, documents=True), "train", 1337, 16, dist)
+    run(*LONG, "--max_iters=4", "--init_from=resume", "--batch_size=5")
+    assert losses()[4] == pytest.approx(model(*batches.get(24, 10))[1].item(), abs=1e-5)
+
+
 def test_an_earlier_checkpoint_is_where_its_own_batch_brought_it(run, read, monkeypatch):
     write = checkpoint.write
 
@@ -501,34 +515,28 @@ def test_an_earlier_checkpoint_is_where_its_own_batch_brought_it(run, read, monk
         state = {k: v for k, v in info["state"].items() if k not in ("windows", "epoch_windows")}
         return write(out_dir, model_tensors, other_tensors, info | {"state": state})
 
-    run(*LONG, "--max_iters=5", "--out_dir=new")
-    run(*LONG, "--max_iters=9", "--out_dir=new", "--init_from=resume", "--batch_size=3")
-    expected = read.copy()
-    read.clear()
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", write_as_before)
         run(*LONG, "--max_iters=5")
     run(*LONG, "--max_iters=9", "--init_from=resume", "--batch_size=3")
-    assert read == expected
+    assert read == windows(0, 5 * 8 + 4 * 6)
 
 
-@pytest.mark.parametrize("what", ["more data", "seed", "sampling", "documents"])
-def test_other_windows_begin_with_an_epoch_of_their_own(run, read, documents, what):
+@pytest.mark.parametrize("changed", [{}, {"seed": 7}, {"sampling": "random"}, {"documents": True}])
+def test_other_windows_begin_with_an_epoch_of_their_own(run, read, documents, changed):
     run(*LONG, "--max_iters=5")
-    flags = {"seed": ["--seed=7"], "sampling": ["--sampling=random"], "documents": ["--documents=True"]}.get(what, [])
-    if what == "more data":
+    if not changed:
         raw = (documents / "train.bin").read_bytes()
         (documents / "train.bin").write_bytes(raw + raw[:2000])
     read.clear()
+    flags = [f"--{name}={value}" for name, value in changed.items()]
     said = run(*LONG, *flags, "--max_iters=7", "--init_from=resume", "--batch_size=100")
-    assert "epoch: number 2 begins" in said and ("best loss and patience" in said) == (
-        what in ("more data", "documents")
-    )
+    assert "epoch: number 2 begins" in said
+    assert ("best loss and patience begin anew" in said) == (not changed or "documents" in changed)
     epoch = checkpoint.newest("out").state["epoch_windows"]
+    assert read == windows(epoch, 400, **changed)
     assert metrics()[-2]["epoch"] == pytest.approx(1 + 400 / epoch)
-    if what != "sampling":
-        assert len(set(read[:epoch])) == min(400, epoch)
-    assert "epoch: number" not in run(*LONG, "--max_iters=8", "--init_from=resume")
+    assert "epoch: number" not in run(*LONG, *flags, "--max_iters=8", "--init_from=resume")
 
 
 def test_random_windows_are_read_alike_by_any_number_of_processes_and_after_a_stop(run, tmp_path):
