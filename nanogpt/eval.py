@@ -115,7 +115,7 @@ def unknown_characters(texts, tok):
 def about_unknown(unknown, characters, tok):
     """One line about the unknown characters among so many: how many, the commonest of them, and what becomes of them."""
     named = ", ".join(f"{c!r} (U+{ord(c):04X}): {n:,}" for c, n in unknown.most_common(3))
-    named += f", and {len(unknown) - 3:,} others" if len(unknown) > 3 else ""
+    named += f", and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
     outcome = (
         "they are left out, and the loss and the bits per byte are those of the text without them"
         if tok.unknown is None

@@ -225,6 +225,7 @@ def compile_model(run, log, cfg, dist, stop):
         trained = distributed.share_batch(cfg, dist.world_size, most)[1], cfg.block_size
         return distributed.compiled(run.model, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
 
+    log.progress.at("compiling the model (--compile)")  # a matter of an instant if it is not compiled
     try:
         with stop.at_once():
             return memory.fitting(compiled, run.state, cfg, dist)

@@ -373,7 +373,7 @@ def test_unknown_characters_are_counted_and_left_out(evaluate, capsys):
     total = 2 * len(known) + 15
     assert said.startswith(
         f"not in the model's vocabulary: 15 of {total} characters ({15 / total:.2%}), "
-        "'猫' (U+732B): 10, 'é' (U+00E9): 3, '“' (U+201C): 1, and 1 others; they are left out, "
+        "'猫' (U+732B): 10, 'é' (U+00E9): 3, '“' (U+201C): 1, and 1 more; they are left out, "
     )
 
 
