@@ -209,7 +209,7 @@ def test_two_processes_find_what_one_does(evaluate, tmp_path):
 
 
 def test_standard_input_and_the_results_alone_on_standard_output(trained_run):
-    code = "import sys; from nanogpt.cli import main; sys.exit(main())"
+    code = "from nanogpt.cli import enter; enter()"
     command = [sys.executable, "-c", code, "eval", "--text=-"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, input="The cat sat.", env=env, capture_output=True, text=True, timeout=120)

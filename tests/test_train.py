@@ -2,13 +2,15 @@
 
 import json
 import re
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, losses, metrics, torchrun
+from conftest import ROOT, SMALL, losses, metrics, torchrun
 from safetensors.torch import load_file
 
 from nanogpt import checkpoint, cli, config, data, evaluate, start, train
@@ -55,6 +57,29 @@ def test_the_run_leaves_settings_metrics_and_a_picture(run):
     assert saved["settings"]["n_layer"] == 2 and saved["sources"]["n_layer"] == "--n_layer=2"
     assert Path("deep/out/loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert metrics("deep/out")[-1]["exact_loss"] > 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_a_run_outlives_its_output(tiny, tmp_path):
+    """Its log is on a full disk, and what reads its errors has stopped."""
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            '{ "$@"; echo $? >code; } 2>&1 >/dev/full | true',
+            "sh",
+            sys.executable,
+            ROOT / "train.py",
+            *SMALL,
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ((tmp_path / "code").read_text(), done.stdout, done.stderr) == ("0\n", "", "")
+    assert list(losses(tmp_path / "out")) == list(range(1, 9)) and metrics(tmp_path / "out")[-1]["exact_loss"] > 0
+    assert checkpoint.newest(tmp_path / "out").step == 8
 
 
 def test_the_global_batch_is_what_counts(run):
