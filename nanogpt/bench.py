@@ -122,7 +122,9 @@ def report(cfg, dist, model, peak, seconds):
         print(f"{phase:<12} {ms:>9.2f} {ms / 1e3 / whole:>7.0%}")
     print(f"{'iteration':<12} {1e3 * whole:>9.2f}\n")
     print(f"speed        {tokens / whole:,.0f} tokens a second, {flops / whole / 1e9:,.1f} GFLOP/s")
-    print(f"MFU          {flops / whole / peak:.1%} of the peak")
+    peak = metrics.peak_beside(flops / whole, peak, dist)
+    if flops / whole <= peak:
+        print(f"MFU          {flops / whole / peak:.1%} of the peak")
     print(
         f"yardstick    {rate * dist.world_size / 1e9:,.1f} GFLOP/s: the matrix products of this model alone, at its own shapes"
     )

@@ -52,6 +52,22 @@ def device_peak(dist):
     return rate
 
 
+PLAUSIBLE = 0.9  # of the peak; no model comes so near to that of a large product
+
+
+def peak_beside(flops_rate, peak, dist):
+    """The peak of `device_peak`, measured again if a model comes so near to it that it must have been measured too low.
+
+    That happens while another program uses the machine. With a NaN, as on other than the main process, nothing does.
+    """
+    if flops_rate > PLAUSIBLE * peak:
+        again = measured_peak(dist) * dist.world_size
+        if again > peak:
+            dist.say(f"peak: {again / 1e12:.3g} TFLOP/s, measured again, since {peak / 1e12:.3g} was too low")
+        peak = max(peak, again)
+    return peak
+
+
 def measured_peak(dist):
     """FLOP/s of a large matrix product on the device: the fastest within a tenth of a second."""
     n = 1024 if dist.device.type == "cpu" else 8192
@@ -147,6 +163,7 @@ class Log:
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
         self.epoch_windows, self.per_step = epoch_windows, cfg.gradient_accumulation_steps * cfg.batch_size
         self.windows_before = state.windows - state.step * self.per_step  # 0, but in a run that had another batch
+        self.measurements = 3  # of the peak, that may still be made and bring nothing
         self.unread = []  # steps whose numbers are still on the device
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
         self.file = self.bar = self.failure = None
@@ -248,17 +265,22 @@ class Log:
         self.progress.ended.set()
         now = time.perf_counter()
         seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
-        self.last_step, self.seconds, self.mark = step, 0.0, now
-        self.peak = max(self.peak, self.flops_per_iter / seconds)  # measured too low, while others used the machine
-        rate, mfu = self.tokens_per_iter / seconds, self.flops_per_iter / seconds / self.peak
+        flops = self.flops_per_iter / seconds
+        if self.measurements > 0:
+            before, self.peak = self.peak, peak_beside(flops, self.peak, self.dist)
+            self.measurements -= self.peak == before and flops > PLAUSIBLE * before
+        self.last_step, self.seconds, self.mark = step, 0.0, time.perf_counter()
+        rate, mfu = self.tokens_per_iter / seconds, flops / self.peak if flops <= self.peak else None
         epoch = self._epoch(step)
+        share = "" if mfu is None else f"mfu {mfu * 100:.2f}%, "  # no figure rather than a wrong one
         self.say(
-            f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, mfu {mfu * 100:.2f}%, "
+            f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {share}"
             f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}, epoch {epoch:.2f}"
         )
         measured = dict(ms=seconds * 1000, tokens_per_second=rate, mfu=mfu)
         self._record(step=step, epoch=epoch, loss=loss, lr=lr, grad_norm=grad_norm, **measured)
-        self._send(step, {"train/iter_loss": loss, "lr": lr, "mfu": mfu * 100, "grad_norm": grad_norm, "epoch": epoch})
+        sent = {"train/iter_loss": loss, "lr": lr, "grad_norm": grad_norm, "epoch": epoch}
+        self._send(step, sent | ({} if mfu is None else {"mfu": mfu * 100}))
         if self.bar:
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 

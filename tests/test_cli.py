@@ -146,7 +146,8 @@ def test_other_missing_modules_are_not_hidden(source, tmp_path):
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_output_into_a_closed_pipe(lines, unbuffered, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
-    program = f"def main(argv):\n    import time; time.sleep(0.5)\n    for i in range({lines}): print(i)"
+    wait = "import select; output = select.poll(); output.register(1, 0); output.poll()"  # until nobody reads any more
+    program = f"def main(argv):\n    {wait}\n    for i in range({lines}): print(i)"
     result = run_program(tmp_path, program, shell="{{ {}; echo $? >&2; }} | true")
     assert result.stderr.split() == ["141"]
 

@@ -91,6 +91,8 @@ def import_problem(module, name, lazy):
 def call_problem(call):
     name = dotted(call.func)
     given = {keyword.arg: keyword.value for keyword in call.keywords}
+    if name in ("sys.exit", "exit", "quit"):
+        return "return the exit code: cli.leave is the one way out"
     if name in ("eval", "exec"):
         return f"{name} runs code"
     if name.startswith("pickle."):
@@ -158,6 +160,7 @@ def test_the_light_modules_stay_light():
         ("legacy", "import pickle; pickle.Unpickler(f).load()"),
         ("some_program", "def f(): from dill import loads"),
         ("some_program", "eval('1')"),
+        ("some_program", "sys.exit(1)"),
         ("some_program", "exec(open('config.py').read())"),
         ("some_program", "torch.load(path)"),
         ("some_program", "torch.load(path, weights_only=False)"),

@@ -516,7 +516,7 @@ import sys, nanogpt.prepare as p, nanogpt.sources as s, nanogpt.pool as l
 p.COMMIT, s.BLOCK, l.BLOCK, p.advise = 0.0, 20000, 20000, lambda **about: None
 from nanogpt import cli
 {more}
-sys.exit(cli.main(["prepare", *sys.argv[1:]]))
+cli.enter("prepare")
 """
 DWELL = """
 import time
@@ -925,7 +925,7 @@ def test_help(capsys):
 def test_prepare_train_and_sample(here, run_door, name):
     """As three commands of a shell, without a word about where anything lies."""
     write("my.txt", "".join(f"Grüße, 世界! Привет, мир {i}! 👋🏽 {'é' * (i % 3)}\n" for i in range(300)))
-    code = "import sys; from nanogpt.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "from nanogpt.cli import enter; enter()"
     command = [sys.executable, "-c", code, "prepare", "my.txt", "--dataset=my", f"--tokenizer={name}", "--trial=False"]
     prepared = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert prepared.returncode == 0, prepared.stderr

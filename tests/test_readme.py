@@ -216,7 +216,7 @@ def run(command, workplace):
     rule = rule_for(command)
     shell = ["sh", "-c", rule.change(command)]
     where = dict(cwd=workplace.place, env=workplace.env, stdin=subprocess.DEVNULL)
-    result = subprocess.run(shell, **where, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(shell, **where, capture_output=True, text=True, timeout=600)
     told = f"{shell[-1]}\nexit code {result.returncode}, expected {rule.code}\n{result.stdout}\n{result.stderr}"
     assert result.returncode == rule.code, told
     assert re.search(rule.expect, result.stdout, re.M), f"{told}\nexpected to read {rule.expect}"

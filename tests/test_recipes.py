@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import shakespeare
+from nanogpt import cli, shakespeare
 from nanogpt.tokenizer import GPT2Tokenizer, from_json, gpt2_file
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +26,7 @@ def prepare(monkeypatch, capsys):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(cli, "leave", sys.exit)
 
     def run(script, *args):
         monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
@@ -228,9 +229,8 @@ def test_documents(tmp_path, documents, name, kind):
     ],
 )
 def test_what_the_recipes_download(name, hub, monkeypatch):
-    from nanogpt import cli
-
     given = []
+    monkeypatch.setattr(cli, "leave", sys.exit)
     monkeypatch.setattr(cli, "main", given.append)
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--memory=2000"])
     with pytest.raises(SystemExit):

@@ -21,7 +21,7 @@ from nanogpt.generate import Engine
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.tokenizer import ByteTokenizer
 
-START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.cli import main; sys.exit(main())"
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.cli import enter; enter()"
 COMMAND = [sys.executable, "-c", START, "talk", "--device=cpu", "--max_new_tokens=30"]
 
 
