@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import signal
 import subprocess
 import sys
@@ -711,7 +712,8 @@ def test_killed_while_the_files_take_their_places(run, name, fails, monkeypatch)
 
 def test_two_at_once_are_refused(run, large):
     process = start_and_dwell("a.txt")
-    assert problem("a.txt") == "data/own: another `nanogpt prepare` is at work there"
+    holder = f"process {process.pid} on {socket.gethostname()}"
+    assert problem("a.txt") == f"data/own: another `nanogpt prepare` is at work there ({holder})"
     process.kill()
     process.communicate()
 
