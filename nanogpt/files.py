@@ -48,7 +48,8 @@ def append_to(path):
     """The regular file at `path`, or a new one, opened to append lines of text; a symbolic link is not followed."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    return open(_only_regular(os.open(path, flags, 0o666), path), "a", buffering=1, encoding="utf-8")
+    handle = _only_regular(os.open(path, flags, 0o666), path)
+    return open(path, "a", buffering=1, encoding="utf-8", opener=lambda *_: handle)  # so its name is the path
 
 
 def create(path, mode="xb", buffering=-1):

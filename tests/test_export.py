@@ -444,7 +444,7 @@ def test_all_files_of_an_export_can_be_read_by_the_same_people(tmp_path):
 
 def test_an_export_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
     events, rename = [], os.rename
-    monkeypatch.setattr(nanogpt.export.checkpoint, "flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(nanogpt.export.files, "flush", lambda path: events.append(path.name))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("renamed"), rename(a, b)))
     to_hugging_face(our_model(), CHARS, tmp_path / "to")
     *before, folder, renamed, parent = events

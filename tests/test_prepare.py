@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -766,7 +767,8 @@ def test_a_lock_that_cannot_be_had_is_told_in_a_line():
 
 def test_two_at_once_are_refused(run, large):
     process = start_and_dwell("a.txt")
-    assert problem("a.txt") == "data/own: another `nanogpt prepare` is at work there"
+    holder = f"process {process.pid} on {socket.gethostname()}"
+    assert problem("a.txt") == f"data/own: another `nanogpt prepare` is at work there ({holder})"
     process.kill()
     process.communicate()
 

@@ -676,6 +676,23 @@ def test_a_learning_rate_that_ends_before_the_run_is_told(run):
         assert "the learning rate is 0" not in run(*early, sound)
 
 
+def test_a_run_that_ends_in_its_warm_up_says_so_and_what_changes_it(run):
+    out = run("--max_iters=4", "--warmup_iters=200")
+    assert (
+        "learning rate: the run ends in its warm-up, at about 0.0002 of 0.01; --warmup_iters=0 or --max_iters beyond 200 "
+        "would do"
+    ) in out
+    for enough in (["--warmup_iters=4"], ["--warmup_iters=200", "--decay_lr=False"]):
+        assert "warm-up" not in run("--max_iters=4", *enough)
+
+
+def test_a_resumed_run_announces_the_settings_that_are_not_the_runs_own(run):
+    run("--max_iters=2", "--learning_rate=0.02")
+    out = run("--init_from=resume", "--max_iters=4")  # without the rate of that command line, with SMALL's
+    assert "settings: not those of the run so far: learning_rate 0.02 -> 0.01, max_iters 2 -> 4\n" in out
+    assert "settings:" not in run("--init_from=resume", "--max_iters=4")
+
+
 # Patience
 
 
