@@ -7,7 +7,7 @@ python=$(dirname "$0")/.venv/bin/python
 exec "$python" "$0" "$@"
 """
 
-from nanogpt.cli import enter
+from nanogpt.commands.cli import enter
 
 if __name__ == "__main__":
     enter("train")

@@ -60,7 +60,7 @@ def reader(way, folder):
     import torch
 
     from nanogpt import data
-    from nanogpt.distributed import Dist
+    from nanogpt.run.distributed import Dist
 
     path, generator = folder / "train.bin", torch.Generator().manual_seed(SEED)
 

@@ -69,7 +69,7 @@ def plain_char(text):
 
 def plain_gpt2(path):
     """MB/s of tiktoken's encode_ordinary, one core, a megabyte at a time."""
-    from nanogpt.tokenizer import GPT2Tokenizer
+    from nanogpt.text.tokenizer import GPT2Tokenizer
 
     encode, spent, size = GPT2Tokenizer().encoding.encode_ordinary, 0.0, 0
     with open(path, encoding="utf-8", errors="replace") as f:
@@ -121,7 +121,7 @@ def killed(kills, *args, cwd):
 
 def round_trips(strings):
     """{tokenizer: failures} over so many generated strings of any script."""
-    from nanogpt import tokenizer as t
+    from nanogpt.text import tokenizer as t
 
     draw = random.Random(0)
     planes = [(0x20, 0x7F), (0xA0, 0x250), (0x300, 0x530), (0x900, 0xE00), (0x3040, 0x9FFF), (0x1F300, 0x1FAFF)]

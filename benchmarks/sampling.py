@@ -25,11 +25,13 @@ import nanogpt  # noqa: E402, F401  (before PyTorch: it says how the threads wai
 # isort: split
 import torch  # noqa: E402
 
-from nanogpt import checkpoint, export, quantize  # noqa: E402
-from nanogpt.distributed import prepare_device  # noqa: E402
+from nanogpt import quantize  # noqa: E402
+from nanogpt.formats import export  # noqa: E402
 from nanogpt.generate import Engine, Options  # noqa: E402
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
-from nanogpt.tokenizer import CharTokenizer  # noqa: E402
+from nanogpt.run import checkpoint  # noqa: E402
+from nanogpt.run.distributed import prepare_device  # noqa: E402
+from nanogpt.text.tokenizer import CharTokenizer  # noqa: E402
 
 CHARS = CharTokenizer(["\n", *(chr(32 + i) for i in range(64))])
 SMALL = dict(block_size=64, n_layer=4, n_head=4, n_embd=128, vocab_size=65, bias=False)  # 0.8 M
@@ -119,7 +121,8 @@ def process(out_dir, argv, n):
 
 def process_of_the_original(argv):
     """What `sample.py` did before there was a cache, as a process of its own: load, write uncached, print."""
-    from nanogpt import config, distributed, trained
+    from nanogpt import config
+    from nanogpt.run import distributed, trained
 
     cfg = config.load(config.SampleConfig, argv, "sampling.py")
     with distributed.setup(cfg, out=sys.stderr) as dist:

@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from browser import CHROMIUM, DRIVER, Browser  # noqa: E402
 from serving import write_run  # noqa: E402
 
-from nanogpt.tokenizer import CharTokenizer  # noqa: E402
+from nanogpt.text.tokenizer import CharTokenizer  # noqa: E402
 
 TOKENIZER = CharTokenizer([chr(c) for c in (10, *range(32, 96))])  # 65 characters, as Shakespeare has
 MODELS = {
@@ -89,7 +89,7 @@ def cpu():
 @contextmanager
 def serving(out_dir, *args):
     """`nanogpt serve`, ready: its process and port."""
-    command = [sys.executable, "-c", "from nanogpt.cli import enter; enter()", "serve", "--port=0"]
+    command = [sys.executable, "-c", "from nanogpt.commands.cli import enter; enter()", "serve", "--port=0"]
     command += [f"--out_dir={out_dir}", "--device=cpu", *args]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:

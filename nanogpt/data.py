@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanogpt import files, legacy
+from nanogpt import files
 from nanogpt.config import RunFailed, UserError, nearest
+from nanogpt.formats import legacy
 
 DTYPES = ("uint16", "uint32")
 PIECE = 2**22  # tokens that are looked at in one go

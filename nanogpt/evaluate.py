@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nanogpt.data import Documents
-from nanogpt.distributed import largest_divisor
+from nanogpt.run.distributed import largest_divisor
 
 
 @contextmanager

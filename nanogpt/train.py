@@ -13,24 +13,12 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import (
-    advice,
-    checkpoint,
-    config,
-    data,
-    distributed,
-    evaluate,
-    files,
-    health,
-    memory,
-    metrics,
-    optim,
-    schedule,
-    signals,
-    tokenizer,
-)
+from nanogpt import config, data, evaluate, files, optim, schedule
+from nanogpt.commands import advice
 from nanogpt.config import TrainConfig
-from nanogpt.start import settings_to_resume, start
+from nanogpt.run import checkpoint, distributed, health, memory, metrics, signals
+from nanogpt.run.start import settings_to_resume, start
+from nanogpt.text import tokenizer
 
 HOURS = 2 * 3600.0  # seconds from which on a run is said to be long: the estimate may be twice what it takes
 

@@ -19,11 +19,13 @@ import hypothesis
 import pytest
 import torch
 
-import nanogpt.metrics
-from nanogpt import checkpoint, cli, train
+import nanogpt.run.metrics
+from nanogpt import train
+from nanogpt.commands import cli
 from nanogpt.data import write_dataset
-from nanogpt.distributed import Dist
-from nanogpt.tokenizer import CharTokenizer, from_json, hugging_face_files
+from nanogpt.run import checkpoint
+from nanogpt.run.distributed import Dist
+from nanogpt.text.tokenizer import CharTokenizer, from_json, hugging_face_files
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,7 +113,7 @@ def no_picture(out_dir):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Runs in this process draw no picture of their losses."""
-    monkeypatch.setattr(nanogpt.metrics, "draw_losses", no_picture)
+    monkeypatch.setattr(nanogpt.run.metrics, "draw_losses", no_picture)
 
 
 def metrics(out_dir="out"):
@@ -162,7 +164,7 @@ def enter(cwd, argv, log, env, before):
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    nanogpt.metrics.draw_losses = no_picture
+    nanogpt.run.metrics.draw_losses = no_picture
     if before:
         before()
     cli.as_process(lambda: cli.main(argv), lasting=argv[0] in cli.LASTING)

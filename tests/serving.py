@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from conftest import Door
 
-from nanogpt import checkpoint
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.run import checkpoint
+from nanogpt.text.tokenizer import CharTokenizer
 
 CHARS = "\n abcdefghij<>&\"'/=()é€😀script"  # what a page must not take for HTML, and characters of 1 to 4 bytes
 

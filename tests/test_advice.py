@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanogpt import advice
-from nanogpt.advice import Run, advise, choose, command, duration, measure, rounded
+from nanogpt.commands import advice
+from nanogpt.commands.advice import Run, advise, choose, command, duration, measure, rounded
 from nanogpt.config import TrainConfig, load
-from nanogpt.distributed import Dist
 from nanogpt.model import GPT
+from nanogpt.run.distributed import Dist
 
 ROOT = Path(__file__).parent.parent
 CPU = Dist(torch.device("cpu"), torch.float32)
@@ -174,7 +174,7 @@ def test_in_a_process_of_its_own_it_never_fails():
     about = dict(name="own", root="data", vocab_size=66, train_tokens=10**6, val_tokens=10**5, memory=1e9, trial=False)
     for given, expected in ((about, "next: "), (about | {"val_tokens": 0}, "no advice on how to train")):
         result = subprocess.run(
-            [sys.executable, "-c", "from nanogpt.advice import main; main()"],
+            [sys.executable, "-c", "from nanogpt.commands.advice import main; main()"],
             input=json.dumps(given), cwd=ROOT, capture_output=True, text=True,
         )  # fmt: skip
         assert (result.returncode, result.stderr) == (0, "") and expected in result.stdout

@@ -7,10 +7,10 @@ import time
 import pytest
 import torch
 
-from nanogpt.batching import Batcher, Failed, Job, Outbox, Stopping
 from nanogpt.generate import Engine, Options
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.serve.batching import Batcher, Failed, Job, Outbox, Stopping
+from nanogpt.text.tokenizer import CharTokenizer
 
 
 class Slow(Engine):

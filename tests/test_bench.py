@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 
-from nanogpt import bench, memory, metrics, start
+from nanogpt.commands import bench
 from nanogpt.config import BenchConfig, load
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run import memory, metrics, start
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=2", "--device=cpu"]
 SMALL += ["--gradient_accumulation_steps=2", "--iters=3", "--warmup=1", "--compile=False"]
@@ -61,7 +62,7 @@ def test_without_a_dataset_the_tokens_are_random_and_one_line_says_so(run):
 
 def test_a_prepared_dataset_is_read(run, tmp_path):
     from nanogpt.data import write_dataset
-    from nanogpt.tokenizer import CharTokenizer
+    from nanogpt.text.tokenizer import CharTokenizer
 
     tok = CharTokenizer.train("abc")
     write_dataset(tmp_path / "data" / "d", tok, tok.encode("abc" * 50), tok.encode("abc" * 50))

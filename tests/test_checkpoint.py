@@ -24,12 +24,14 @@ import torch
 from conftest import ROOT, SMALL, ending, losses, metrics
 from safetensors.torch import load_file, save_file
 
-from nanogpt import checkpoint, cli, data, sample, train
+from nanogpt import data, train
+from nanogpt.commands import cli, sample
 from nanogpt.config import RunFailed, UserError
-from nanogpt.metrics import read_metrics
 from nanogpt.model import GPTConfig
-from nanogpt.signals import Stopped
-from nanogpt.start import TrainState
+from nanogpt.run import checkpoint
+from nanogpt.run.metrics import read_metrics
+from nanogpt.run.signals import Stopped
+from nanogpt.run.start import TrainState
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import nanogpt
-from nanogpt import cli
+from nanogpt.commands import cli
 
 ROOT = Path(__file__).parent.parent
 PROGRAM_DOORS = ["train", "sample"]
@@ -233,7 +233,7 @@ def clone(tmp_path):
     """A clone without an environment, with a space in its name; its programs echo what they get."""
     clone = tmp_path / "my clone"
     (clone / "nanogpt").mkdir(parents=True)
-    for name in ("train.py", "sample.py", "nanogpt/__init__.py", "nanogpt/cli.py", "nanogpt/config.py"):
+    for name in ("train.py", "sample.py", "nanogpt/__init__.py", "nanogpt/commands/cli.py", "nanogpt/config.py"):
         shutil.copy(ROOT / name, clone / name)
     for name in PROGRAM_DOORS:
         write(clone / "nanogpt" / f"{name}.py", ECHO)

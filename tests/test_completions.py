@@ -8,11 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from openai.types import Completion
 
-from nanogpt.batching import Part
-from nanogpt.completions import MAX_LOGPROBS, Answer, ApiError, Ask, Choice, read_ask
 from nanogpt.config import ServeConfig
 from nanogpt.generate import Token
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.serve.batching import Part
+from nanogpt.serve.completions import MAX_LOGPROBS, Answer, ApiError, Ask, Choice, read_ask
+from nanogpt.text.tokenizer import CharTokenizer
 
 CFG = ServeConfig(max_tokens=100, max_n=4, max_prompt=50)
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from conftest import SMALL
 
-from nanogpt import convert, export, sample, train
+from nanogpt import train
+from nanogpt.commands import convert, sample
 from nanogpt.config import RunFailed, UserError
+from nanogpt.formats import export
 
 
 @pytest.fixture

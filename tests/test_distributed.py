@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanogpt import cli, distributed
+from nanogpt.commands import cli
 from nanogpt.config import RunFailed, UserError
-from nanogpt.distributed import Dist, choose_compile, choose_device, choose_dtype, prepare_device
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run import distributed
+from nanogpt.run.distributed import Dist, choose_compile, choose_device, choose_dtype, prepare_device
 
 CPU = torch.device("cpu")
 

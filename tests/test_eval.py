@@ -17,11 +17,14 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Door, free_port, metrics, tiny_text, write_tokenizer
 
-from nanogpt import checkpoint, cli, config, sources, train, trained
-from nanogpt import eval as program
+from nanogpt import config, train
+from nanogpt.commands import cli
+from nanogpt.commands import eval as program
 from nanogpt.config import EvalConfig, UserError
 from nanogpt.data import write_dataset
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.run import checkpoint, trained
+from nanogpt.text import sources
+from nanogpt.text.tokenizer import CharTokenizer
 
 LINE = re.compile(r"(.*): loss ([\d.]+) over ([\d,]+) tokens, perplexity ([\d.]+)(?:, ([\d.]+) bits per byte)?")
 
@@ -232,7 +235,7 @@ def test_two_processes_find_what_one_does(evaluate, tmp_path):
 
 
 def test_standard_input_and_the_results_alone_on_standard_output(trained_run):
-    code = "from nanogpt.cli import enter; enter()"
+    code = "from nanogpt.commands.cli import enter; enter()"
     command = [sys.executable, "-c", code, "eval", "--text=-"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, input="The cat sat.", env=env, capture_output=True, text=True, timeout=120)

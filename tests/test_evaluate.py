@@ -10,7 +10,7 @@ import torch
 from nanogpt.data import Batches, Dataset, Documents, find_documents, write_dataset
 from nanogpt.evaluate import evaluating, exact, losses
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.text.tokenizer import CharTokenizer
 
 T = 8
 TEXT = "a–b é日 ab–a 日é " * 7  # characters of 1, 2 and 3 bytes

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import nanogpt.export
+import nanogpt.formats.export
 from nanogpt.config import RunFailed, UserError
-from nanogpt.export import is_hugging_face, read_tokenizer, to_hugging_face
+from nanogpt.formats.export import is_hugging_face, read_tokenizer, to_hugging_face
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_json
+from nanogpt.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_json
 
 transformers = pytest.importorskip("transformers")
 
@@ -444,7 +444,7 @@ def test_all_files_of_an_export_can_be_read_by_the_same_people(tmp_path):
 
 def test_an_export_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
     events, rename = [], os.rename
-    monkeypatch.setattr(nanogpt.export.files, "flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(nanogpt.formats.export.files, "flush", lambda path: events.append(path.name))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("renamed"), rename(a, b)))
     to_hugging_face(our_model(), CHARS, tmp_path / "to")
     *before, folder, renamed, parent = events
@@ -508,7 +508,7 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nanogpt.export, "save_file", fail)
+    monkeypatch.setattr(nanogpt.formats.export, "save_file", fail)
     with pytest.raises(RunFailed, match="No space left"):
         to_hugging_face(our_model(), CHARS, tmp_path / "to")
     assert not list(tmp_path.iterdir())

@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import losses, metrics
 
-import nanogpt.start
-from nanogpt import checkpoint, health, optim, train
+import nanogpt.run.start
+from nanogpt import optim, train
 from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.model import GPT
-from nanogpt.start import TrainState
+from nanogpt.run import checkpoint, health
+from nanogpt.run.start import TrainState
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -43,7 +44,7 @@ def in_gradient(monkeypatch, value, sick):
 
 
 def in_input(monkeypatch, value, sick):
-    real = nanogpt.start.make_model
+    real = nanogpt.run.start.make_model
 
     def make_model(*args):
         model = real(*args)
@@ -51,7 +52,7 @@ def in_input(monkeypatch, value, sick):
         wte.register_forward_hook(lambda m, _, x: x * value if model.training and sick() else None)
         return model
 
-    monkeypatch.setattr(nanogpt.start, "make_model", make_model)
+    monkeypatch.setattr(nanogpt.run.start, "make_model", make_model)
 
 
 PLACES = {"loss": in_loss, "gradient": in_gradient, "input": in_input}

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL, write_tokenizer
 
-from nanogpt import cli, data, prepare
+from nanogpt import data
+from nanogpt.commands import cli
 from nanogpt.config import UserError
 from nanogpt.evaluate import byte_lengths
-from nanogpt.export import to_hugging_face
+from nanogpt.formats.export import to_hugging_face
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import CharTokenizer, GPT2Tokenizer, Stream, from_folder, from_hugging_face, from_json, same
+from nanogpt.text import prepare
+from nanogpt.text.tokenizer import CharTokenizer, GPT2Tokenizer, Stream, from_folder, from_hugging_face, from_json, same
 
 tokenizers = pytest.importorskip("tokenizers")
 models, trainers, before, decoders = (

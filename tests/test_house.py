@@ -133,7 +133,7 @@ def test_no_module_without_a_subject():
 
 
 def test_the_light_modules_stay_light():
-    code = "import sys, nanogpt.cli, nanogpt.config; print(*{'torch', 'numpy'} & set(sys.modules))"
+    code = "import sys, nanogpt.commands.cli, nanogpt.config; print(*{'torch', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
 
@@ -147,10 +147,10 @@ def test_the_light_modules_stay_light():
         ("data", "from . import distributed"),
         ("data", "from .distributed import Dist"),
         ("model", "from nanogpt.generate import generate"),
-        ("model", "def f(): from nanogpt.checkpoint import load"),
-        ("generate", "def f(): import importlib; importlib.import_module('nanogpt.checkpoint')"),
+        ("model", "def f(): from nanogpt.run.checkpoint import load"),
+        ("generate", "def f(): import importlib; importlib.import_module('nanogpt.run.checkpoint')"),
         ("evaluate", "from nanogpt import config, cli"),
-        ("some_program", "import nanogpt.cli"),
+        ("some_program", "import nanogpt.commands.cli"),
         ("shakespeare", "from nanogpt.model import GPT"),
         ("cli", "from nanogpt.config import UserError"),
         ("some_program", "from model import GPT"),
@@ -180,7 +180,7 @@ def test_the_rules_bite(module, source):
         ("config", "import ast"),
         ("model", "import torch.nn as nn\nfrom nanogpt.config import UserError"),
         ("model", "def f(): from nanogpt.generate import generate"),
-        ("model", "def f(): from nanogpt.export import from_pretrained"),
+        ("model", "def f(): from nanogpt.formats.export import from_pretrained"),
         ("checkpoint", "from .model import GPT\nfrom nanogpt import __version__, data"),
         ("some_program", "from nanogpt import checkpoint, config, data, export, model\nmodel.eval()"),
         ("some_program", "def f(): import wandb"),

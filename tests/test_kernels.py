@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt.distributed import prepare_device
 from nanogpt.kernels import Dropout, attention, rms_norm
+from nanogpt.run.distributed import prepare_device
 
 CPU, EPS = torch.device("cpu"), 1e-6
 

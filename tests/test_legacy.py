@@ -11,8 +11,11 @@ import pytest
 import torch
 from conftest import SMALL, losses, write_tokenizer
 
-from nanogpt import checkpoint, cli, config, data, export, legacy, start, train
+from nanogpt import config, data, train
+from nanogpt.commands import cli
+from nanogpt.formats import export, legacy
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run import checkpoint, start
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -93,7 +96,7 @@ def test_its_weights_are_the_very_same(old):
 def test_the_first_resumed_update_is_the_one_that_torch_would_have_made(old, capsys):
     model, optimizer = old
     cfg = config.load(config.TrainConfig, [*SMALL, *RESUME], "train.py")
-    from nanogpt.distributed import Dist
+    from nanogpt.run.distributed import Dist
 
     batches = data.Batches(
         data.Dataset("tiny", "train", 16), "train", cfg.seed, 16, Dist(torch.device("cpu"), torch.float32)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from conftest import ending, losses
 
-from nanogpt import checkpoint, cli, distributed, memory
+from nanogpt.commands import cli
 from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.model import GPT, GPTConfig, numbers_held
-from nanogpt.start import TrainState
+from nanogpt.run import checkpoint, distributed, memory
+from nanogpt.run.start import TrainState
 
 MiB = 2**20
 LARGE = (  # 256 sequences an iteration; all at a time take some 300 MiB

@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT, free_port
 from test_train import SMALL, losses
 
-from nanogpt import health, metrics
 from nanogpt.config import RunFailed, TrainConfig
-from nanogpt.start import TrainState
+from nanogpt.run import health, metrics
+from nanogpt.run.start import TrainState
 
 
 def test_wandb_receives_losses_rate_and_mfu_and_a_resumed_run_goes_on_in_its_run(start, tmp_path):

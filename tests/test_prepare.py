@@ -19,9 +19,11 @@ from conftest import no_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import cli, metrics, pool, prepare, sources
+from nanogpt.commands import cli
 from nanogpt.config import PrepareConfig, UserError, load
-from nanogpt.tokenizer import from_json
+from nanogpt.run import metrics
+from nanogpt.text import pool, prepare, sources
+from nanogpt.text.tokenizer import from_json
 
 ROOT = Path(__file__).parent.parent
 END = "<|endoftext|>"
@@ -513,7 +515,7 @@ def test_a_worker_ends_with_the_process_that_started_it():
 # -- stopped, and going on
 
 CODE = """
-import sys, nanogpt.prepare as p, nanogpt.sources as s, nanogpt.pool as l
+import sys, nanogpt.text.prepare as p, nanogpt.text.sources as s, nanogpt.text.pool as l
 p.COMMIT, s.BLOCK, l.BLOCK, p.advise = 0.0, 20000, 20000, lambda **about: None
 from nanogpt import cli
 {more}
@@ -927,7 +929,7 @@ def test_help(capsys):
 def test_prepare_train_and_sample(here, run_door, name):
     """As three commands of a shell, without a word about where anything lies."""
     write("my.txt", "".join(f"Grüße, 世界! Привет, мир {i}! 👋🏽 {'é' * (i % 3)}\n" for i in range(300)))
-    code = "from nanogpt.cli import enter; enter()"
+    code = "from nanogpt.commands.cli import enter; enter()"
     command = [sys.executable, "-c", code, "prepare", "my.txt", "--dataset=my", f"--tokenizer={name}", "--trial=False"]
     prepared = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert prepared.returncode == 0, prepared.stderr

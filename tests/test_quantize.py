@@ -7,11 +7,12 @@ import torch
 from conftest import SMALL
 from torch import nn
 
-from nanogpt import checkpoint, data, quantize, train
+from nanogpt import data, quantize, train
 from nanogpt.config import UserError
 from nanogpt.generate import Engine, Options
 from nanogpt.model import ARCHITECTURES, GPT, GPTConfig
 from nanogpt.quantize import Int8Linear, made_ready
+from nanogpt.run import checkpoint
 
 
 @pytest.fixture(autouse=True)

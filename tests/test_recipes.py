@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanogpt import cli, shakespeare
-from nanogpt.tokenizer import GPT2Tokenizer, from_json, gpt2_file
+from nanogpt.commands import cli
+from nanogpt.text import shakespeare
+from nanogpt.text.tokenizer import GPT2Tokenizer, from_json, gpt2_file
 
 ROOT = Path(__file__).parent.parent
 CHAR, BPE = (f"data/{name}/prepare.py" for name in ("shakespeare_char", "shakespeare"))

@@ -13,10 +13,12 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
 
-from nanogpt import prepare, sample, train
+from nanogpt import train
+from nanogpt.commands import sample
 from nanogpt.config import SampleConfig, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.text import prepare
+from nanogpt.text.tokenizer import ByteTokenizer
 
 
 @pytest.fixture

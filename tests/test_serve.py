@@ -15,8 +15,8 @@ import openai
 import pytest
 from serving import CHARS, Served, write_run
 
-from nanogpt.serve import curve
-from nanogpt.tokenizer import UNKNOWN, ByteTokenizer, CharTokenizer
+from nanogpt.serve.app import curve
+from nanogpt.text.tokenizer import UNKNOWN, ByteTokenizer, CharTokenizer
 
 FOREVER = 10**6  # tokens: more than are written while a test looks
 
@@ -429,9 +429,9 @@ def test_headers_that_never_end_are_not_waited_for(another):
 
 def impatient():
     """Before the server starts, in its process: seconds are short."""
-    import nanogpt.serve
+    import nanogpt.serve.app
 
-    nanogpt.serve.IDLE_TIME = nanogpt.serve.BODY_TIME = 0.5
+    nanogpt.serve.app.IDLE_TIME = nanogpt.serve.app.BODY_TIME = 0.5
 
 
 def test_what_is_no_http_does_not_harm(server):
@@ -771,10 +771,10 @@ def test_who_does_not_read_cannot_keep_it_from_ending(another):
 
 def long_grace():
     """Before the server starts, in its process: texts have long to finish, and wait for the test to let them."""
-    import nanogpt.serve
+    import nanogpt.serve.app
     from nanogpt import generate
 
-    nanogpt.serve.GRACE_TIME = 100
+    nanogpt.serve.app.GRACE_TIME = 100
 
     def step(self, real=generate.Engine.step):
         while any(row.new == 10 for row in self.rows) and not Path("finish").exists():
@@ -785,9 +785,9 @@ def long_grace():
 
 
 def short_grace():
-    import nanogpt.serve
+    import nanogpt.serve.app
 
-    nanogpt.serve.GRACE_TIME = 0.2
+    nanogpt.serve.app.GRACE_TIME = 0.2
 
 
 # What cannot be served
@@ -807,7 +807,7 @@ def short_grace():
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(place, monkeypatch, capsys, args, expected):
-    from nanogpt import cli
+    from nanogpt.commands import cli
 
     monkeypatch.chdir(place)
     keep = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -820,7 +820,7 @@ def test_what_cannot_be_served_is_said_in_one_line(place, monkeypatch, capsys, a
 
 
 def test_a_port_in_use_is_said_in_one_line_before_the_model_is_loaded(server, place, monkeypatch, capsys):
-    from nanogpt import cli
+    from nanogpt.commands import cli
 
     monkeypatch.chdir(place)
     assert cli.main(["serve", "--device=cpu", f"--port={server.port}", "--out_dir=elsewhere"]) == 2

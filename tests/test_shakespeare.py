@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from nanogpt import shakespeare
-from nanogpt.shakespeare import get_text, in_form, speeches
+from nanogpt.text import shakespeare
+from nanogpt.text.shakespeare import get_text, in_form, speeches
 
 ALPHABET = set("\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")  # tiny Shakespeare's
 

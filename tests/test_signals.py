@@ -9,8 +9,9 @@ from functools import partial
 import pytest
 from conftest import ending
 
-from nanogpt import checkpoint, distributed, evaluate, signals, train
-from nanogpt.signals import Stop
+from nanogpt import evaluate, train
+from nanogpt.run import checkpoint, distributed, signals
+from nanogpt.run.signals import Stop
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import sources
 from nanogpt.config import UserError
-from nanogpt.sources import Problems, blocks, explain, find, read_block
-from nanogpt.tokenizer import last_character
+from nanogpt.text import sources
+from nanogpt.text.sources import Problems, blocks, explain, find, read_block
+from nanogpt.text.tokenizer import last_character
 
 TEXT = "".join(f"Line {i} of a text with Größe and 世界.\n" for i in range(200))
 

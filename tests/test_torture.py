@@ -34,9 +34,10 @@ from test_health import BAD, PLACES, Watched
 from test_legacy import evil_files, refused
 from test_signals import ALL, PHASES, announce
 
-from nanogpt import checkpoint, config, optim
+from nanogpt import config, optim
 from nanogpt.config import RunFailed
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.torture]
 

@@ -14,11 +14,13 @@ import torch
 from conftest import ROOT, SMALL, losses, metrics, torchrun, write_tokenizer
 from safetensors.torch import load_file
 
-from nanogpt import checkpoint, cli, config, data, evaluate, start, train
+from nanogpt import config, data, evaluate, train
+from nanogpt.commands import cli
 from nanogpt.config import UserError
 from nanogpt.data import write_dataset
 from nanogpt.model import GPT
-from nanogpt.tokenizer import CharTokenizer
+from nanogpt.run import checkpoint, start
+from nanogpt.text.tokenizer import CharTokenizer
 
 
 def final_weights(out_dir="out"):
@@ -425,8 +427,8 @@ def test_what_is_wrong_is_told_though_another_process_ends_first(tmp_path):
 
 
 def test_the_process_group_is_closed_after_an_error(run, monkeypatch):
-    from nanogpt import distributed
     from nanogpt.config import TrainConfig, load
+    from nanogpt.run import distributed
 
     for key, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
         monkeypatch.setenv(key, value)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nanogpt.tokenizer import ByteTokenizer, CharTokenizer
-from nanogpt.trained import known
+from nanogpt.run.trained import known
+from nanogpt.text.tokenizer import ByteTokenizer, CharTokenizer
 
 COMPOSED, DECOMPOSED = "Gr\u00fcne", "Gru\u0308ne"
 TOK = CharTokenizer(sorted(set(COMPOSED) | {"\ufffd"}), unknown="\ufffd")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nanogpt import words
-from nanogpt.tokenizer import GPT2Tokenizer, gpt2_file
-from nanogpt.words import Words
+from nanogpt.text import words
+from nanogpt.text.tokenizer import GPT2Tokenizer, gpt2_file
+from nanogpt.text.words import Words
 
 pytest.importorskip("tiktoken")
 pytestmark = pytest.mark.skipif(not gpt2_file(), reason="GPT-2's vocabulary is not installed")

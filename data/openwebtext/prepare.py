@@ -4,7 +4,7 @@
 #
 #     sh data/openwebtext/prepare.py [SOURCE ...] [--key=value ...]
 #
-# The room to read is nanogpt/prepare.py, whose settings it takes; SOURCEs are read instead of the download.
+# The room to read is nanogpt/text/prepare.py, whose settings it takes; SOURCEs are read instead of the download.
 # A shell reads these lines, finds a Python, and starts this file once more with it; for Python they are text.
 python="$(dirname "$0")/../../.venv/bin/python"
 [ -x "$python" ] || python=python3
@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # works without the package being installed
 
-from nanogpt.cli import enter  # noqa: E402
+from nanogpt.commands.cli import enter  # noqa: E402
 
 if __name__ == "__main__":
     given = sys.argv[1:]

@@ -4,7 +4,7 @@
 #
 #     sh data/shakespeare/prepare.py [--input=FILE] [--out=DIR]
 #
-# The room to read is nanogpt/shakespeare.py, where the text comes from; then nanogpt/tokenizer.py.
+# The room to read is nanogpt/text/shakespeare.py, where the text comes from; then nanogpt/text/tokenizer.py.
 # A shell reads these lines, finds a Python, and starts this file once more with it; for Python they are text.
 python="$(dirname "$0")/../../.venv/bin/python"
 [ -x "$python" ] || python=python3
@@ -20,11 +20,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # works without the package being installed
 
 try:
-    from nanogpt.cli import as_process
+    from nanogpt.commands.cli import as_process
     from nanogpt.config import UserError
     from nanogpt.data import write_dataset
-    from nanogpt.shakespeare import get_text
-    from nanogpt.tokenizer import GPT2Tokenizer
+    from nanogpt.text.shakespeare import get_text
+    from nanogpt.text.tokenizer import GPT2Tokenizer
 except ModuleNotFoundError as e:
     sys.exit(f"error: the Python package {e.name} is missing from {sys.executable}; `make install` brings it")
 

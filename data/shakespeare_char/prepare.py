@@ -4,7 +4,7 @@
 #
 #     sh data/shakespeare_char/prepare.py [--input=FILE] [--out=DIR]
 #
-# The room to read is nanogpt/shakespeare.py, where the text comes from; then nanogpt/tokenizer.py.
+# The room to read is nanogpt/text/shakespeare.py, where the text comes from; then nanogpt/text/tokenizer.py.
 # A shell reads these lines, finds a Python, and starts this file once more with it; for Python they are text.
 python="$(dirname "$0")/../../.venv/bin/python"
 [ -x "$python" ] || python=python3
@@ -22,11 +22,11 @@ sys.path.insert(0, str(HERE.parents[1]))  # works without the package being inst
 try:
     import torch
 
-    from nanogpt.cli import as_process
+    from nanogpt.commands.cli import as_process
     from nanogpt.config import UserError
     from nanogpt.data import write_dataset
-    from nanogpt.shakespeare import get_text
-    from nanogpt.tokenizer import CharTokenizer
+    from nanogpt.text.shakespeare import get_text
+    from nanogpt.text.tokenizer import CharTokenizer
 except ModuleNotFoundError as e:
     sys.exit(f"error: the Python package {e.name} is missing from {sys.executable}; `make install` brings it")
 

@@ -6,10 +6,11 @@ import sys
 from contextlib import contextmanager
 from dataclasses import fields
 
-from nanogpt import config, distributed, quantize, trained
+from nanogpt import config, quantize
 from nanogpt.config import TalkConfig, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.tokenizer import Stream
+from nanogpt.run import distributed, trained
+from nanogpt.text.tokenizer import Stream
 
 CHANGEABLE = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop", "seed")
 LEAVE = ("/quit", "/exit")

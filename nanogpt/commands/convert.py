@@ -8,9 +8,11 @@ import sys
 
 import torch
 
-from nanogpt import config, export, trained
+from nanogpt import config
 from nanogpt.config import ExportConfig, RunFailed, UserError
-from nanogpt.distributed import Dist
+from nanogpt.formats import export
+from nanogpt.run import trained
+from nanogpt.run.distributed import Dist
 
 CLOSE = 1e-3  # that much of the largest logit may differ, by rounding; it is about 1e-6
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogpt import files
-from nanogpt.pool import FRAGMENT
+from nanogpt.text.pool import FRAGMENT
 
 MAX_BITS = 6  # 64 buckets, of two open files each
 FEW = 10  # documents are too few to train on where more are validated on

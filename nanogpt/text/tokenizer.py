@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt import words
 from nanogpt.config import UserError, installs, nearest
+from nanogpt.text import words
 
 END_OF_TEXT = "<|endoftext|>"
 BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # GPT-2's vocab.bpe
@@ -506,7 +506,7 @@ def from_folder(folder):
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{path}: its tokenizer cannot be read ({e})") from None
     if (folder / "meta.pkl").is_file():  # a dataset of the original nanoGPT
-        from nanogpt import legacy
+        from nanogpt.formats import legacy
 
         return {"type": "char", "chars": legacy.read_meta(folder / "meta.pkl")}
     if (folder / "ckpt.pt").is_file():

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanogpt import sources, tokenizer
 from nanogpt.config import RunFailed
-from nanogpt.sources import BLOCK
+from nanogpt.text import sources, tokenizer
+from nanogpt.text.sources import BLOCK
 
 FRAGMENT = np.dtype([("key", "<u8"), ("digest", "<u8"), ("tokens", "<u4"), ("first", "u1")])
 # A document, or a block's worth of a larger one. `digest` is a hash of its bytes, `tokens` how many ids it became,
@@ -216,9 +216,9 @@ class Pool:
 
 def run_module(name, **settings):
     """Start a Python that runs `nanogpt.NAME.main`, whose lines nobody need read; the Popen."""
-    path = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    path = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
-    code = f"from nanogpt.cli import as_process; from nanogpt.{name} import main; as_process(main)"
+    code = f"from nanogpt.commands.cli import as_process; from nanogpt.{name} import main; as_process(main)"
     return subprocess.Popen([sys.executable, "-c", code], env=env, **settings)
 
 

@@ -26,11 +26,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt import files, memory
+from nanogpt import files
 from nanogpt.config import RunFailed, UserError
-from nanogpt.distributed import out_of_memory
 from nanogpt.files import flush, write_json
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run import memory
+from nanogpt.run.distributed import out_of_memory
 
 FORMAT = 1
 FILES = ("checkpoint.json", "model.safetensors", "optimizer.safetensors")

@@ -4,9 +4,11 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt import checkpoint, export, tokenizer
 from nanogpt.config import GPT2_NAMES, UserError
+from nanogpt.formats import export
 from nanogpt.model import GPT
+from nanogpt.run import checkpoint
+from nanogpt.text import tokenizer
 
 
 @dataclass

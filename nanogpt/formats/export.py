@@ -13,10 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt import data, files, legacy, memory, tokenizer
-from nanogpt.checkpoint import Checkpoint
+from nanogpt import data, files
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError, installs
+from nanogpt.formats import legacy
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
+from nanogpt.run import memory
+from nanogpt.run.checkpoint import Checkpoint
+from nanogpt.text import tokenizer
 
 # What a GPT-2 configuration may say, and the only value this model can follow.
 FIXED = {

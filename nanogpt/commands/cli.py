@@ -15,13 +15,13 @@ from nanogpt import __version__
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("nanogpt.train", "train a GPT from scratch, from a checkpoint or from GPT-2's weights"),
-    "prepare": ("nanogpt.prepare", "make a dataset of any text"),
-    "bench": ("nanogpt.bench", "measure where the time of an iteration goes, for any config"),
-    "sample": ("nanogpt.sample", "write text with a trained GPT"),
-    "talk": ("nanogpt.talk", "play with a trained GPT in the terminal"),
-    "serve": ("nanogpt.serve", "let programs and browsers write with a trained GPT"),
-    "export": ("nanogpt.convert", "write a trained GPT in Hugging Face's format"),
-    "eval": ("nanogpt.eval", "tell how well a trained GPT predicts a text"),
+    "prepare": ("nanogpt.text.prepare", "make a dataset of any text"),
+    "bench": ("nanogpt.commands.bench", "measure where the time of an iteration goes, for any config"),
+    "sample": ("nanogpt.commands.sample", "write text with a trained GPT"),
+    "talk": ("nanogpt.commands.talk", "play with a trained GPT in the terminal"),
+    "serve": ("nanogpt.serve.app", "let programs and browsers write with a trained GPT"),
+    "export": ("nanogpt.commands.convert", "write a trained GPT in Hugging Face's format"),
+    "eval": ("nanogpt.commands.eval", "tell how well a trained GPT predicts a text"),
 }
 
 LASTING = ("train", "prepare", "export", "serve")  # their lines only report: nobody need read them for these to go on

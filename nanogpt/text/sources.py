@@ -349,8 +349,8 @@ class Recoded:
     def __init__(self, stream, source):
         self.stream, self.source = stream, source
         self.taken, self.ready, self.ended = 0, b"", False
-        codecs.register_error("nanogpt.sources", self.undecodable)  # one text is read at a time
-        self.decoder = codecs.getincrementaldecoder(source.encoding)("nanogpt.sources")
+        codecs.register_error("nanogpt.text.sources", self.undecodable)  # one text is read at a time
+        self.decoder = codecs.getincrementaldecoder(source.encoding)("nanogpt.text.sources")
 
     def read(self, size):
         """At most `size` bytes of UTF-8; none at the end."""

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from nanogpt.generate import Token
-from nanogpt.tokenizer import Stream
+from nanogpt.text.tokenizer import Stream
 
 
 class Part(NamedTuple):

@@ -26,12 +26,14 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import batching, config, distributed, metrics, quantize, trained
-from nanogpt.completions import Answer, ApiError, Choice, read_ask
+from nanogpt import config, quantize
 from nanogpt.config import GPT2_NAMES, ServeConfig, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.signals import Stopped
-from nanogpt.tokenizer import check_id
+from nanogpt.run import distributed, metrics, trained
+from nanogpt.run.signals import Stopped
+from nanogpt.serve import batching
+from nanogpt.serve.completions import Answer, ApiError, Choice, read_ask
+from nanogpt.text.tokenizer import check_id
 
 PAGE = Path(__file__).with_name("page.html")
 KEY = "NANOGPT_API_KEY"  # the environment variable

@@ -23,11 +23,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt import config, files, shuffle, sources, tokenizer
+from nanogpt import config, files
 from nanogpt.config import PrepareConfig, UserError
-from nanogpt.pool import Pool, cores, peak_memory, run_module
-from nanogpt.signals import Stopped
-from nanogpt.sources import BLOCK, STANDARD_INPUT, CannotWrite, Problems, writing_to
+from nanogpt.run.signals import Stopped
+from nanogpt.text import shuffle, sources, tokenizer
+from nanogpt.text.pool import Pool, cores, peak_memory, run_module
+from nanogpt.text.sources import BLOCK, STANDARD_INPUT, CannotWrite, Problems, writing_to
 
 VAL_SHARE, VAL_TOKENS = 0.1, 2_000_000  # what is validated on: this part of the text, but no more tokens than enough
 WINDOW = 64  # each split must hold one window of so many tokens, and the token after it

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from nanogpt.config import BenchConfig, RunFailed, UserError, check_bounds
-from nanogpt.distributed import divisors, out_of_memory, share_batch
 from nanogpt.model import numbers_held
+from nanogpt.run.distributed import divisors, out_of_memory, share_batch
 
 SPARE = 0.2  # of a CPU's free memory is left for others
 MORE = 0.2  # of the sequences are tried in addition with `auto`: another allocator, or the next step, may need more

@@ -9,9 +9,10 @@ import time
 
 import torch
 
-from nanogpt import config, data, distributed, memory, metrics, optim, start
+from nanogpt import config, data, optim
 from nanogpt.config import BenchConfig, UserError
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run import distributed, memory, metrics, start
 
 PHASES = ("data", "forward", "backward", "optimizer")
 

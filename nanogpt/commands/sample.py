@@ -5,10 +5,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanogpt import config, distributed, quantize, trained
+from nanogpt import config, quantize
 from nanogpt.config import SampleConfig, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.tokenizer import Stream
+from nanogpt.run import distributed, trained
+from nanogpt.text.tokenizer import Stream
 
 CACHE = 2**31  # bytes at most for the keys and values of the texts that are written together
 TOGETHER = 64  # texts at most; more gain little

@@ -5,8 +5,10 @@ import sys
 
 import numpy as np
 
-from nanogpt import config, data, distributed, evaluate, sources, tokenizer, trained
+from nanogpt import config, data, evaluate
 from nanogpt.config import EvalConfig, UserError, is_name, is_path
+from nanogpt.run import distributed, trained
+from nanogpt.text import sources, tokenizer
 
 
 def main(argv):

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import checkpoint, config, data, distributed, export, health, memory, metrics, optim, tokenizer
+from nanogpt import config, data, optim
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
+from nanogpt.formats import export
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run import checkpoint, distributed, health, memory, metrics
+from nanogpt.text import tokenizer
 
 # the settings that shape a model's weights
 SHAPE = ("block_size", "architecture", "n_layer", "n_head", "n_embd", "bias")

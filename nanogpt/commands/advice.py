@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from nanogpt import config, distributed, metrics, optim
+from nanogpt import config, optim
 from nanogpt.config import TrainConfig, settings
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run import distributed, metrics
 
 HOUR = 3600  # seconds that a run may take, so that nobody waits in vain
 TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffmann et al. 2022, "Chinchilla")

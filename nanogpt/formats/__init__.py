@@ -1,0 +1,1 @@
+"""Other projects' formats: Hugging Face's, and the original nanoGPT's."""
