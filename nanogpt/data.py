@@ -12,6 +12,7 @@ import functools
 import glob
 import itertools
 import json
+import math
 import os
 import shlex
 import stat
@@ -477,3 +478,32 @@ def permutation(i, n, key):
         i[todo] = (left << half) | right
         todo = i >= np.uint64(n)
     return i.astype(np.int64)
+
+
+def share_batch(cfg, world_size, micro_batch=None):
+    """How each process works through its part of the global batch: (micro-steps, sequences in each).
+
+    The global batch is gradient_accumulation_steps * batch_size whatever the number of processes. A micro-step
+    holds at most `micro_batch` sequences, or batch_size. UserError if the processes do not divide the batch.
+    """
+    total = cfg.gradient_accumulation_steps * cfg.batch_size
+    if total % world_size:
+        fitting = [n for n in range(1, min(total, 4 * world_size) + 1) if total % n == 0]
+        raise UserError(
+            f"{world_size} processes do not divide the global batch of {cfg.gradient_accumulation_steps} x {cfg.batch_size} = "
+            f"{total} sequences; these numbers would: {', '.join(map(str, fitting))}"
+        )
+    mine = total // world_size
+    size = largest_divisor(mine, micro_batch or cfg.batch_size)
+    return mine // size, size
+
+
+def largest_divisor(n, most):
+    """The largest divisor of n that is at most `most`."""
+    return max(d for d in divisors(n) if d <= most)
+
+
+def divisors(n):
+    """All divisors of n, the least first. They come in pairs, of which one is at most the square root."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return small + [n // d for d in reversed(small) if d * d != n]

@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from nanogpt.data import Documents
-from nanogpt.run.distributed import largest_divisor
+from nanogpt.data import Documents, largest_divisor
 
 
 @contextmanager
@@ -24,38 +23,40 @@ def evaluating(model):
         model.train(was_training)
 
 
-def losses(model, batches, cfg, dist, stop=lambda: False, most=None):
-    """Mean loss over the first `eval_iters` batches of each stream: {'train': nats, 'val': nats}.
+def losses(run, micro_batch):
+    """Mean loss over the first `eval_iters` batches of each of the run's splits: {'train': nats, 'val': nats}.
 
     Always the same batches, so that evaluations compare. Each process takes every world_size-th batch. A split
     with no more windows than that is read once, whole: the loss is then `exact`, and costs less than the estimate.
-    `stop` is asked before each batch; where it answers True, None is returned. At most `most` sequences are worked
-    on at a time.
+    At most `micro_batch` sequences are worked on at a time. run.tick() is called before each batch, and may raise.
     """
-    result = {}
-    size = largest_divisor(cfg.batch_size, most or cfg.batch_size)
-    with evaluating(model):
-        for split, stream in batches.items():
-            if stream.epoch_windows <= cfg.eval_iters * cfg.batch_size:
-                whole = exact(model, stream.dataset, cfg, dist, None, stop, most, what=f"{split} loss")
-                if whole is None:
-                    return None
-                result[split] = whole["loss"]
+    cfg, dist, result = run.cfg, run.dist, {}
+    B = largest_divisor(cfg.batch_size, micro_batch)
+    with evaluating(run.model):
+        for split, batches in run.eval_batches.items():
+            if batches.epoch_windows <= cfg.eval_iters * cfg.batch_size:
+                how = dict(micro_batch=micro_batch, tick=run.tick, what=f"{split} loss")
+                result[split] = exact(run.model, batches.dataset, cfg, dist, **how)["loss"]
                 continue
             total = torch.zeros((), device=dist.device)
             for first in range(0, cfg.eval_iters, dist.world_size):
-                if stop():
-                    return None
+                run.tick()
                 i = first + dist.rank
                 if i >= cfg.eval_iters:
                     break
-                for window in range(i * cfg.batch_size, (i + 1) * cfg.batch_size, size):
-                    x, y = stream.get(window, size)
+                for window in range(i * cfg.batch_size, (i + 1) * cfg.batch_size, B):
+                    x, y = batches.get(window, B)
                     with dist.autocast():
-                        total += model(x, y)[1] * stream.filled(window, size)
-            filled = stream.filled(0, cfg.eval_iters * cfg.batch_size)  # so that each target counts the same
-            result[split] = dist.sum([total.item()])[0] / (cfg.eval_iters * (cfg.batch_size // size) * filled)
+                        total += run.model(x, y)[1] * batches.filled(window, B)
+            filled = batches.filled(0, cfg.eval_iters * cfg.batch_size)  # so that each target counts the same
+            result[split] = dist.sum([total.item()])[0] / (cfg.eval_iters * (cfg.batch_size // B) * filled)
     return result
+
+
+def exact_validation(run, micro_batch):
+    """What `exact` finds on the run's validation split, at most `micro_batch` sequences at a time."""
+    dataset, how = run.eval_batches["val"].dataset, dict(micro_batch=micro_batch, tick=run.tick)
+    return exact(run.model, dataset, run.cfg, run.dist, run.token_bytes(), **how)
 
 
 def exact(
@@ -63,30 +64,30 @@ def exact(
     dataset,
     cfg,
     dist,
-    token_bytes,
-    stop=lambda: False,
-    most=None,
+    token_bytes=None,
+    *,
+    micro_batch=None,
+    tick=lambda: None,
     layout=None,
     each=False,
     what="exact val loss",
 ):
     """The loss over all of a split, each token predicted once, from windows laid end to end.
 
-    `token_bytes`: the UTF-8 length of each token id, or None. `layout`: the `data.Documents` that are cut into
-    windows; without it the dataset's own, or where it has none the whole split as one document. Returns a dict:
-    `loss` (nats a token), `tokens`, `perplexity`, and with token_bytes `bits_per_byte`; where `each`, `documents` is
-    a list of such dicts, with None for a document that has no token to predict. No randomness: the same to the last
-    digit every time. `stop` is asked before each batch; where it answers True, None is returned. At most
-    `most` sequences are worked on at a time. `what` names the progress bar.
+    cfg: `block_size`, and `batch_size`, of which at most `micro_batch` sequences are worked on at a time. token_bytes:
+    the UTF-8 length of each token id, or None. layout: the `data.Documents` that are cut into windows; without it the
+    dataset's own, or, if it has none, the whole split as one document. Returns a dict: `loss` (nats a token), `tokens`,
+    `perplexity`, and with token_bytes `bits_per_byte`; if `each`, `documents` is a list of such dicts, with None for
+    a document that has no token to predict. No randomness: the same to the last digit every time. tick() is called
+    before each batch, and may raise. what: names the progress bar.
     """
-    T, B = cfg.block_size, min(cfg.batch_size, most or cfg.batch_size)
+    T, B = cfg.block_size, min(cfg.batch_size, micro_batch or cfg.batch_size)
     layout = layout or dataset.documents or Documents([0, len(dataset.tokens)], T)
     sums = np.zeros((len(layout.begins) - 1 if each else 1, 3))  # nats, tokens and bytes, by document or of all
     rounds = range(0, len(layout), dist.world_size * B)  # in each, every process takes a batch
     with evaluating(model):
         for first in tqdm(rounds, desc=what, leave=False, disable=None if dist.is_main else True, mininterval=0.5):
-            if stop():
-                return None
+            tick()
             mine = np.arange(first + dist.rank * B, min(first + (dist.rank + 1) * B, len(layout)))
             if not len(mine):
                 break

@@ -96,9 +96,9 @@ def test_the_model_is_compiled_whole_and_once_for_each_mode(monkeypatch, archite
     monkeypatch.setattr(distributed, "find_vector_units", lambda: None)
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, architecture=architecture))
     cfg, dist = SimpleNamespace(compile=True), Dist(CPU, torch.float32)
-    distributed.compiled(model, cfg, dist)  # to write text, which needs another graph
+    compile.compiled(model, cfg, dist)  # to write text, which needs another graph
     assert counter.frame_count == 0
-    fast = distributed.compiled(model, cfg, dist, (4, 8), (3, 8))
+    fast = compile.compiled(model, cfg, dist, (4, 8), (3, 8))
     assert counter.frame_count == 2  # with gradients, and without
     idx, targets = torch.randint(11, (3, 8)), torch.randint(11, (3, 8))
     loss = fast(idx, targets)[1]
@@ -114,7 +114,7 @@ def test_the_model_is_compiled_whole_and_once_for_each_mode(monkeypatch, archite
 def test_what_the_cpu_can_do_is_found_out_once(monkeypatch):
     from torch._inductor import cpu_vec_isa
 
-    distributed.find_vector_units()
+    compile.find_vector_units()
     monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: pytest.fail("it is asked again"))
     assert cpu_vec_isa.pick_vec_isa()
 
@@ -299,7 +299,7 @@ def test_a_process_that_lost_another_says_so_in_a_line(start_two):
     assert "Traceback" not in doors[0].printed + doors[1].printed
 
 
-def work_together():
+def work_agree():
     """In each of two processes: what they do together, and its results."""
     with distributed.setup(ONE) as dist:
         assert dist.world_size == 2
@@ -311,7 +311,7 @@ def work_together():
         for failure in (UserError("no room"), ZeroDivisionError()):
             why = str(failure) or "ZeroDivisionError"
             with pytest.raises((RunFailed, type(failure))[dist.rank]) as caught:
-                with dist.together():
+                with dist.agree():
                     if dist.rank == 1:
                         raise failure
             assert dist.rank == 1 or caught.value.problems == (f"process 1 could not go on: {why}",)
@@ -341,7 +341,7 @@ def test_a_part_that_fails_to_compile_later_is_told_once(monkeypatch, capsys):
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=16))
     dist = Dist(CPU, torch.float32, out=sys.stdout)
     with torch._dynamo.config.patch(suppress_errors=False):  # puts back what is set meanwhile
-        distributed.compiled(model, SimpleNamespace(compile=True), dist, (4, 8), (3, 8))
+        compile.compiled(model, SimpleNamespace(compile=True), dist, (4, 8), (3, 8))
     logger.warning("no C++ compiler\nand why")
     logger.warning("again")
     assert capsys.readouterr().out.splitlines()[2:] == ["compile: a part runs uncompiled (no C++ compiler)"]

@@ -285,7 +285,7 @@ def test_a_compiler_that_runs_out_of_memory_is_no_compiler_that_fails(dist, monk
     monkeypatch.setattr(torch, "compile", lambda model: out_of_memory)
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
     with pytest.raises(torch.OutOfMemoryError):
-        distributed.compiled(model, TrainConfig(compile=True), dist, (4, 8), (4, 8))
+        compile.compiled(model, TrainConfig(compile=True), dist, (4, 8), (4, 8))
     assert model.training
 
 
@@ -316,6 +316,6 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_built(tiny, tmp_path, m
 
 def test_divisors_are_found_without_trying_every_number():
     for n in range(1, 200):
-        assert distributed.divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
-        assert distributed.largest_divisor(n, 7) == max(d for d in range(1, 8) if n % d == 0)
-    assert distributed.largest_divisor(10**12, 10**12 - 1) == 10**12 // 2  # at once
+        assert data.divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+        assert data.largest_divisor(n, 7) == max(d for d in range(1, 8) if n % d == 0)
+    assert data.largest_divisor(10**12, 10**12 - 1) == 10**12 // 2  # at once

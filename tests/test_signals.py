@@ -81,7 +81,7 @@ def dwell_in_compiling():
         announce(600)
         return model
 
-    distributed.compiled = compiled
+    compile.compiled = compiled
 
 
 def dwell_in_the_exact_loss():

@@ -18,7 +18,9 @@ import torch
 from nanogpt import config, optim
 from nanogpt.config import TrainConfig, settings
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import distributed, metrics
+from nanogpt.run import distributed
+from nanogpt.run.speed import duration, synchronize
+from nanogpt.step import forward_backward
 
 HOUR = 3600  # seconds that a run may take, so that nobody waits in vain
 TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffmann et al. 2022, "Chinchilla")
@@ -244,19 +246,14 @@ def train_a_moment(run, most, cfg, dist, end):
         idx = torch.randint(run.vocab_size, (size, run.block_size + 1), device=dist.device)
         x, y = idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
         times = []
-        for work in (lambda: backward(x, y), optimizer.step):
-            metrics.synchronize(dist.device)
+        for work in (lambda: forward_backward(model, x, y, dist), optimizer.step):
+            synchronize(dist.device)
             begin = time.perf_counter()
             work()
-            metrics.synchronize(dist.device)
+            synchronize(dist.device)
             times.append(time.perf_counter() - begin)
         optimizer.zero_grad()
         return times
-
-    def backward(x, y):
-        with dist.autocast():
-            loss = model(x, y)[1]
-        loss.backward()
 
     step(1)  # loads what it needs
     size, steps = 1, [step(1)]
@@ -318,10 +315,3 @@ def span(fast, median, slow, in_words):
 def milliseconds(seconds):
     """'about 220 ms'."""
     return f"about {two_digits(1000 * seconds)} ms"
-
-
-def duration(seconds):
-    """'about 9 minutes'."""
-    if seconds < 90:
-        return f"about {seconds:.0f} seconds"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

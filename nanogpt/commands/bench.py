@@ -9,10 +9,11 @@ import time
 
 import torch
 
-from nanogpt import config, data, optim
+from nanogpt import config, data, optim, step
 from nanogpt.config import BenchConfig, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import distributed, memory, metrics, start
+from nanogpt.run import compile, distributed, health, memory, speed, start
+from nanogpt.run.run import Run, TrainState
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -22,68 +23,75 @@ def main(argv):
     cfg = config.load(BenchConfig, argv, "bench.py")
     with distributed.setup(cfg) as dist:
         distributed.choose_seed(cfg, dist)
-        report(cfg, dist, *measure(cfg, dist))
+        report(*measure(cfg, dist))
 
 
 def measure(cfg, dist):
-    """(model, peak FLOP/s, for each of `iters` iterations the seconds of each phase)."""
-    micro_steps, size = distributed.share_batch(cfg, dist.world_size)
-    torch.manual_seed(cfg.seed)
-    vocab_size, batches = open_data(cfg, dist)
-    shape = {name: getattr(cfg, name) for name in start.SHAPE}
-    gpt_config = GPTConfig(**shape, dropout=cfg.dropout, vocab_size=start.padded(vocab_size, dist))
-    memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
-    model = GPT(gpt_config).to(dist.device)
-    optimizer = optim.make_optimizer(model, cfg, dist)
-    scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-    peak, flops = metrics.device_peak(dist), model.flops_per_token(cfg.block_size) * tokens_per_iter(cfg)
-    ahead = metrics.expected_seconds(cfg.max_iters, flops, peak, micro_steps * cfg.n_layer)
+    """(Run, peak FLOP/s, for each of `iters` iterations the seconds of each phase)."""
+    micro_steps, size = data.share_batch(cfg, dist.world_size)
+    run = make_run(cfg, dist)
+    peak, flops = speed.device_peak(dist), run.gpt.flops_per_token(cfg.block_size) * tokens_per_iter(cfg)
+    ahead = speed.expected_seconds(cfg.max_iters, flops, peak, micro_steps * cfg.n_layer)
     batch = size, cfg.block_size
-    fast_model = dist.wrap(distributed.compiled(model, cfg, dist, batch, batch, dist.max(int(ahead))))
+    run.model = dist.wrap(compile.compiled(run.gpt, cfg, dist, batch, batch, dist.max(int(ahead))))
     dist.say(f"bench: {cfg.warmup} iterations to warm up, {cfg.iters} to measure")
     seconds = []
     for iteration in range(cfg.warmup + cfg.iters):
-        clock = Clock(dist)
-        for micro_step in range(micro_steps):
-            x, y = batches.get((iteration * micro_steps + micro_step) * size, size)
-            clock.ends("data")
-            with dist.synchronised(fast_model, last=micro_step == micro_steps - 1):
-                with dist.autocast():
-                    loss = fast_model(x, y)[1] / micro_steps
-                clock.ends("forward")
-                scaler.scale(loss).backward()
-            clock.ends("backward")
-        scaler.unscale_(optimizer)
-        optim.clip_gradients(model, cfg.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        clock.ends("optimizer")
-        if iteration >= cfg.warmup:
-            seconds.append(clock.seconds)
-    return model, peak, seconds
+        seconds.append(measure_step(run, micro_steps, size) if iteration >= cfg.warmup else 0)
+    return run, peak, seconds[cfg.warmup :]
 
 
-def open_data(cfg, dist):
-    """(vocabulary size, batches): of the dataset where it is prepared, otherwise of random tokens."""
+def measure_step(run, micro_steps, size):
+    """Seconds of each phase of a step. Data and forward passes are measured once more alone, to tell them apart."""
+    clock, first = Clock(run.dist), run.state.windows
+    batches = [run.batches.get(first + micro_step * size, size) for micro_step in range(micro_steps)]
+    data_time = clock.lap()
+    for x, y in batches:
+        with run.dist.synchronised(run.model, last=False), run.dist.autocast():
+            step.loss_terms(run.model, x, y)
+    forward = clock.lap()
+    loss = step.gradients(run, size)
+    gradients = clock.lap()
+    step.update(run, loss)
+    backward = gradients - forward - data_time
+    return dict(zip(PHASES, (data_time, forward, backward, clock.lap()), strict=True))
+
+
+def make_run(cfg, dist):
+    """A Run of a new model, on the dataset if it is prepared, otherwise on random tokens."""
+    torch.manual_seed(cfg.seed)
+    per_step, vocab_size = cfg.gradient_accumulation_steps * cfg.batch_size, cfg.vocab_size
     try:
         dataset = data.Dataset(cfg.dataset, "train", cfg.block_size, cfg.root)
-        return dataset.vocab_size, data.Batches(dataset, "train", cfg.seed, cfg.block_size, dist)
+        vocab_size, batches = (
+            dataset.vocab_size,
+            data.Batches(dataset, "train", cfg.seed, cfg.block_size, dist, per_step=per_step),
+        )
     except UserError as e:
-        dist.say(f"data: {cfg.vocab_size} kinds of random tokens (--vocab_size); {e}")
-        return cfg.vocab_size, RandomBatches(cfg, dist)
+        dist.say(f"data: {vocab_size} kinds of random tokens (--vocab_size); {e}")
+        batches = RandomBatches(cfg, dist, per_step)
+    gpt_config = GPTConfig(**start.shape(cfg), dropout=cfg.dropout, vocab_size=start.padded(vocab_size, dist))
+    memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
+    model = GPT(gpt_config).to(dist.device)
+    scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
+    judge = health.Health(cfg, dist.device)
+    return Run(cfg, dist, model, optim.make_optimizer(model, cfg, dist), scaler, judge, TrainState(), batches, {})
 
 
 class RandomBatches:
     """What `data.Batches` is, of tokens that mean nothing."""
 
-    def __init__(self, cfg, dist):
-        self.cfg, self.dist = cfg, dist
+    def __init__(self, cfg, dist, per_step):
+        self.cfg, self.dist, self.per_step = cfg, dist, per_step
 
     def get(self, first, size):
         """Inputs and targets (B=size, T), on the device."""
         ids = torch.randint(self.cfg.vocab_size, (size, self.cfg.block_size + 1))
         return self.dist.to_device(ids[:, :-1].contiguous()), self.dist.to_device(ids[:, 1:].contiguous())
+
+    def weight(self, first, size, step_first):
+        """All positions have a target."""
+        return 1.0
 
 
 def tokens_per_iter(cfg):
@@ -92,24 +100,23 @@ def tokens_per_iter(cfg):
 
 
 class Clock:
-    """Adds up the seconds of each phase; waits for the device at the end of each."""
+    """Measures seconds; waits for the device at the end of each lap."""
 
     def __init__(self, dist):
-        self.dist, self.seconds = dist, dict.fromkeys(PHASES, 0.0)
-        metrics.synchronize(dist.device)
-        self.mark = time.perf_counter()
+        self.device, self.mark = dist.device, 0.0
+        self.lap()
 
-    def ends(self, phase):
-        """What was done since the last call belongs to this phase."""
-        metrics.synchronize(self.dist.device)
-        now = time.perf_counter()
-        self.seconds[phase] += now - self.mark
-        self.mark = now
+    def lap(self):
+        """Seconds since the last lap."""
+        speed.synchronize(self.device)
+        before, self.mark = self.mark, time.perf_counter()
+        return self.mark - before
 
 
-def report(cfg, dist, model, peak, seconds):
+def report(run, peak, seconds):
     """Print the table: medians, and the share of what the products alone would take."""
-    rate = metrics.products_rate(model, dist, distributed.share_batch(cfg, dist.world_size)[1] * cfg.block_size)
+    cfg, dist, model = run.cfg, run.dist, run.gpt
+    rate = speed.products_rate(model, dist, data.share_batch(cfg, dist.world_size)[1] * cfg.block_size)
     if not dist.is_main:
         return
     tokens = tokens_per_iter(cfg)
@@ -123,7 +130,7 @@ def report(cfg, dist, model, peak, seconds):
         print(f"{phase:<12} {ms:>9.2f} {ms / 1e3 / whole:>7.0%}")
     print(f"{'iteration':<12} {1e3 * whole:>9.2f}\n")
     print(f"speed        {tokens / whole:,.0f} tokens a second, {flops / whole / 1e9:,.1f} GFLOP/s")
-    peak = metrics.peak_beside(flops / whole, peak, dist)
+    peak = speed.peak_beside(flops / whole, peak, dist)
     if flops / whole <= peak:
         print(f"MFU          {flops / whole / peak:.1%} of the peak")
     print(

@@ -15,7 +15,7 @@ def main(argv):
     """`nanogpt eval`, given its arguments."""
     cfg = config.load(EvalConfig, argv, "nanogpt eval")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the results alone go to standard output
-        with dist.together():
+        with dist.agree():
             texts = read_texts(cfg, dist) if cfg.text else None
             found = trained.load(cfg, dist)
             choose_context(cfg, found.model.config.block_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 from nanogpt import config, quantize
 from nanogpt.config import SampleConfig, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.run import distributed, trained
+from nanogpt.run import compile, distributed, trained
 from nanogpt.text.tokenizer import Stream
 
 CACHE = 2**31  # bytes at most for the keys and values of the texts that are written together
@@ -77,7 +77,7 @@ def sample(cfg, dist):
     if cfg.compile == "auto":
         cfg.compile = False
         dist.say("compile: False, because a few texts are written sooner than a model is compiled (--compile)")
-    engine = make_engine(cfg, model, distributed.compiled(model, cfg, dist), tok, ids)
+    engine = make_engine(cfg, model, compile.compiled(model, cfg, dist), tok, ids)
     began, count, texts, shown = time.perf_counter(), 0, {}, []  # texts by their rows; those to be shown, in order
     while len(texts) < cfg.num_samples or shown:
         n = min(engine.free, cfg.num_samples - len(texts))

@@ -82,7 +82,7 @@ class Checkpoint:
 class Writer:
     """Writes checkpoints in the background from a copy in memory, one at a time.
 
-    A write that fails is raised by the next call of any method.
+    A write that fails is kept in `failure`, a RunFailed, and no further one is begun.
     """
 
     def __init__(self, out_dir, keep, always, folder=None, step=None):
@@ -95,13 +95,16 @@ class Writer:
     def save(self, model_tensors, other_tensors, info):
         """Copy the tensors, then write them with `info` (a dict for JSON) while the caller goes on."""
         self.wait()
+        if self.failure:
+            return
         self.step = info["step"]
         try:
             groups = [self._copy("model", model_tensors), self._copy("optimizer", other_tensors)]
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
-            raise self._failed(e) from None
+            self.failure = self._failed(e)
+            return
         self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
         self.thread.start()
 
@@ -135,12 +138,6 @@ class Writer:
             f"{self.out_dir}/checkpoints: step {self.step} could not be saved ({reason}); the run stops, and {then}"
         )
 
-    def check(self):
-        """Raise the failure of a write that has ended in one."""
-        if self.failure:
-            failure, self.failure = self.failure, None
-            raise failure
-
     def last(self):
         """The folder of the newest checkpoint, when nothing is being written any more; None where there is none."""
         if self.thread:
@@ -152,7 +149,6 @@ class Writer:
         if self.thread:
             self.thread.join()
             self.thread = None
-        self.check()
 
 
 def write(out_dir, model_tensors, other_tensors, info):

@@ -5,15 +5,10 @@ settled here, and said in one line.
 """
 
 import ctypes
-import logging
-import math
 import os
 import re
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TextIO
@@ -76,7 +71,8 @@ class Dist:
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        same = dict(broadcast_buffers=False)  # tables of angles are the same everywhere
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **same)
 
     def synchronised(self, model, last):
         """Context of a micro-step: only the last one's backward pass averages gradients."""
@@ -113,8 +109,8 @@ class Dist:
         return int(tensor)
 
     @contextmanager
-    def together(self):
-        """If any process fails within, all leave: it with its own error, the others with RunFailed, which says why.
+    def agree(self):
+        """If a process fails within this context, all fail at its end: it with its own error, the others with its reason.
 
         Nothing within may wait for another process.
         """
@@ -292,142 +288,9 @@ def keep_memory():
             mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def share_batch(cfg, world_size, most=None):
-    """How each process works through its part of the global batch: (micro-steps, sequences in each).
-
-    The global batch is gradient_accumulation_steps * batch_size whatever the number of processes. A micro-step
-    holds at most `most` sequences, or batch_size. UserError where the processes do not divide it.
-    """
-    total = cfg.gradient_accumulation_steps * cfg.batch_size
-    if total % world_size:
-        fitting = [n for n in range(1, min(total, 4 * world_size) + 1) if total % n == 0]
-        raise UserError(
-            f"{world_size} processes do not divide the global batch of {cfg.gradient_accumulation_steps} x {cfg.batch_size} = "
-            f"{total} sequences; these numbers would: {', '.join(map(str, fitting))}"
-        )
-    mine = total // world_size
-    size = largest_divisor(mine, most or cfg.batch_size)
-    return mine // size, size
-
-
-def largest_divisor(n, most):
-    """The largest divisor of n that is at most `most`."""
-    return max(d for d in divisors(n) if d <= most)
-
-
-def divisors(n):
-    """All divisors of n, the least first. They come in pairs, of which one is at most the square root."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
-
-
 def out_of_memory(error):
     """Whether an exception says that the device, or on a CPU this process, got no more memory."""
     words = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")  # PyTorch's, C++'s, cuBLAS's
     words += ("could not create a primitive", "could not create a memory")  # oneDNN's
     said = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
-COMPILE_PAYS = {"cuda": 60, "cpu": 600}  # from so many seconds of work on; docs/speed.md has the figures
-
-
-def choose_compile(cfg, device, say, seconds):
-    """Whether to compile for so many seconds of training: `cfg.compile`, or for `auto` what pays on this device."""
-    if cfg.compile != "auto":
-        return cfg.compile
-    least = COMPILE_PAYS.get(device.type, math.inf)
-    if least == math.inf or not seconds:
-        why = f"it does not pay {'without training' if not seconds else 'on ' + device.type}"
-    else:
-        ahead = f"about {seconds / 60:.0f} minutes" if seconds >= 90 else "a minute or less"
-        why = f"on {device.type} it pays in runs of more than {least} seconds, and this one takes {ahead}"
-    say(f"compile: {seconds >= least}, because {why} (--compile)")
-    return seconds >= least
-
-
-def compiled(model, cfg, dist, eval_shape=None, train_shape=None, seconds=0.0):
-    """`torch.compile` of the model where `compile` says so, tried out on batches of these shapes; the same weights.
-
-    `eval_shape`: of a batch with targets. `train_shape`: of one whose backward pass is needed too. Without them nothing
-    is tried out, as for writing text. `seconds`: how much training lies ahead, about.
-    Where compilation fails, one line says so, and the model runs uncompiled; but not where the memory runs out.
-    """
-    if not choose_compile(cfg, dist.device, dist.say, seconds):
-        return model
-    errors = CompileErrors()
-    dist.say(f"compile: takes a while before the first {'step' if eval_shape else 'token'}")
-    began = time.perf_counter()
-    finding = threading.Thread(target=find_vector_units, daemon=True)
-    if dist.device.type == "cpu":
-        finding.start()
-    fast = torch.compile(model)
-    if finding.ident:
-        finding.join()
-    if eval_shape:
-        try:
-            try_out(fast, model, dist, eval_shape, train_shape)
-        except Exception as e:  # of any kind: a compiler, its driver, or PyTorch's own
-            if out_of_memory(e):
-                raise
-            errors.note(e)
-        if errors.reasons:
-            dist.say(f"compile: failed, going on without it ({errors.reasons[0]})")
-            return model
-        dist.say(f"compile: took {time.perf_counter() - began:.0f} s")
-    errors.say = dist.say
-    return fast
-
-
-def try_out(fast, model, dist, eval_shape, train_shape):
-    """Have a compiled model compiled for what a run does. Targets of their own: else it would be for that alone."""
-    try:
-        if train_shape:
-            idx = torch.zeros(train_shape, dtype=torch.int64, device=dist.device)
-            with dist.autocast():
-                loss = fast(idx, idx.clone())[1]
-            loss.backward()
-        model.eval()
-        idx = torch.zeros(eval_shape, dtype=torch.int64, device=dist.device)
-        with torch.no_grad(), dist.autocast():
-            fast(idx, idx.clone())
-    finally:
-        model.train(train_shape is not None)
-        model.zero_grad(set_to_none=True)
-
-
-def find_vector_units():
-    """Have the compiler find out what the CPU and its C++ compiler can do, which it remembers.
-
-    Left to itself it loads small libraries in ten processes, one after the other, for 1.5 s before the first step.
-    """
-    with suppress(Exception):  # the compiler will ask again, and what is wrong then is told
-        from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
-
-        flags = x86_isa_checker()
-        with ThreadPoolExecutor() as threads:
-            list(threads.map(bool, (isa for isa in supported_vec_isa_list if set(str(isa).split()) <= set(flags))))
-
-
-class CompileErrors(logging.Filter):
-    """Lets what cannot be compiled run uncompiled, and keeps the reasons instead of logging pages of them."""
-
-    def __init__(self):
-        super().__init__()
-        import torch._dynamo
-
-        torch._dynamo.config.suppress_errors = True
-        self.reasons, self.say = [], None
-        logging.getLogger("torch._dynamo.convert_frame").addFilter(self)
-
-    def note(self, error):
-        """Keep an error's first line; later than at the start, say it."""
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        self.reasons.append(lines[0] if lines else type(error).__name__)
-        if self.say and len(self.reasons) == 1:
-            self.say(f"compile: a part runs uncompiled ({self.reasons[0]})")
-
-    def filter(self, record):
-        """What logging calls with each record; False keeps it from being printed."""
-        self.note(record.exc_info[1] if record.exc_info else record.getMessage())
-        return False

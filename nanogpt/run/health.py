@@ -49,14 +49,10 @@ class Watch:
         self.scaled = dist.dtype == torch.float16
         self.skipped_in_a_row = 0
 
-    @property
-    def spikes(self):
-        """How many there were in this run so far."""
-        return self.state.spikes
-
-    def look(self, step, loss, grad_norm, spike):
-        """Take note of a step's numbers. Raises RunFailed where the run cannot go on."""
-        self.state.spikes += int(spike)
+    def check(self, step, metrics):
+        """Take note of a step's metrics {name: number}. Raises RunFailed if the run cannot go on."""
+        loss, grad_norm = metrics["loss"], metrics["grad_norm"]
+        self.state.spikes += int(metrics["spike"])
         finite = all(abs(x) < math.inf for x in (loss, grad_norm))  # nan compares false
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if finite or (self.scaled and self.skipped_in_a_row < PATIENCE):

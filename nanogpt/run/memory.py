@@ -1,6 +1,6 @@
 """How many sequences are worked on at a time: as many as the settings say, or fit the memory. The iteration stays the same.
 
-`fitting` is around whatever may run out of memory in the loop; `choose_micro_batch` tries before it begins.
+`repeat_smaller` is around whatever may run out of memory in the loop; `choose_micro_batch` tries before it begins.
 """
 
 import math
@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from nanogpt.config import BenchConfig, RunFailed, UserError, check_bounds
+from nanogpt.data import divisors, share_batch
 from nanogpt.model import numbers_held
-from nanogpt.run.distributed import divisors, out_of_memory, share_batch
+from nanogpt.run.distributed import out_of_memory
+from nanogpt.step import forward_backward
 
 SPARE = 0.2  # of a CPU's free memory is left for others
 MORE = 0.2  # of the sequences are tried in addition with `auto`: another allocator, or the next step, may need more
@@ -37,16 +39,16 @@ def check_size(model_config, source, each=TO_USE, device=None):
         )
 
 
-def fitting(work, state, cfg, dist):
-    """What `work(most)` returns, which takes at most `most` sequences at a time.
+def repeat_smaller(work, state, cfg, dist):
+    """work(micro_batch), which works on at most `micro_batch` sequences at a time.
 
-    Where the memory runs out in it, it begins again with half as many, and `state.micro_batch` remembers that. Until
-    then it must not have changed anything. Of several processes the others would wait in vain for this one: RunFailed.
+    If the memory runs out in it, it is repeated with half as many, which `state.micro_batch` remembers; until then it
+    must not have changed anything. With several processes the others would wait in vain for this one: RunFailed.
     """
     while True:
-        most = state.micro_batch or cfg.batch_size
+        micro_batch = state.micro_batch or cfg.batch_size
         try:
-            return work(most)
+            return work(micro_batch)
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
@@ -55,11 +57,11 @@ def fitting(work, state, cfg, dist):
         if dist.world_size > 1:
             hint = "--batch_size=auto finds how many fit"
             if cfg.auto_batch:
-                total, half = cfg.gradient_accumulation_steps * cfg.batch_size, max(1, most // 2)
+                total, half = cfg.gradient_accumulation_steps * cfg.batch_size, max(1, micro_batch // 2)
                 half = share_batch(cfg, dist.world_size, half)[1]
                 hint = f"half of them: --batch_size={half} --gradient_accumulation_steps={total // half}"
-            raise RunFailed(f"out of memory with {most} sequences at a time; {hint}{why}")
-        state.micro_batch = halved(most, cfg, dist, why)
+            raise RunFailed(f"out of memory with {micro_batch} sequences at a time; {hint}{why}")
+        state.micro_batch = halved(micro_batch, cfg, dist, why)
 
 
 def halved(size, cfg, dist, why=""):
@@ -124,7 +126,7 @@ def later(model, dist):
 def fits(model, size, cfg, dist, beside=0):
     """Whether a forward and a backward pass of `size` sequences fit the memory of every process, with `beside` bytes free."""
     failed = 0
-    with dist.together():
+    with dist.agree():
         try:
             kept = torch.empty(beside, dtype=torch.uint8, device=dist.device)  # on a CPU, address space alone
             try_step(model, size, cfg, dist)
@@ -143,9 +145,7 @@ def try_step(model, size, cfg, dist):
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     idx = torch.zeros((size, cfg.block_size), dtype=torch.int64, device=dist.device)
-    with dist.autocast():
-        loss = model(idx, idx)[1]
-    loss.backward()
+    forward_backward(model, idx, idx, dist)
 
 
 def give_back(device):

@@ -10,6 +10,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "S
 FAILED = 1000  # agreed on instead of a signal's number
 
 
+class StopRequested(Exception):
+    """Ends an evaluation, on all processes at the same batch, since one of them was asked to stop."""
+
+
 class Interrupted(BaseException):
     """Ends what may be broken off at once, such as compiling. Not an Exception, so that no fallback catches it."""
 
@@ -32,10 +36,15 @@ class Stop:
         self.agreed = 0  # what they all know of
         self.failed = lambda: False  # whether this process cannot go on, and all must stop
 
-    def requested(self):
-        """Whether any process was asked to stop; every process must ask, and all get the same answer."""
+    def agree(self):
+        """Agree with all processes on whether to stop: whether one was asked to, or failed. They all have to ask."""
         self.agreed = self.dist.max(FAILED if self.failed() else self.signum or 0)
         return self.agreed > 0
+
+    def check(self):
+        """Raise StopRequested, on all processes, if they agree to stop. They all have to ask."""
+        if self.agree():
+            raise StopRequested
 
     @contextmanager
     def at_once(self):

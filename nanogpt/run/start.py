@@ -1,88 +1,31 @@
 """Where a run begins: from scratch, from a checkpoint, or from another project's weights.
 
-`start` at the end puts together what the functions above it find and check. The loop is in train.py.
+`start` puts together what the functions around it find and check. The loop is in train.py.
 """
 
-import math
-import typing
-from dataclasses import dataclass, fields
+import gc
+from contextlib import contextmanager, suppress
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from nanogpt import config, data, optim
+from nanogpt import config, data, files, optim
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
 from nanogpt.formats import export
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import checkpoint, distributed, health, memory, metrics
+from nanogpt.run import checkpoint, compile, distributed, health, memory, signals, trackers
+from nanogpt.run.run import Run, TrainState
 from nanogpt.text import tokenizer
 
-# the settings that shape a model's weights
-SHAPE = ("block_size", "architecture", "n_layer", "n_head", "n_embd", "bias")
+# the settings that shape a model's weights: those that are fields of both, in the order of GPTConfig
+SHAPE = [f.name for f in fields(GPTConfig) if hasattr(config.TrainConfig, f.name) and f.name != "dropout"]
 
 
-@dataclass
-class TrainState:
-    """Where a run stands: what resuming needs beside tensors. No integer is ever below its default, nor beyond MANY."""
-
-    step: int = 0  # updates done
-    evaluated: int = -1  # the step at which the last evaluation was made
-    losses: dict | None = None  # what it found
-    improved: bool = False  # whether its val loss was the best so far
-    best_val_loss: float | None = None
-    best_step: int = 0  # where it was found
-    stale: int = 0  # evaluations since then
-    spikes: int = 0  # losses far above the recent ones, so far
-    micro_batch: int | None = None  # the most sequences at a time, where that is not batch_size: see memory.py
-    windows: int = 0  # windows of the training data read so far, which is the number of the next one: see data.py
-    epoch_windows: int = 0  # how many of them an epoch has
-
-    @classmethod
-    def of_json(cls, found):
-        """The TrainState that a checkpoint holds. Raises TypeError or ValueError if it is not as declared above."""
-        state, kinds = cls(**found), typing.get_type_hints(cls)
-        for f in fields(cls):
-            value, allowed = getattr(state, f.name), typing.get_args(kinds[f.name]) or (kinds[f.name],)
-            sound = type(value) in allowed
-            if type(value) is int:
-                sound = sound and (1 if f.default is None else f.default) <= value <= config.MANY
-            elif type(value) is float:
-                sound = sound and math.isfinite(value)
-            elif type(value) is dict:
-                sound = sound and all(type(number) is float for number in value.values())
-            if not sound:
-                raise ValueError(f"{f.name} is {value!r:.60}")
-        return state
-
-    def note(self, losses):
-        """Take note of an evaluation at this step."""
-        self.evaluated, self.losses = self.step, losses
-        self.improved = losses["val"] < (math.inf if self.best_val_loss is None else self.best_val_loss)
-        self.stale = 0 if self.improved else self.stale + 1
-        if self.improved:
-            self.best_val_loss, self.best_step = losses["val"], self.step
-
-    def forget_best(self):
-        """Have the best loss, and the patience with it, begin anew; an evaluation at this very step is made again."""
-        self.best_val_loss, self.best_step, self.stale = None, 0, 0
-        self.evaluated = min(self.evaluated, self.step - 1)
-
-
-@dataclass
-class Run:
-    """A run: all that it changes and a checkpoint holds, and the data that it reads."""
-
-    model: GPT
-    optimizer: optim.AdamW | optim.Muon
-    scaler: torch.amp.GradScaler
-    health: health.Health
-    state: TrainState
-    datasets: dict  # {"train": data.Dataset, "val": data.Dataset}
-    wandb: object = None  # the W&B run that it is logged in, on the main process
-
-    def tensors(self):
-        """Everything but the weights, by name; the very tensors that are in use."""
-        return optim.state_tensors(self.model, self.optimizer) | self.health.state
+def shape(cfg):
+    """The settings that shape a model's weights, {name: value}."""
+    return {name: getattr(cfg, name) for name in SHAPE}
 
 
 def settings_to_resume(cfg):
@@ -139,8 +82,7 @@ def make_model(cfg, found, dataset, dist):
     torch.manual_seed(cfg.seed)
     resuming = cfg.init_from in ("resume", "auto")
     if found is None:
-        shape = {name: getattr(cfg, name) for name in SHAPE}
-        gpt_config = GPTConfig(**shape, dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
+        gpt_config = GPTConfig(**shape(cfg), dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
         memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
         model = GPT(gpt_config)
     elif isinstance(found, checkpoint.Checkpoint):
@@ -204,7 +146,7 @@ def restore(run, found, cfg):
         tensors = found.optimizer_tensors()
         for name in run.health.state.keys() & tensors.keys():
             run.health.state[name].copy_(tensors.pop(name))
-        optim.load_state_tensors(run.model, run.optimizer, tensors)
+        optim.load_state_tensors(run.gpt, run.optimizer, tensors)
         if found.scaler and run.scaler.is_enabled():
             kinds = {name: type(value) for name, value in run.scaler.state_dict().items()}
             if {name: type(value) for name, value in found.scaler.items()} != kinds:
@@ -224,10 +166,14 @@ def restore(run, found, cfg):
 
 def go_on_in_data(run, found, cfg, dist):
     """Keep the run's place in its data, or, if they are others than before, begin a new epoch of them."""
-    state, settings, train = run.state, config.settings(cfg), run.datasets["train"]
-    fingerprints = {split: dataset.fingerprint for split, dataset in run.datasets.items()}
+    state, settings, train = run.state, config.settings(cfg), run.batches.dataset
+    fingerprints = run.fingerprints()
     if not found.saw(fingerprints, settings):
-        changed = [d.path for split, d in run.datasets.items() if found.data.get(split, d.fingerprint) != d.fingerprint]
+        changed = [
+            b.dataset.path
+            for split, b in run.eval_batches.items()
+            if found.data.get(split) not in (None, fingerprints[split])
+        ]
         changed += [f"--{n}={settings[n]}" for n in ("dataset", "documents") if is_new(n, settings, found.settings)]
         dist.say(f"data: not what the run has seen so far ({', '.join(changed)}); best loss and patience begin anew")
         state.forget_best()
@@ -243,15 +189,38 @@ def is_new(name, settings, earlier):
     return earlier.get(name, settings[name]) != settings[name]
 
 
-def start(cfg, dist, lock):
-    """The run that the settings describe, ready to go on, and its checkpoint's folder where it goes on from one.
+@contextmanager
+def start(cfg, dist):
+    """The Run that the settings describe, for the loop to drive; closed at the end, whatever happens.
+
+    Raises Stopped, saved, if it was asked to stop, and RunFailed, on all processes, if one of them cannot go on.
+    """
+    with signals.stopping(dist) as stop, files.Lock(Path(cfg.out_dir) / ".lock") as lock:
+        run, saved_in = find_run(cfg, dist, lock)
+        run.guard(stop, saved_in)
+        try:
+            with run.paused():
+                run.model = dist.wrap(compile_model(run))
+            gc.freeze()  # what is here stays, and need not be looked through again and again
+            with suppress(signals.StopRequested):
+                yield run
+            if stop.agree():
+                run.save_and_stop()
+            run.check_writes()
+        finally:
+            gc.unfreeze()
+            run.close()
+
+
+def find_run(cfg, dist, lock):
+    """(the Run that the settings describe, the folder of the checkpoint that it goes on from, or None).
 
     lock: the files.Lock of `out_dir`, which is taken before anything is written.
     """
     distributed.choose_seed(cfg, dist)
-    distributed.share_batch(cfg, dist.world_size)  # refuses a number of processes that does not divide the batch
-    metrics.require_wandb(cfg)
-    with dist.together():
+    data.share_batch(cfg, dist.world_size)  # refuses a number of processes that does not divide the batch
+    trackers.require_wandb(cfg)
+    with dist.agree():
         if dist.is_main and not cfg.eval_only:
             checkpoint.check_out_dir(cfg.out_dir)
         if cfg.init_from in ("resume", "auto") and not cfg.eval_only:
@@ -259,15 +228,34 @@ def start(cfg, dist, lock):
         found = find_start(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         run = make_run(cfg, found, resuming, dist)
-    if dist.sum([run.state.step])[0] != run.state.step * dist.world_size:
+    if dist.sum([run.step])[0] != run.step * dist.world_size:
         raise UserError(
             f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; all nodes must share that folder"
         )
     if not cfg.eval_only:
-        run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.model, cfg, dist)
-        with dist.together():
+        run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.gpt, cfg, dist)
+        with dist.agree():
             run.wandb = open_out_dir(cfg, dist, resuming, lock)
     return run, found.folder if resuming else None
+
+
+def compile_model(run):
+    """The compiled model, or the model itself if a request to stop comes meanwhile; the loop then sees it first."""
+    cfg, dist = run.cfg, run.dist
+    micro_steps, _ = data.share_batch(cfg, dist.world_size, run.state.micro_batch)
+    seconds = dist.sum([run.log.seconds_ahead(micro_steps * cfg.n_layer)])[0]
+
+    def compiled(run, micro_batch):
+        evaluated = data.largest_divisor(cfg.batch_size, micro_batch), cfg.block_size
+        trained = data.share_batch(cfg, dist.world_size, micro_batch)[1], cfg.block_size
+        return compile.compiled(run.gpt, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
+
+    run.log.progress.at("compiling the model (--compile)")  # a matter of an instant if it is not compiled
+    try:
+        with run.stop.at_once():
+            return run.repeat_smaller(compiled)
+    except signals.Interrupted:
+        return run.gpt
 
 
 def make_run(cfg, found, resuming, dist):
@@ -279,7 +267,12 @@ def make_run(cfg, found, resuming, dist):
     model = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     state = TrainState(epoch_windows=data.epoch_windows(datasets["train"], cfg.block_size))
-    run = Run(model, optim.make_optimizer(model, cfg, dist), scaler, health.Health(cfg, dist.device), state, datasets)
+    optimizer = optim.make_optimizer(model, cfg, dist)
+    new = partial(data.Batches, seed=cfg.seed, block_size=cfg.block_size, dist=dist)
+    per_step = cfg.gradient_accumulation_steps * cfg.batch_size
+    batches = new(datasets["train"], "train", sampling=cfg.sampling, per_step=per_step)
+    eval_batches = {split: new(dataset, f"eval {split}") for split, dataset in datasets.items()}
+    run = Run(cfg, dist, model, optimizer, scaler, health.Health(cfg, dist.device), state, batches, eval_batches)
     if resuming:
         restore(run, found, cfg)
         dist.say(f"resuming {found.folder} at step {run.state.step}")
@@ -325,10 +318,10 @@ def open_out_dir(cfg, dist, resuming, lock):
     """
     if not dist.is_main:
         return None
-    run_id, run = metrics.kept_wandb_id(cfg.out_dir) if resuming else None, None
+    run_id, run = trackers.kept_wandb_id(cfg.out_dir) if resuming else None, None
     try:
         if cfg.wandb_log:
-            run = metrics.start_wandb(cfg, run_id, dist.say)
+            run = trackers.start_wandb(cfg, run_id, dist.say)
             run_id = getattr(run, "id", None)  # a stand-in may have none
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         take(lock, cfg, dist, create=True)

@@ -29,7 +29,8 @@ import torch
 from nanogpt import config, quantize
 from nanogpt.config import GPT2_NAMES, ServeConfig, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.run import distributed, metrics, trained
+from nanogpt.run import distributed, trained
+from nanogpt.run.records import read_metrics
 from nanogpt.run.signals import Stopped
 from nanogpt.serve import batching
 from nanogpt.serve.completions import Answer, ApiError, Choice, read_ask
@@ -284,7 +285,7 @@ def curves(path, checkpoint):
     records, state = [], checkpoint.state if checkpoint else {}
     if state.get("losses") and path.is_file():
         with suppress(OSError):
-            records = [r for r in metrics.read_metrics(path) if r["step"] <= checkpoint.step]
+            records = [r for r in read_metrics(path) if r["step"] <= checkpoint.step]
     last = state.get("evaluated"), (state.get("losses") or {}).get("val")
     if last not in [(r["step"], r.get("val_loss")) for r in records]:
         records = []

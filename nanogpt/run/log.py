@@ -1,0 +1,277 @@
+"""What a run reports: lines, a progress bar, metrics.jsonl and W&B. What it is about to do is said before it begins."""
+
+import errno
+import itertools
+import json
+import math
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanogpt import data, files
+from nanogpt.config import RunFailed
+from nanogpt.run.picture import draw_losses
+from nanogpt.run.records import drop_after
+from nanogpt.run.speed import PLAUSIBLE, device_peak, expected_seconds, peak_beside, takes_hours
+from nanogpt.run.trackers import one_line
+
+SILENCE = 6.0  # seconds without a line before the first iteration's, after which one says what the run is doing
+
+
+class Progress:
+    """What is being done, said when there has been no line for SILENCE seconds, then for twice as long, and so on.
+
+    A thread of its own says it, since a single batch may take minutes. `ended` is set when it is no longer needed.
+    """
+
+    def __init__(self, say):
+        self.doing, self.began, self.ended = None, time.perf_counter(), threading.Event()
+        self.said = self.began  # when the last line was printed
+        self.thread = threading.Thread(target=self._watch, args=(say,), daemon=True)
+
+    def at(self, doing):
+        """What is being done from now on, in words."""
+        self.doing = doing
+        if not self.thread.ident:
+            self.thread.start()
+
+    def _watch(self, say):
+        silence = SILENCE
+        while not self.ended.wait(max(self.said + silence - time.perf_counter(), 0)):
+            if time.perf_counter() >= self.said + silence:
+                silence *= 2
+                with suppress(OSError, ValueError):  # nobody reads: the run's own next line meets that too
+                    say(f"after {time.perf_counter() - self.began:.0f} s: {self.doing}")
+
+
+class Log:
+    """Reports a run: on the main process alone, and to files only if something is trained.
+
+    A write that fails is kept in `failure`, a RunFailed, until all processes have agreed to stop.
+    """
+
+    def __init__(self, run, *, tokens_per_iter, flops_per_iter, peak):
+        self.cfg, self.dist, self.state, self.wandb = run.cfg, run.dist, run.state, run.wandb
+        self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
+        self.epoch_windows, self.per_step = run.batches.epoch_windows, run.batches.per_step
+        cfg, dist, state = run.cfg, run.dist, run.state
+        self.windows_before = state.windows - state.step * self.per_step  # 0, but in a run that had another batch
+        self.measurements = 3  # of the peak, that may still be made and bring nothing
+        self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
+        self.file = self.bar = self.failure = None
+        self.progress = Progress(self.say)
+        self.iteration = state.step + 1  # the one that comes next
+        if not dist.is_main or cfg.eval_only:
+            return
+        path = Path(cfg.out_dir) / "metrics.jsonl"
+        try:
+            drop_after(path, state.step, state.evaluated)
+            self.file = files.append_to(path)
+        except OSError as e:
+            raise RunFailed(f"{path}: cannot be written to ({e.strerror})") from None
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=cfg.max_iters, initial=state.step, unit="it", leave=False, dynamic_ncols=True)
+
+    def say(self, line):
+        """Print a line on the main process, above the progress bar."""
+        self.progress.said = time.perf_counter()
+        if self.bar:
+            tqdm.write(line)
+        else:
+            self.dist.say(line)
+
+    def seconds_ahead(self, layers):
+        """`expected_seconds` of the rest of the run; 0 on other processes than the main one, so that a sum is its own."""
+        if not self.dist.is_main or not math.isfinite(self.peak):
+            return 0.0
+        return expected_seconds(self.cfg.max_iters - self.state.step, self.flops_per_iter, self.peak, layers)
+
+    def begins(self, step):
+        """Update number `step` begins."""
+        self.iteration = step
+        if self.bar:
+            self.bar.update(step - 1 - self.bar.n)
+        self.progress.at(f"iteration {step:,} of {self.cfg.max_iters:,} (--log_interval={self.cfg.log_interval})")
+
+    def step(self, step, lr, metrics):
+        """Report update number `step` by its metrics {name: number}."""
+        metrics = dict(metrics)
+        if metrics.pop("spike"):
+            skipped = ", and was skipped" if self.cfg.skip_spikes else ""
+            loss = metrics["loss"]
+            self.say(
+                f"iter {step}: spike number {self.state.spikes}: loss {loss:.4f} is far above the recent ones{skipped}"
+            )
+            self._record(step=step, spike=loss)
+        if step % self.cfg.log_interval == 0:
+            self._line(step, lr, metrics)
+        self._end_of_epoch(step)
+
+    def counted(self, step, check):
+        """`check`, for an evaluation at this step to call before each batch, with a note of how far it is."""
+        numbers = itertools.count(1)
+
+        def tick():
+            self.progress.at(f"evaluating at step {step:,}, batch {next(numbers):,}")
+            check()
+
+        return tick
+
+    def _epoch(self, step):
+        """How many times the training data has been read after `step` updates."""
+        return (self.windows_before + step * self.per_step) / self.epoch_windows
+
+    def _end_of_epoch(self, step):
+        """Say that an epoch has ended in this step, unless they are so short that the steps' own lines say enough."""
+        epoch = int(self._epoch(step))
+        longer_than_a_line = self.cfg.log_interval * self.per_step <= self.epoch_windows
+        if self.cfg.sampling == "epochs" and longer_than_a_line and epoch > int(self._epoch(step - 1)):
+            self.say(
+                f"epoch {epoch} ends at iter {step}: all {self.epoch_windows:,} windows of the data have been read"
+            )
+
+    def _line(self, step, lr, metrics):
+        self.progress.ended.set()
+        now = time.perf_counter()
+        seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
+        flops = self.flops_per_iter / seconds
+        if self.measurements > 0:
+            before, self.peak = self.peak, peak_beside(flops, self.peak, self.dist)
+            self.measurements -= self.peak == before and flops > PLAUSIBLE * before
+        self.last_step, self.seconds, self.mark = step, 0.0, time.perf_counter()
+        rate, mfu = self.tokens_per_iter / seconds, flops / self.peak if flops <= self.peak else None
+        epoch, loss, grad_norm = self._epoch(step), metrics["loss"], metrics["grad_norm"]
+        share = "" if mfu is None else f"mfu {mfu * 100:.2f}%, "  # no figure rather than a wrong one
+        self.say(
+            f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {share}"
+            f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}, epoch {epoch:.2f}"
+        )
+        self._record(step=step, epoch=epoch, lr=lr, **metrics, ms=seconds * 1000, tokens_per_second=rate, mfu=mfu)
+        if self.bar:
+            self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+
+    @contextmanager
+    def paused(self):
+        """The time spent within counts for no step."""
+        self.seconds += time.perf_counter() - self.mark
+        yield
+        self.mark = time.perf_counter()
+        self.begins(self.iteration)
+
+    def evaluation(self, step, losses, lr):
+        """Report the estimated losses {'train': nats, 'val': nats} after `step` updates."""
+        self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        found = {f"{split}_loss": loss for split, loss in losses.items()}
+        self._record(step=step, epoch=self._epoch(step), **found, lr=lr)
+
+    def exact(self, step, result):
+        """Report what `evaluate.exact` found."""
+        per_byte = f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
+        count = f"over all {result['tokens']:,} validation tokens"
+        self.say(f"exact val loss {result['loss']:.6f} {count}, perplexity {result['perplexity']:.4f}{per_byte}")
+        self._record(step=step, **{f"exact_{k}": v for k, v in result.items()})
+
+    def _record(self, **values):
+        """Append a record to metrics.jsonl; W&B gets the same names and units."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        if self.wandb:
+            self._send(values["step"], values)
+        if self.file:
+            try:
+                if files.identity(self.file.fileno()) != files.identity(self.file.name):
+                    raise OSError(errno.ESTALE, files.REMOVED)
+                self.file.write(json.dumps(values) + "\n")
+            except OSError as e:
+                rest = "" if e.errno == errno.ESTALE else "; its checkpoints are safe"
+                self.failure = RunFailed(f"{self.file.name}: cannot be written to ({e.strerror}); the run stops{rest}")
+
+    def _send(self, step, values):
+        try:
+            self.wandb.log(values, step=step)
+        except Exception as e:  # its own process may have been killed
+            self.say(f"W&B: nothing more is sent ({one_line(e)}); the run goes on, and {self.file.name} has it all")
+            self.wandb = None
+
+    def close(self):
+        """Close what is open, and draw the picture of the losses."""
+        self.progress.ended.set()
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+        if self.wandb:
+            try:
+                self.wandb.finish()
+            except Exception as e:
+                self.say(f"W&B: not all of the run could be sent ({one_line(e)})")
+        if self.file:
+            try:
+                self.file.close()
+                self.say(draw_losses(self.cfg.out_dir))
+            except Exception as e:  # a picture that cannot be drawn ends no run
+                self.say(f"no picture of the losses: {e}")
+
+
+class Unread:
+    """Metrics of steps that are still on the device, so that a GPU never waits for the host."""
+
+    def __init__(self, dist, log_interval):
+        self.on_cpu, self.log_interval, self.steps = dist.device.type == "cpu", log_interval, []
+
+    def add(self, step, lr, metrics):
+        """Add a step's metrics {name: scalar}. Returns those that have been read meanwhile, as `read` does.
+
+        A step is read when the next one has been given to the device; on a CPU, which has nothing to overlap, at once.
+        """
+        found = []
+        if self.steps and (self.steps[-1][0] % self.log_interval == 0 or len(self.steps) == 100):
+            found = self.read()
+        numbers, done = torch.stack(list(metrics.values())), None
+        if numbers.is_cuda:  # copied to the host as soon as this step, and not the next one too, is done
+            numbers, done = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+            done.record()
+        self.steps.append((step, lr, list(metrics), numbers, done))
+        return found + self.read() if self.on_cpu and step % self.log_interval == 0 else found
+
+    def read(self):
+        """All steps that were added, as [(step, lr, {name: number}), ...], at the price of waiting for the last one."""
+        steps, self.steps = self.steps, []
+        if not steps:
+            return []
+        if steps[-1][-1]:
+            steps[-1][-1].synchronize()
+        numbers = torch.stack([tensors for *_, tensors, _ in steps]).tolist()
+        return [
+            (step, lr, dict(zip(names, n, strict=True)))
+            for (step, lr, names, _, _), n in zip(steps, numbers, strict=True)
+        ]
+
+
+def start_log(run):
+    """Say what is about to be trained, and open its Log. Raises RunFailed if it cannot be written."""
+    cfg, dist = run.cfg, run.dist
+    micro_steps, size = data.share_batch(cfg, dist.world_size, run.state.micro_batch)
+    tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
+    flops = run.gpt.flops_per_token(cfg.block_size) * tokens
+    train, val = (f"{len(run.eval_batches[split].dataset.tokens):,}" for split in ("train", "val"))
+    epoch = run.batches.epoch_windows / run.batches.per_step
+    dist.say(
+        f"data: {cfg.dataset}, {train} tokens to train on, {val} to validate on; an epoch is {epoch:,.1f} iterations"
+    )
+    if cfg.documents:
+        documents = run.batches.dataset.documents
+        dist.say(
+            f"documents: {len(documents.begins) - 1:,} in {len(documents):,} windows of {cfg.block_size} tokens, "
+            f"{1 - documents.filled():.0%} of which stay empty (--documents, --block_size)"
+        )
+    dist.say(f"model: {run.gpt.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens of context")
+    processes = f"{dist.world_size} processes x " if dist.world_size > 1 else ""
+    dist.say(f"iteration: {tokens:,} tokens ({processes}{micro_steps} x {size} sequences), {flops / 1e9:,.2f} GFLOP")
+    peak = device_peak(dist) if dist.is_main and not cfg.eval_only else math.nan
+    if line := takes_hours(cfg, dist, run.state.step, flops, peak, micro_steps):
+        dist.say(line)
+    return Log(run, tokens_per_iter=tokens, flops_per_iter=flops, peak=peak)

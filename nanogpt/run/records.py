@@ -1,0 +1,32 @@
+"""metrics.jsonl: a line of JSON for each report of a run."""
+
+import json
+import os
+
+from nanogpt import files
+
+
+def drop_after(path, step, evaluated):
+    """Remove from metrics.jsonl what a run reported after `step`, from where it now goes on.
+
+    evaluated: the last step whose evaluation is not going to be repeated.
+    """
+    if not os.path.lexists(path):
+        return
+    kept = [
+        r for r in read_metrics(path) if r["step"] <= (evaluated if "val_loss" in r else step) and "exact_loss" not in r
+    ]
+    files.write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def read_metrics(path):
+    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    records = []
+    for line in files.read(path).decode(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records

@@ -1,0 +1,237 @@
+"""A training run: the experiment, and what keeps it alive around the loop in train.py.
+
+`start.start` makes a Run and closes it.
+"""
+
+import math
+import typing
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+
+import torch
+
+from nanogpt import config, data, evaluate, optim
+from nanogpt.config import TrainConfig
+from nanogpt.model import GPT
+from nanogpt.run import checkpoint, health, log, memory, signals
+from nanogpt.run.distributed import Dist
+from nanogpt.text import tokenizer
+
+
+@dataclass
+class TrainState:
+    """Where a run stands: what resuming needs besides tensors."""
+
+    step: int = 0  # updates done
+    evaluated: int = -1  # the step of the last evaluation
+    losses: dict | None = None  # what it found
+    improved: bool = False  # whether its validation loss was the best so far
+    best_val_loss: float | None = None
+    best_step: int = 0  # the step at which it was found
+    stale: int = 0  # evaluations since then
+    spikes: int = 0  # losses far above the recent ones, so far
+    micro_batch: int | None = None  # the most sequences at a time, if that is not batch_size: see memory.py
+    windows: int = 0  # windows of the training data read so far, which is the number of the next one: see data.py
+    epoch_windows: int = 0  # windows in an epoch
+
+    @classmethod
+    def of_json(cls, found):
+        """The TrainState that a checkpoint holds. Raises TypeError or ValueError if it is not as declared above."""
+        state, kinds = cls(**found), typing.get_type_hints(cls)
+        for f in fields(cls):
+            value, allowed = getattr(state, f.name), typing.get_args(kinds[f.name]) or (kinds[f.name],)
+            sound = type(value) in allowed
+            if type(value) is int:
+                sound = sound and (1 if f.default is None else f.default) <= value <= config.MANY
+            elif type(value) is float:
+                sound = sound and math.isfinite(value)
+            elif type(value) is dict:
+                sound = sound and all(type(number) is float for number in value.values())
+            if not sound:
+                raise ValueError(f"{f.name} is {value!r:.60}")
+        return state
+
+    def note(self, losses):
+        """Take note of an evaluation at this step."""
+        self.evaluated, self.losses = self.step, losses
+        self.improved = losses["val"] < (math.inf if self.best_val_loss is None else self.best_val_loss)
+        self.stale = 0 if self.improved else self.stale + 1
+        if self.improved:
+            self.best_val_loss, self.best_step = losses["val"], self.step
+
+    def forget_best(self):
+        """Begin the best loss and the patience anew; an evaluation at this very step is repeated."""
+        self.best_val_loss, self.best_step, self.stale = None, 0, 0
+        self.evaluated = min(self.evaluated, self.step - 1)
+
+
+@dataclass(eq=False)
+class Run:
+    """The experiment: all that it changes, and the data that it reads."""
+
+    cfg: TrainConfig
+    dist: Dist
+    gpt: GPT  # the parameters
+    optimizer: optim.AdamW | optim.Muon
+    scaler: torch.amp.GradScaler
+    health: health.Health
+    state: TrainState
+    batches: data.Batches  # to train on
+    eval_batches: dict  # {"train": data.Batches, "val": data.Batches}
+    wandb: object = None  # the W&B run, on the main process
+
+    def __post_init__(self):
+        self.model = self.gpt  # what computes with the parameters: later compiled, and wrapped to average gradients
+        self.tick = lambda: None  # called before each batch of an evaluation
+
+    @property
+    def step(self):
+        """Updates done so far."""
+        return self.state.step
+
+    def tensors(self):
+        """Everything but the weights, by name; the very tensors that are in use."""
+        return optim.state_tensors(self.gpt, self.optimizer) | self.health.state
+
+    def fingerprints(self):
+        """What tells the data of each split from other data: {'train': str, 'val': str}."""
+        return {split: batches.dataset.fingerprint for split, batches in self.eval_batches.items()}
+
+    # What follows is for a run that `guard` has prepared.
+
+    def guard(self, stop, saved_in):
+        """Open the log and the writer of checkpoints. stop: a signals.Stop. saved_in: the checkpoint it goes on from."""
+        cfg, state = self.cfg, self.state
+        self.stop = stop
+        self.writer = checkpoint.Writer(
+            cfg.out_dir, cfg.keep_checkpoints, cfg.always_save_checkpoint, saved_in, state.step
+        )
+        self.watch = health.Watch(cfg, self.dist, state, self.writer)
+        self.unread = log.Unread(self.dist, cfg.log_interval)
+        with self.dist.agree():
+            self.log = log.start_log(self)
+        stop.failed = lambda: self.writer.failure is not None or self.log.failure is not None
+
+    def agree_to_go_on(self):
+        """Whether all processes go on: none was asked to stop, and none failed to write. They all have to ask."""
+        return not self.stop.agree()
+
+    def evaluation_is_due(self):
+        """Whether to evaluate at this step; not again if a run goes on that has done so."""
+        cfg, step = self.cfg, self.step
+        at_interval = step >= cfg.max_iters or step % cfg.eval_interval == 0
+        return cfg.eval_only or (at_interval and self.state.evaluated != step)
+
+    def is_finished(self):
+        """Whether there is nothing left to train; or, which is said, `patience` evaluations were no improvement."""
+        cfg, state = self.cfg, self.state
+        if cfg.eval_only or state.step >= cfg.max_iters:
+            return True
+        if not cfg.patience or state.stale < cfg.patience:
+            return False
+        best = "none was a number"
+        if state.best_val_loss is not None:
+            best = f"the best, {state.best_val_loss:.4f} at step {state.best_step}, is kept"
+        self.log.say(f"no improvement in {state.stale} evaluations: the run ends; {best} (--patience)")
+        return True
+
+    def repeat_smaller(self, work):
+        """work(run, micro_batch); if the memory runs out in it, again with half as many sequences at a time."""
+        return memory.repeat_smaller(partial(work, self), self.state, self.cfg, self.dist)
+
+    @contextmanager
+    def paused(self):
+        """The time spent within counts for no step."""
+        self._take(self.unread.read())
+        with self.log.paused():
+            yield
+
+    def measure(self, evaluation):
+        """evaluation(run, micro_batch), whose time counts for no step. Raises StopRequested if asked to stop meanwhile."""
+        with self.paused():
+            self.tick = self.log.counted(self.step, self.stop.check)
+            return self.repeat_smaller(evaluation)
+
+    def record(self, losses, lr):
+        """Take note of the losses {'train': nats, 'val': nats} of an evaluation at this step, and report them."""
+        self.state.note(losses)
+        self.log.evaluation(self.step, losses, lr)
+
+    def record_exact(self, result):
+        """Report what `evaluate.exact_validation` found."""
+        self.log.exact(self.step, result)
+
+    def report(self, lr, metrics):
+        """Report a step by its metrics {name: scalar}, perhaps a few steps later: nobody waits for the device.
+
+        Raises RunFailed if a step turns out to have been sick, on all processes alike.
+        """
+        self._take(self.unread.add(self.step, lr, metrics))
+        self.log.begins(self.step + 1)
+
+    def _take(self, steps):
+        for step, lr, metrics in steps:
+            self.watch.check(step, metrics)
+            self.log.step(step, lr, metrics)
+
+    def token_bytes(self):
+        """The UTF-8 length of each token id, for bits per byte; None if the tokenizer's package is missing."""
+        dataset = self.eval_batches["val"].dataset
+        try:
+            tok = tokenizer.from_json(dataset.tokenizer_json)
+        except (ImportError, OSError) as e:
+            self.dist.say(f"no bits per byte: {e}")
+            return None
+        return evaluate.byte_lengths(tok, dataset.separator)
+
+    def save(self):
+        """Have the main process copy the run as it stands; it is written in the background.
+
+        An untrained model is saved only if the run was asked to stop.
+        """
+        if self.cfg.eval_only or not self.dist.is_main or (self.step == 0 and not self.stop.agreed):
+            return
+        with self.paused():
+            state = self.state
+            if state.evaluated != state.step:
+                state = replace(state, losses=None, improved=False)
+            info = dict(
+                step=state.step,
+                state=asdict(state),
+                model_config=asdict(self.gpt.config),
+                tokenizer=self.batches.dataset.tokenizer_json,
+                data=self.fingerprints(),
+                settings=config.settings(self.cfg),
+                scaler=self.scaler.state_dict(),
+            )
+            self.writer.save(dict(self.gpt.named_parameters()), self.tensors(), info)
+
+    def check_writes(self):
+        """Wait for what is being written. Raises RunFailed, on all processes, if something could not be written."""
+        with self.dist.agree():
+            self.writer.wait()
+            for failure in (self.writer.failure, self.log.failure):
+                if failure:
+                    raise failure
+
+    def save_and_stop(self):
+        """Save the run unless that has been done, and raise Stopped with a line on how to go on."""
+        with self.dist.agree():
+            self._take(self.unread.read())  # a sick step is found before it is saved
+        if self.stop.agreed != signals.FAILED and self.writer.step != self.step:
+            self.save()
+        self.check_writes()
+        how = (
+            ""
+            if self.cfg.eval_only
+            else f", saved in {self.writer.folder}; the same command with --init_from=resume goes on"
+        )
+        raise signals.Stopped(f"stopped at step {self.step}{how}", self.stop.agreed)
+
+    def close(self):
+        """Close what is open, whatever has happened."""
+        try:
+            self.log.close()
+        finally:
+            self.writer.wait()

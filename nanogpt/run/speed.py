@@ -1,0 +1,139 @@
+"""How fast this machine is: peaks, the rate of a model's matrix products, and what they say about a run's length."""
+
+import math
+import re
+import shlex
+import statistics
+import time
+from functools import partial
+
+import torch
+
+# Dense peak in TFLOP/s without sparsity, bfloat16 (float16 where the chip has no bfloat16), from the vendors' datasheets.
+# The first name that is part of the device's counts.
+PEAK_TFLOPS = {
+    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148, "B200": 2250, "GH200": 989,
+    "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "A6000": 155,
+    "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
+    "RTX 4090": 165, "RTX 4080": 98, "RTX 3090": 71, "RTX 3080": 60,
+}  # fmt: skip
+
+
+def device_peak(dist):
+    """The most FLOP/s that the devices of all processes can do at this dtype: from the datasheet where it is known, otherwise measured."""
+    if dist.device.type == "cuda" and dist.dtype != torch.float32:
+        name = torch.cuda.get_device_name(dist.device)
+        for known, tflops in PEAK_TFLOPS.items():
+            if re.search(rf"\b{known}\b(?! (Ti|SUPER|Laptop))", name) and "MIG" not in name:
+                dist.say(
+                    f"peak: {tflops} TFLOP/s, the datasheet's for {name} at {str(dist.dtype)[6:]}; MFU is relative to it"
+                )
+                return tflops * 1e12 * dist.world_size
+    rate = measured_peak(dist) * dist.world_size
+    if dist.device.type == "cpu":
+        what = f"this CPU with {torch.get_num_threads()} threads"
+    else:
+        what = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "this GPU"
+    dist.say(f"peak: {rate / 1e12:.3g} TFLOP/s, measured on {what} at {str(dist.dtype)[6:]}; MFU is relative to it")
+    return rate
+
+
+PLAUSIBLE = 0.9  # of the peak; no model comes so near to that of a large product
+
+
+def peak_beside(flops_rate, peak, dist):
+    """The peak of `device_peak`, measured again if a model comes so near to it that it must have been measured too low.
+
+    That happens while another program uses the machine. With a NaN, as on other than the main process, nothing does.
+    """
+    if flops_rate > PLAUSIBLE * peak:
+        again = measured_peak(dist) * dist.world_size
+        if again > peak:
+            dist.say(f"peak: {again / 1e12:.3g} TFLOP/s, measured again, since {peak / 1e12:.3g} was too low")
+        peak = max(peak, again)
+    return peak
+
+
+def measured_peak(dist):
+    """FLOP/s of a large matrix product on the device: the fastest within a tenth of a second."""
+    n = 1024 if dist.device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=dist.device, dtype=dist.operand_dtype) for _ in range(2))
+    a @ b  # the first one loads the library
+    synchronize(dist.device)
+    fastest, end = math.inf, time.perf_counter() + 0.1
+    while fastest == math.inf or time.perf_counter() < end:
+        synchronize(dist.device)
+        begin = time.perf_counter()
+        a @ b
+        synchronize(dist.device)
+        fastest = min(fastest, time.perf_counter() - begin)
+    return 2 * n**3 / fastest
+
+
+def products_rate(model, dist, tokens, repeats=50):
+    """FLOP/s of the model's matrix products alone, forward and backward, with so many tokens: the yardstick.
+
+    Each product has buffers of its own, because in a real iteration none finds its operands in the cache either.
+    """
+    layers = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    new = partial(torch.randn, device=dist.device, dtype=dist.operand_dtype)
+    x, w, g = [new(tokens, k) for k, _ in layers], [new(n, k) for k, n in layers], [new(tokens, n) for _, n in layers]
+    times, began = [], time.perf_counter()
+    while len(times) < repeats and (len(times) < 3 or time.perf_counter() - began < 5):
+        synchronize(dist.device)
+        begin = time.perf_counter()
+        for xi, wi in zip(x, w, strict=True):
+            xi @ wi.t()
+        for xi, wi, gi in zip(x, w, g, strict=True):
+            gi @ wi, gi.t() @ xi
+        synchronize(dist.device)
+        times.append(time.perf_counter() - begin)
+    return sum(3 * 2 * tokens * k * n for k, n in layers) / statistics.median(times)
+
+
+def synchronize(device):
+    """Wait until the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def expected_seconds(steps, flops_per_iter, peak, layers):
+    """About how long so many steps take, through so many blocks each: a guess to within a factor of two or so.
+
+    Small models reach a third of the device's peak, and no block is done in less than a millisecond.
+    """
+    return steps * max(flops_per_iter / peak * 3, layers * 1e-3)
+
+
+HOURS = 2 * 3600.0  # seconds from which on a run is said to be long: the estimate may be twice what it takes
+
+
+def takes_hours(cfg, dist, step, flops, peak, micro_steps):
+    """A line about how long the rest of the run takes, and what makes it shorter; None if it is no matter of hours.
+
+    A rough estimate: `flops` and `peak` are those of an iteration and of the device. An evaluation is a forward pass,
+    a third of the work, over both splits.
+    """
+    if not math.isfinite(peak):
+        return None
+    steps = cfg.max_iters - step
+    evaluated = 2 * cfg.eval_iters / (3 * cfg.gradient_accumulation_steps)  # in iterations
+    each = expected_seconds(1, flops, peak, micro_steps * cfg.n_layer)
+    seconds = each * (steps + steps / cfg.eval_interval * evaluated)
+    if seconds < HOURS:
+        return None
+    smaller = "--max_iters, --gradient_accumulation_steps, --batch_size, --block_size, --n_layer or --n_embd"
+    quick = f"; sh train.py config/fast_shakespeare_cpu.py --dataset={shlex.quote(cfg.dataset)} takes seconds"
+    return (
+        f"time: {duration(seconds)} for {steps:,} iterations, by a rough estimate; smaller {smaller} make it "
+        f"shorter{quick if dist.device.type == 'cpu' else ''}"
+    )
+
+
+def duration(seconds):
+    """'about 9 minutes'."""
+    if seconds < 90:
+        return f"about {seconds:.0f} seconds"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"

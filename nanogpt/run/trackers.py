@@ -1,0 +1,71 @@
+"""Weights & Biases, or what stands in for it: started before anything is moved, and gone on with by a resumed run."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from nanogpt import files
+from nanogpt.config import UserError, installs, settings
+
+
+def require_wandb(cfg):
+    """Raise UserError where W&B is asked for and not installed."""
+    if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"--wandb_log=True: wandb is not installed; {installs('wandb')} brings it")
+
+
+def start_wandb(cfg, run_id, say):
+    """A W&B run: the one with this id, or, without an id, a new one. WANDB_MODE=offline keeps it on this machine.
+
+    It is written to `out_dir`, unless WANDB_DIR names another folder. What is installed by the name of wandb may be a
+    stand-in, such as trackio, which takes the folder from the environment alone. Raises UserError if W&B cannot start,
+    after at most half a minute or WANDB_INIT_TIMEOUT, and leaves nothing behind; OSError if `out_dir` cannot be made.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")  # it would print a page, and ask for a login at a terminal
+    folder = Path(os.environ.setdefault("WANDB_DIR", str(cfg.out_dir))) / "wandb"
+    missing, there = [p for p in (folder, *folder.parents) if not p.exists()], set(folder.glob("*"))
+    folder.parent.mkdir(parents=True, exist_ok=True)  # if it is missing, W&B writes elsewhere
+    try:
+        import wandb
+
+        own = {}
+        if hasattr(wandb, "Settings"):  # a stand-in has none
+            timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", 30))
+            own = dict(settings=wandb.Settings(init_timeout=timeout, symlink=False))
+        if run_id and "WANDB_RUN_ID" not in os.environ:
+            own |= dict(id=run_id, resume="allow")
+        run = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings(cfg), **own)
+    except Exception as e:  # of any kind: its packages, its settings, no login, no network
+        for path in set(folder.glob("*")) - there:
+            shutil.rmtree(path, ignore_errors=True)
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise UserError(
+            f"--wandb_log=True: Weights & Biases cannot start ({one_line(e)}); WANDB_MODE=offline keeps its log on this "
+            "machine, --wandb_log=False goes without"
+        ) from None
+    if getattr(run, "offline", False):
+        say(f"W&B: offline; wandb sync {Path(run.dir).parent} sends the log")
+    elif hasattr(run, "url"):
+        say(f"W&B: {run.url}")
+    return run
+
+
+def kept_wandb_id(out_dir):
+    """The id of the W&B run that the run in `out_dir` has been logged in, or None."""
+    path = Path(out_dir) / "config.json"
+    try:
+        found = json.loads(files.read(path))["wandb_run_id"]
+        return found if re.fullmatch(r"[\w-]{1,64}", found) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def one_line(error):
+    """What an exception says, on one line of no great length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
