@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
 from nanogpt.run.distributed import Dist, prepare_device  # noqa: E402
-from nanogpt.run.metrics import products_rate  # noqa: E402
+from nanogpt.run.speed import products_rate  # noqa: E402
 
 COMMAND = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 "

@@ -8,6 +8,12 @@ import torch
 from nanogpt import data, optim
 
 
+def train_step(run):
+    """One update on one global batch. Its metrics, {name: scalar}: one more is one line in `update`."""
+    loss = run.repeat_smaller(gradients)  # in smaller micro-batches if the memory runs out
+    return update(run, loss)
+
+
 def loss_terms(model, x, y):
     """(objective, nats) of a micro-batch: what is optimized, and the mean cross-entropy, which is reported.
 

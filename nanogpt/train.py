@@ -9,7 +9,7 @@ from nanogpt.config import TrainConfig
 from nanogpt.run import distributed
 from nanogpt.run.start import settings_to_resume, start
 from nanogpt.schedule import lr_at
-from nanogpt.step import gradients, update
+from nanogpt.step import train_step
 
 
 def main(argv):
@@ -31,6 +31,5 @@ def train(cfg, dist):
             if run.is_finished():
                 run.record_exact(run.measure(evaluate.exact_validation))
                 break
-            loss = run.repeat_smaller(gradients)  # reads the batch, in micro-batches as small as the memory wants
-            metrics = update(run, loss)
+            metrics = train_step(run)
             run.report(lr, metrics)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from conftest import Door
+from support import Door
 
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import checkpoint

@@ -100,9 +100,9 @@ def test_the_loss_does_not_depend_on_how_many_sequences_are_worked_on_at_a_time(
 ):
     dataset, cfg, sizes = open_text(TEXT * 2), config(eval_iters=eval_iters), []
     streams = {"val": Batches(dataset, "eval val", 1, T, dist)}
-    expected = losses(model, streams, cfg, dist)
+    expected = estimate(model, streams, cfg, dist)
     model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    assert losses(model, streams, cfg, dist, most=most) == pytest.approx(expected, rel=1e-6)
+    assert estimate(model, streams, cfg, dist, micro_batch=most) == pytest.approx(expected, rel=1e-6)
     assert max(sizes) <= most
 
 
@@ -128,13 +128,19 @@ def test_a_hopeless_model_has_a_finite_perplexity(model, open_text, dist):
 # The estimate
 
 
+def estimate(model, batches, cfg, dist, micro_batch=None, tick=lambda: None):
+    """`losses` of a run that has these parts."""
+    run = SimpleNamespace(model=model, eval_batches=batches, cfg=cfg, dist=dist, tick=tick)
+    return losses(run, micro_batch or cfg.batch_size)
+
+
 def streams(dataset, dist):
     return {s: Batches(dataset, f"eval {s}", 1, T, dist) for s in ("train", "val")}
 
 
 def test_the_estimate_is_the_mean_over_the_first_batches(model, open_text, dist):
     batches = streams(open_text(TEXT * 3), dist)
-    found = losses(model, batches, config(batch_size=4, eval_iters=5), dist)
+    found = estimate(model, batches, config(batch_size=4, eval_iters=5), dist)
     model.eval()
     for split in ("train", "val"):
         expected = model(*batches[split].get(0, 20))[1].item()
@@ -145,18 +151,18 @@ def test_the_estimate_is_the_mean_over_the_first_batches(model, open_text, dist)
 def test_the_estimate_asks_the_same_each_time_and_draws_nothing(model, open_text, dist):
     batches = streams(open_text(TEXT * 3), dist)
     state = torch.get_rng_state()
-    assert losses(model, batches, config(), dist) == losses(model, batches, config(), dist)
+    assert estimate(model, batches, config(), dist) == estimate(model, batches, config(), dist)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_the_shares_of_the_estimate_make_the_whole(model, open_text, dist):
     batches = streams(open_text(TEXT * 3), dist)
-    whole = losses(model, batches, config(), dist)
+    whole = estimate(model, batches, config(), dist)
     shares = []
     for rank in range(2):
         dist.rank, dist.world_size = rank, 2
         dist.sum = lambda numbers: numbers
-        shares.append(losses(model, batches, config(), dist))
+        shares.append(estimate(model, batches, config(), dist))
     for split in whole:
         assert sum(share[split] for share in shares) == pytest.approx(whole[split], rel=1e-6)
 
@@ -166,7 +172,7 @@ def test_in_the_estimate_of_documents_each_target_counts_the_same(model, open_te
     separator = tokenizer.ids["日"]
     dataset.documents = Documents(find_documents(dataset.tokens, separator), T, shared=True)
     stream = Batches(dataset, "eval val", 1, T, dist)
-    found = losses(model, {"val": stream}, config(batch_size=3, eval_iters=4), dist)["val"]
+    found = estimate(model, {"val": stream}, config(batch_size=3, eval_iters=4), dist)["val"]
     model.eval()
     x, y = stream.get(0, 12)
     assert len(set((y >= 0).sum(1).tolist())) > 1
@@ -207,7 +213,7 @@ def test_dropout_and_gradients_are_off_within_and_on_afterwards(model, open_text
     dataset = open_text(TEXT)
     run = {
         "exact": lambda: exact(model, dataset, config(), dist, None),
-        "estimate": lambda: losses(model, streams(open_text(TEXT * 3), dist), config(), dist),
+        "estimate": lambda: estimate(model, streams(open_text(TEXT * 3), dist), config(), dist),
     }[which]
     model.train()
     assert modes_within(model, run) == {(False, False)}
@@ -232,7 +238,15 @@ def test_a_small_split_is_read_whole_instead_of_sampled(model, open_text, dist):
     dataset = open_text(TEXT)
     stream = Batches(dataset, "eval val", 1, T, dist)
     enough = -(-stream.epoch_windows // 4)
-    whole = losses(model, {"val": stream}, config(eval_iters=enough), dist)["val"]
+    whole = estimate(model, {"val": stream}, config(eval_iters=enough), dist)["val"]
     assert whole == exact(model, dataset, config(), dist, None)["loss"]
-    assert losses(model, {"val": stream}, config(eval_iters=enough - 1), dist)["val"] != whole
-    assert losses(model, {"val": stream}, config(eval_iters=enough), dist, stop=lambda: True) is None
+    assert estimate(model, {"val": stream}, config(eval_iters=enough - 1), dist)["val"] != whole
+
+
+def test_an_evaluation_can_be_broken_off_before_each_batch(model, open_text, dist):
+    def tick():
+        raise InterruptedError
+
+    for eval_iters in (5, 10**6):  # the estimate, and the whole split
+        with pytest.raises(InterruptedError):
+            estimate(model, streams(open_text(TEXT * 3), dist), config(eval_iters=eval_iters), dist, tick=tick)

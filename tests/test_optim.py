@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import losses, torchrun
+from support import losses, torchrun
 
 from nanogpt import optim
 from nanogpt.config import TrainConfig

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL
+from support import SMALL
 from torch import nn
 
 from nanogpt import data, quantize, train

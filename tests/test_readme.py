@@ -17,7 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import free_port, write_tokenizer
+from support import free_port, write_tokenizer
 
 from nanogpt import config
 from nanogpt.config import (

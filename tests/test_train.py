@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, losses, metrics, torchrun, write_tokenizer
 from safetensors.torch import load_file
+from support import ROOT, SMALL, losses, metrics, torchrun, write_tokenizer
 
 from nanogpt import config, data, evaluate, train
 from nanogpt.commands import cli
@@ -281,7 +281,7 @@ def test_finetuning_takes_the_context_of_the_model_where_none_is_named(run, monk
     if kind == "hugging face":
         pytest.importorskip("transformers")
         assert cli.main(["export", "--out_dir=first", "--to=hf"]) == 0
-    monkeypatch.setattr("conftest.SMALL", [a for a in SMALL if not a.startswith("--block_size")])
+    monkeypatch.setattr("support.SMALL", [a for a in SMALL if not a.startswith("--block_size")])
     out = run(f"--init_from={'first' if kind == 'run' else 'hf'}", "--max_iters=1")
     assert "context: 16 tokens, as the model has (--block_size)" in out
     assert checkpoint.newest("out").settings["block_size"] == 16

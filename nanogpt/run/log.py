@@ -117,7 +117,7 @@ class Log:
         numbers = itertools.count(1)
 
         def tick():
-            self.progress.at(f"evaluating at step {step:,}, batch {next(numbers):,}")
+            self.progress.at(f"evaluating at step {step:,}, batch {next(numbers):,} (--eval_iters)")
             check()
 
         return tick

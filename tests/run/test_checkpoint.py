@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, ending, losses, metrics
 from safetensors.torch import load_file, save_file
+from support import ROOT, SMALL, ending, losses, metrics
 
 from nanogpt import data, train
 from nanogpt.commands import cli, sample
 from nanogpt.config import RunFailed, UserError
 from nanogpt.model import GPTConfig
 from nanogpt.run import checkpoint
-from nanogpt.run.metrics import read_metrics
+from nanogpt.run.records import read_metrics
 from nanogpt.run.signals import Stopped
 from nanogpt.run.start import TrainState
 
@@ -42,11 +42,11 @@ def stop_at(monkeypatch, *steps):
     """Let the run in this process be asked to stop in the midst of these steps, of each once."""
     left, real = list(steps), train.train_step
 
-    def train_step(model, run, *rest):
+    def train_step(run):
         if run.state.step in left:
             left.remove(run.state.step)
             signal.raise_signal(signal.SIGTERM)
-        return real(model, run, *rest)
+        return real(run)
 
     monkeypatch.setattr(train, "train_step", train_step)
 
@@ -643,12 +643,12 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_one_is_gone(
 @pytest.mark.parametrize("harm", [shutil.rmtree, lambda path: os.rename(path, "moved")], ids=["deleted", "moved"])
 @pytest.mark.parametrize("another", [False, True], ids=["gone", "replaced"])
 def test_a_run_whose_folder_is_taken_away_ends_with_a_line(run, monkeypatch, harm, another):
-    def train_step(model, run, *rest, real=train.train_step):
+    def train_step(run, real=train.train_step):
         if run.state.step == 5:
             harm("out")
             if another:
                 os.mkdir("out")
-        return real(model, run, *rest)
+        return real(run)
 
     monkeypatch.setattr(train, "train_step", train_step)
     with pytest.raises(
@@ -908,10 +908,10 @@ def test_the_loop_goes_on_while_a_checkpoint_is_being_written(run, monkeypatch):
             held.append(two_more.wait(timeout=120))
         real(tensors, path)
 
-    def train_step(model, run, *rest, real=train.train_step):
+    def train_step(run, real=train.train_step):
         if run.state.step == 6:
             two_more.set()
-        return real(model, run, *rest)
+        return real(run)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     monkeypatch.setattr(train, "train_step", train_step)

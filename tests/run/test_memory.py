@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ending, losses
+from support import ending, losses
 
+from nanogpt import data
 from nanogpt.commands import cli
 from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.model import GPT, GPTConfig, numbers_held
@@ -202,7 +203,7 @@ def test_half_and_half_again_until_it_fits(dist, capsys, error):
             raise error
         return "done"
 
-    assert memory.fitting(work, state, CFG, dist) == "done"
+    assert memory.repeat_smaller(work, state, CFG, dist) == "done"
     assert tried == [4, 2, 1] and state.micro_batch == 1
 
 
@@ -212,7 +213,7 @@ def test_one_sequence_that_does_not_fit_ends_the_run_with_a_line(dist, capsys, e
         raise error
 
     with pytest.raises(RunFailed, match=r"a single sequence at a time; smaller are --block_size=4 .*\(.+\)$") as caught:
-        memory.fitting(work, TrainState(), CFG, dist)
+        memory.repeat_smaller(work, TrainState(), CFG, dist)
     assert "\n" not in str(caught.value)
 
 
@@ -222,7 +223,7 @@ def test_among_several_processes_the_run_ends_with_a_line(dist):
 
     dist.world_size = 2
     with pytest.raises(RunFailed, match="with 4 sequences at a time; --batch_size=auto finds how many fit"):
-        memory.fitting(work, TrainState(), CFG, dist)
+        memory.repeat_smaller(work, TrainState(), CFG, dist)
 
 
 def test_another_error_is_another_matter(dist):
@@ -230,7 +231,7 @@ def test_another_error_is_another_matter(dist):
         raise RuntimeError("the loop fell over")
 
     with pytest.raises(RuntimeError, match="fell over"):
-        memory.fitting(work, TrainState(), CFG, dist)
+        memory.repeat_smaller(work, TrainState(), CFG, dist)
 
 
 def test_trying_leaves_no_trace(dist, capsys):

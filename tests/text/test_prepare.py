@@ -15,17 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import no_picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import no_picture
 
+import nanogpt.run.log
 from nanogpt.commands import cli
 from nanogpt.config import PrepareConfig, UserError, load
-from nanogpt.run import metrics
 from nanogpt.text import pool, prepare, sources
 from nanogpt.text.tokenizer import from_json
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 END = "<|endoftext|>"
 DRAW = random.Random(1)
 TEXT = "".join(f"Line {i}: Größe, 世界, жизнь, {'lamp ' * (i % 7)}\n" for i in range(400))
@@ -957,7 +957,7 @@ def test_the_printed_command_trains_on_the_dataset_wherever_it_is(here, monkeypa
     env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": places}
     trained = subprocess.run(f"{command} {' '.join(short)}", shell=True, env=env, capture_output=True, text=True)
     assert trained.returncode == 0 and "exact val loss" in trained.stdout, trained.stderr
-    monkeypatch.setattr(metrics, "draw_losses", no_picture)
+    monkeypatch.setattr(nanogpt.run.log, "draw_losses", no_picture)
     assert cli.main(["train", "--init_from=resume", "--out_dir=out-my data", "--max_iters=3"]) == 0
     assert "data: my data, " in capfd.readouterr().out
     assert cli.main(["eval", "--out_dir=out-my data", "--device=cpu"]) == 0

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from conftest import losses, metrics
+from support import losses, metrics
 
 import nanogpt.run.start
 from nanogpt import optim, train
@@ -65,10 +65,10 @@ class Watched:
         self.before, self.sick_at = {}, set()
         real = train.train_step
 
-        def train_step(model, run, *rest):
+        def train_step(run):
             self.run, self.step = run, run.state.step + 1  # the number of this update
             self.before[self.step] = self.copy()
-            return real(model, run, *rest)
+            return real(run)
 
         monkeypatch.setattr(train, "train_step", train_step)
 
@@ -76,7 +76,7 @@ class Watched:
         return self.step in self.sick_at
 
     def copy(self):
-        tensors = dict(self.run.model.named_parameters()) | optim.state_tensors(self.run.model, self.run.optimizer)
+        tensors = dict(self.run.gpt.named_parameters()) | optim.state_tensors(self.run.gpt, self.run.optimizer)
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     def unchanged_since(self, step):
@@ -233,7 +233,7 @@ def test_only_steps_skipped_in_a_row_end_a_float16_run(dist):
     dist.dtype = torch.float16
     watch = health.Watch(TrainConfig(), dist, TrainState(), None)
     for step in range(3 * health.PATIENCE):
-        watch.look(step, 2.0, math.inf if step % 2 else 1.0, 0.0)
+        watch.check(step, {"loss": 2.0, "grad_norm": math.inf if step % 2 else 1.0, "spike": 0.0})
     assert watch.skipped_in_a_row == 1
 
 

@@ -12,7 +12,7 @@ import pytest
 import nanogpt
 from nanogpt.commands import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROGRAM_DOORS = ["train", "sample"]
 SHELLS = [shell for shell in ("sh", "bash", "dash", "zsh") if shutil.which(shell)]
 PYTHON = pytest.param(sys.executable, id="python")
@@ -291,7 +291,11 @@ def test_help_end_to_end(start, door):
 DOORS = [
     *(["train.py", "--device=cpu"], ["sample.py", "--device=cpu"], ["bench.py", "--device=cpu"], ["model.py"]),
     *(["-c", f"from nanogpt.{name} import main; main([])"] for name in ("train", "advice", "serve")),
-    *(["-m", "pytest", "tests/test_cli.py"], ["data/shakespeare_char/prepare.py"], ["data/shakespeare/prepare.py"]),
+    *(
+        ["-m", "pytest", "tests/commands/test_cli.py"],
+        ["data/shakespeare_char/prepare.py"],
+        ["data/shakespeare/prepare.py"],
+    ),
     *([f"benchmarks/{name}.py"] for name in ("cpu", "sampling", "serving", "time_to_loss")),
 ]
 SET_BY_USERS = [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "unset")]

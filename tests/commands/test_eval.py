@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Door, free_port, metrics, tiny_text, write_tokenizer
+from support import ROOT, SMALL, Door, free_port, metrics, tiny_text, write_tokenizer
 
 from nanogpt import config, train
 from nanogpt.commands import cli

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
 from safetensors.torch import load_file, save_file
+from support import ROOT, SMALL
 
 from nanogpt import train
 from nanogpt.commands import sample

@@ -18,7 +18,7 @@ import test_checkpoint
 import test_legacy
 import test_signals
 import torch
-from conftest import ROOT, SMALL, ending
+from support import ROOT, SMALL, ending
 from test_checkpoint import (
     FILES,
     flip,

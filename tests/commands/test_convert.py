@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL
+from support import SMALL
 
 from nanogpt import train
 from nanogpt.commands import convert, sample

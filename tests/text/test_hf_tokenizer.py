@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, write_tokenizer
+from support import ROOT, SMALL, write_tokenizer
 
 from nanogpt import data
 from nanogpt.commands import cli

@@ -7,10 +7,10 @@ import time
 from functools import partial
 
 import pytest
-from conftest import ending
+from support import ending
 
 from nanogpt import evaluate, train
-from nanogpt.run import checkpoint, distributed, signals
+from nanogpt.run import checkpoint, signals
 from nanogpt.run.signals import Stop
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -45,10 +45,10 @@ def dwell_in_training(awaited=1):
     note_signals()
     real = train.train_step
 
-    def train_step(model, run, *rest):
+    def train_step(run):
         if run.state.step == 5:
             announce(awaited=awaited)
-        return real(model, run, *rest)
+        return real(run)
 
     train.train_step = train_step
 
@@ -57,9 +57,9 @@ def dwell_in_evaluation():
     note_signals()
     real = evaluate.losses
 
-    def losses(model, batches, cfg, dist, *rest):
+    def losses(run, micro_batch):
         announce()
-        return real(model, batches, cfg, dist, *rest)
+        return real(run, micro_batch)
 
     evaluate.losses = losses
 
@@ -199,7 +199,7 @@ def test_a_closed_terminal_changes_nothing_under_nohup(dist):
     try:
         with signals.stopping(dist) as stop:
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.requested()
+            assert not stop.agree()
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -208,7 +208,7 @@ def test_what_may_be_broken_off_is_broken_off_at_once_also_when_asked_before(dis
     with signals.stopping(dist) as stop:
         with pytest.raises(signals.Interrupted), stop.at_once():
             signal.raise_signal(signal.SIGTERM)
-        assert stop.requested()
+        assert stop.agree()
         with pytest.raises(signals.Interrupted), stop.at_once():
             pytest.fail("it was begun")
         signal.raise_signal(signal.SIGUSR1)  # outside of it, nothing is raised
@@ -221,6 +221,6 @@ def test_a_second_interrupt_counts_with_any_other_signals_before_and_between(dis
     stop = Stop(dist)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         stop._handle(signum, None)
-    assert stop.requested() and stop.agreed == signal.SIGTERM and not ended
+    assert stop.agree() and stop.agreed == signal.SIGTERM and not ended
     stop._handle(signal.SIGINT, None)
     assert ended == [130]

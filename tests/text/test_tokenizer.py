@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nanogpt.text import tokenizer as tok
 from nanogpt.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Stream, from_json, named
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 texts = st.text(st.characters(exclude_categories=["Cs"]))  # a half of a surrogate pair is no text
 
 

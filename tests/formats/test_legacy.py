@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, losses, write_tokenizer
+from support import SMALL, losses, write_tokenizer
 
 from nanogpt import config, data, train
 from nanogpt.commands import cli

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from support import ROOT, SMALL
 
 from nanogpt import train
 from nanogpt.commands import talk as room

@@ -8,7 +8,7 @@ import torch
 from nanogpt.commands import bench
 from nanogpt.config import BenchConfig, load
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import memory, metrics, start
+from nanogpt.run import memory, speed, start
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=2", "--device=cpu"]
 SMALL += ["--gradient_accumulation_steps=2", "--iters=3", "--warmup=1", "--compile=False"]
@@ -71,11 +71,11 @@ def test_a_prepared_dataset_is_read(run, tmp_path):
 
 def test_the_yardstick_counts_the_operations_of_the_linear_layers(dist):
     model = GPT(GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=16, bias=False))
-    assert metrics.products_rate(model, dist, tokens=64, repeats=2) > 1e6
+    assert speed.products_rate(model, dist, tokens=64, repeats=2) > 1e6
     assert memory.peak_memory(torch.device("cpu")) > 2**24
 
 
 def test_what_a_run_is_expected_to_take():
-    assert metrics.expected_seconds(100, flops_per_iter=1e12, peak=3e12, layers=4) == pytest.approx(100)
-    assert metrics.expected_seconds(100, flops_per_iter=1e3, peak=3e12, layers=4) == pytest.approx(0.4)
+    assert speed.expected_seconds(100, flops_per_iter=1e12, peak=3e12, layers=4) == pytest.approx(100)
+    assert speed.expected_seconds(100, flops_per_iter=1e3, peak=3e12, layers=4) == pytest.approx(0.4)
     assert BenchConfig().iters > 0

@@ -299,7 +299,7 @@ def test_a_process_that_lost_another_says_so_in_a_line(start_two):
     assert "Traceback" not in doors[0].printed + doors[1].printed
 
 
-def work_agree():
+def work_together():
     """In each of two processes: what they do together, and its results."""
     with distributed.setup(ONE) as dist:
         assert dist.world_size == 2

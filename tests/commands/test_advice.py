@@ -18,7 +18,7 @@ from nanogpt.config import TrainConfig, load
 from nanogpt.model import GPT
 from nanogpt.run.distributed import Dist
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = Dist(torch.device("cpu"), torch.float32)
 SMALLEST, LARGEST = advice.SHAPES[0], advice.SHAPES[-1]
 
