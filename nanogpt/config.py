@@ -86,11 +86,10 @@ class TrainConfig:
     wandb_project: str = setting("owt", "its project")
     wandb_run_name: str = setting("gpt2", "its run name")
     dataset: str = setting("openwebtext", "a folder in data/ with train.bin, val.bin and meta.json", group="Data")
+    root: str = setting("data", "the folder that holds the datasets", path=True)
     gradient_accumulation_steps: int = setting(
         40, "micro-batches in an iteration, over all processes", low=1, high=10**6
     )
-    root: str = setting("data", "the folder that holds the datasets", path=True)
-    gradient_accumulation_steps: int = setting(40, "micro-batches in an iteration, over all processes", low=1)
     batch_size: int | str = setting(
         12,
         "sequences in a micro-batch; auto: as many as fit the memory, and in an iteration as many as without",

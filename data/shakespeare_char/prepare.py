@@ -20,8 +20,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))  # works without the package being installed
 
 try:
-    import torch
-
     from nanogpt.commands.cli import as_process
     from nanogpt.config import UserError
     from nanogpt.data import write_dataset
@@ -55,6 +53,8 @@ def main():
     folder = os.path.relpath(args.out)
     print(f"{len(train_ids):,} tokens in train.bin, {len(val_ids):,} in val.bin, in {folder}")
     if args.out == HERE:
+        import torch  # loaded before, after nanogpt has said how its threads wait
+
         size = "char" if torch.cuda.is_available() else "cpu"  # as `make demo` chooses
         print(f"next: sh train.py config/fast_shakespeare_{size}.py")
     return 0
