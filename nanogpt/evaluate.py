@@ -1,10 +1,12 @@
-"""How good the model is: a quick estimate during training, and the exact loss over a whole split."""
+"""How good a model is: a quick estimate during training, and the exact loss over a whole split."""
 
 import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -12,8 +14,8 @@ from nanogpt.data import Documents, largest_divisor
 
 
 @contextmanager
-def evaluating(model):
-    """No dropout and no gradients within."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients within this context."""
     was_training = model.training
     model.eval()
     try:
@@ -23,12 +25,12 @@ def evaluating(model):
         model.train(was_training)
 
 
-def losses(run, micro_batch):
+def losses(run, micro_batch: int) -> dict[str, float]:
     """Mean loss over the first `eval_iters` batches of each of the run's splits: {'train': nats, 'val': nats}.
 
-    Always the same batches, so that evaluations compare. Each process takes every world_size-th batch. A split
-    with no more windows than that is read once, whole: the loss is then `exact`, and costs less than the estimate.
-    At most `micro_batch` sequences are worked on at a time. run.tick() is called before each batch, and may raise.
+    Always the same batches, so that evaluations can be compared. Each rank takes every world_size-th batch, at most
+    `micro_batch` sequences at a time. A split with no more windows than that is read once as a whole: its loss is then
+    `exact`, and costs less than the estimate. run.tick() is called before each batch and may raise.
     """
     cfg, dist, result = run.cfg, run.dist, {}
     B = largest_divisor(cfg.batch_size, micro_batch)
@@ -53,33 +55,35 @@ def losses(run, micro_batch):
     return result
 
 
-def exact_validation(run, micro_batch):
-    """What `exact` finds on the run's validation split, at most `micro_batch` sequences at a time."""
+def exact_validation(run, micro_batch: int) -> dict:
+    """`exact` on the run's validation split, at most `micro_batch` sequences at a time."""
     dataset, how = run.eval_batches["val"].dataset, dict(micro_batch=micro_batch, tick=run.tick)
     return exact(run.model, dataset, run.cfg, run.dist, run.token_bytes(), **how)
 
 
 def exact(
-    model,
+    model: nn.Module,
     dataset,
     cfg,
     dist,
-    token_bytes=None,
+    token_bytes: np.ndarray | None = None,
     *,
-    micro_batch=None,
-    tick=lambda: None,
-    layout=None,
-    each=False,
-    what="exact val loss",
-):
-    """The loss over all of a split, each token predicted once, from windows laid end to end.
+    micro_batch: int | None = None,
+    tick: Callable[[], None] = lambda: None,
+    layout: Documents | None = None,
+    each: bool = False,
+    what: str = "exact val loss",
+) -> dict:
+    """The loss over a whole split, in which each token is predicted once, from windows laid end to end.
 
-    cfg: `block_size`, and `batch_size`, of which at most `micro_batch` sequences are worked on at a time. token_bytes:
-    the UTF-8 length of each token id, or None. layout: the `data.Documents` that are cut into windows; without it the
-    dataset's own, or, if it has none, the whole split as one document. Returns a dict: `loss` (nats a token), `tokens`,
-    `perplexity`, and with token_bytes `bits_per_byte`; if `each`, `documents` is a list of such dicts, with None for
-    a document that has no token to predict. No randomness: the same to the last digit every time. tick() is called
-    before each batch, and may raise. what: names the progress bar.
+    cfg: has `block_size` and `batch_size`; micro_batch: at most so many sequences at a time. token_bytes: the UTF-8
+    length of each token id, or None. layout: the `data.Documents` that are cut into windows; by default the dataset's
+    own, or, if it has none, the whole split as one document. tick: is called before each batch and may raise. what: a
+    label for the progress bar.
+
+    Returns a dict with `loss` (nats per token), `tokens`, `perplexity` and, with token_bytes, `bits_per_byte`. If
+    `each`, `documents` is a list of such dicts, with None for a document that has no token to predict. There is no
+    randomness: the result is the same to the last digit every time.
     """
     T, B = cfg.block_size, min(cfg.batch_size, micro_batch or cfg.batch_size)
     layout = layout or dataset.documents or Documents([0, len(dataset.tokens)], T)
@@ -106,16 +110,16 @@ def exact(
     return result
 
 
-def summary(nats, count, n_bytes):
-    """What is told of so many tokens in so many bytes that took so many nats together."""
+def summary(nats: float, count: float, n_bytes: float) -> dict:
+    """The result for `count` tokens, `n_bytes` bytes in UTF-8, whose negative log-probabilities add up to `nats`."""
     result = {"loss": float(nats / count), "tokens": int(count), "perplexity": math.exp(min(nats / count, 700))}
     if n_bytes:
         result["bits_per_byte"] = float(nats / math.log(2) / n_bytes)
     return result
 
 
-def padded_windows(dataset, layout, numbers, B, T):
-    """Inputs and targets of these windows, filled to the one shape (B, T) with targets -1, which are not counted."""
+def padded_windows(dataset, layout: Documents, numbers: np.ndarray, B: int, T: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of these windows, padded to the shape (B, T) with targets -1, which are ignored."""
     starts, stops = (np.pad(ends, (0, B - len(numbers))) for ends in layout.windows(numbers))
     x, y = dataset.windows(starts, stops, T)
     for row, repeated in enumerate(layout.repeated(numbers)):
@@ -123,16 +127,16 @@ def padded_windows(dataset, layout, numbers, B, T):
     return x, y
 
 
-def window_nats(logits, y):
-    """The sum of -log p over the targets (B, T) of each window: B numbers."""
+def window_nats(logits: Tensor, y: Tensor) -> np.ndarray:
+    """The sum of -log p over the targets (B, T) of each window: (B,)."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=-1, reduction="none")
     return losses.view_as(y).cpu().double().sum(1).numpy()
 
 
-def byte_lengths(tok, separator=None):
-    """The UTF-8 length of each token id of a tokenizer; a separator stands for no text, and has none.
+def byte_lengths(tok, separator: int | None = None) -> np.ndarray | None:
+    """The UTF-8 length of each token id; 0 for the separator, which stands for no text.
 
-    None for a tokenizer that changes the text.
+    None if the tokenizer changes the text.
     """
     if not getattr(tok, "lossless", True):
         return None

@@ -1,17 +1,17 @@
-"""The operations that are written twice: PyTorch's own, and a faster form for CPUs that computes the same.
+"""Operations of the model that have two forms: PyTorch's own, and a faster one for CPUs with the same results.
 
-The model calls these functions; which form runs follows from the tensor's device alone. `tests/test_kernels.py` holds
-each form against the plain one. Shapes: B batch, T queries, S keys, H heads, D channels of a head.
+The model calls these functions, and the device of the tensors decides which form runs. `tests/test_kernels.py` compares
+the forms. Shapes: B batch, T queries, S keys, H heads, D channels of a head.
 """
 
 from contextlib import contextmanager
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def attention(q, k, v, mask=None, dropout=0.0):
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """For each query, the mean of the values weighted by softmax(q . k / sqrt(D)): (B, T, H, D).
 
     q: (B, T, H, D). k, v: (B, S, H, D). mask: booleans that broadcast to (B, H, T, S), True for a key that a query
@@ -24,20 +24,20 @@ def attention(q, k, v, mask=None, dropout=0.0):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
 
 
-def multiplies_in_bfloat16():
-    """Whether PyTorch multiplies float32 matrices in bfloat16 on CPUs, as `--dtype=bfloat16` asks it to."""
+def multiplies_in_bfloat16() -> bool:
+    """Whether PyTorch multiplies float32 matrices in bfloat16 on CPUs, which `--dtype=bfloat16` asks for."""
     return torch.get_float32_matmul_precision() == "medium"
 
 
-# a constant to the compiler, as torch.compiler.assume_constant_result says it, without its imports
+# for the compiler it is a constant; torch.compiler.assume_constant_result does the same and imports the compiler
 multiplies_in_bfloat16._dynamo_marked_constant = True
 
 
 class Float32Attention(torch.autograd.Function):
     """Attention in float32 while all other products are in bfloat16.
 
-    PyTorch's fused attention does many tiny products, and in bfloat16 each first looks for its kernel: it takes
-    ten times as long.
+    PyTorch's fused attention consists of many tiny products, and each looks up its bfloat16 kernel anew, which makes it
+    ten times slower.
     """
 
     @staticmethod
@@ -65,7 +65,7 @@ def float32_products():
         torch.set_float32_matmul_precision(before)
 
 
-def rms_norm(x, eps):
+def rms_norm(x: Tensor, eps: float) -> Tensor:
     """Each vector of the last dimension divided by its root mean square (Zhang & Sennrich 2019), without a gain."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
         return CPURMSNorm.apply(x, eps)
@@ -73,7 +73,7 @@ def rms_norm(x, eps):
 
 
 class CPURMSNorm(torch.autograd.Function):
-    """`F.rms_norm`, which has no kernel of its own on CPUs, in half of its passes over memory."""
+    """`F.rms_norm` in half as many passes over memory; PyTorch has no kernel for it on CPUs."""
 
     @staticmethod
     def forward(ctx, x, eps):
@@ -94,7 +94,7 @@ class CPURMSNorm(torch.autograd.Function):
 class Dropout(nn.Dropout):
     """`nn.Dropout`, on CPUs with a faster source of randomness: one byte an element, so p is rounded to n/256."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or x.device.type != "cpu":
             return super().forward(x)
         words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)

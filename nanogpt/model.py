@@ -1,7 +1,7 @@
-"""GPT: two architectures, the classic one of GPT-2 and the modern one of Qwen3, and what they cost to run.
+"""GPT in two architectures: the classic one of GPT-2, and the modern one of Qwen3.
 
-The classic parts come first, the modern ones after them, and `GPT` puts either together. Knows no optimizer,
-process, file or tokenizer. Shapes are named
+The classic parts come first, then the modern ones; `GPT` assembles either. Faster forms of the operations are in
+kernels.py, and everything that uses a model is elsewhere. Shapes:
     B batch    T time (tokens)    C channels (n_embd)    H heads    D channels of a head (C / H)    V vocabulary
 """
 
@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanogpt.kernels import Dropout, attention, rms_norm
@@ -49,14 +49,14 @@ ROPE_THETA = 10000.0  # the base of the rotary frequencies
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and the tokens before it."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
-    def forward(self, x, cos_sin=None, kv_cache=None):
+    def forward(self, x: Tensor, cos_sin: tuple | None = None, kv_cache=None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # each (B, T, H, D)
         k, v, mask = kv_cache.update(self.layer, k, v) if kv_cache else (k, v, None)
@@ -65,30 +65,30 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between, four times as wide inside."""
+    """Two linear layers with a GELU between them; the hidden layer is four times as wide."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.approximate = "tanh" if config.activation == "gelu_new" else "none"
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))
 
 
 class RMSNorm(nn.Module):
     """Root mean square layer normalisation (Zhang & Sennrich 2019), without a gain."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, EPS)
 
 
 class Rotary(nn.Module):
-    """RoPE, the angles by which queries and keys are rotated with their position: Su et al. 2021, section 3.2.2."""
+    """RoPE: the angles by which queries and keys are rotated, given their positions (Su et al. 2021, section 3.2.2)."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         D = config.n_embd // config.n_head
         frequencies = ROPE_THETA ** (-torch.arange(0, D, 2) / D)  # (D/2)
@@ -96,12 +96,12 @@ class Rotary(nn.Module):
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1), persistent=False)  # (T, D)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
 
-    def forward(self, T):
+    def forward(self, T: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions 0 to T - 1, the same for all heads: (T, 1, D) each."""
         return self.cos[:T, None], self.sin[:T, None]
 
-    def at(self, positions):
-        """cos and sin for any positions (B, T), also beyond the context: (B, T, 1, D) each."""
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin for any positions (B, T), even beyond the context: (B, T, 1, D) each."""
         D = self.cos.shape[-1]
         frequencies = ROPE_THETA ** (-torch.arange(0, D, 2, device=positions.device) / D)
         angles = positions[..., None, None] * frequencies  # (B, T, 1, D/2)
@@ -109,7 +109,7 @@ class Rotary(nn.Module):
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair of channels i and i + D/2 of x (B, T, H, D) by its angle."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
@@ -117,7 +117,7 @@ def rotate(x, cos, sin):
 class RotaryAttention(nn.Module):
     """Multi-head attention with RoPE, on queries and keys of unit RMS (Henry et al. 2020)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
@@ -126,7 +126,7 @@ class RotaryAttention(nn.Module):
         self.resid_dropout = Dropout(config.dropout)
         self.n_head, self.layer = config.n_head, layer
 
-    def forward(self, x, cos_sin, kv_cache=None):
+    def forward(self, x: Tensor, cos_sin: tuple | None, kv_cache=None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (f(x).view(B, T, self.n_head, C // self.n_head) for f in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(rms_norm(q, EPS), *cos_sin), rotate(rms_norm(k, EPS), *cos_sin)  # (B, T, H, D)
@@ -136,15 +136,15 @@ class RotaryAttention(nn.Module):
         return self.resid_dropout(self.o_proj(y.reshape(B, T, C)))
 
 
-def gated_width(n_embd):
-    """How wide a GatedMLP is inside: 8/3 of the stream, so that it has the parameters of an `MLP`; a multiple of 32."""
+def gated_width(n_embd: int) -> int:
+    """Width of a GatedMLP's hidden layer: a multiple of 32 near 8/3 n_embd, which gives it as many parameters as `MLP`."""
     return max(32, round(n_embd * 8 / 3 / 32) * 32)
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU (Shazeer 2020): a third linear layer opens and closes each channel of the hidden one."""
+    """SwiGLU (Shazeer 2020): a third linear layer gates each channel of the hidden layer."""
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         hidden = gated_width(config.n_embd)
         self.gate_proj = nn.Linear(config.n_embd, hidden, bias=False)
@@ -152,24 +152,24 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden, config.n_embd, bias=False)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
 
-def numbers_held(config):
-    """(parameters, other numbers) that a GPT of this shape holds, from arithmetic alone."""
+def numbers_held(config: GPTConfig) -> tuple[int, int]:
+    """Number of parameters, and of elements of buffers, of a GPT of this shape, without building it."""
     C, T, V = config.n_embd, config.block_size, config.vocab_size
     if config.architecture == "qwen3":
         angles = 2 * T * (C // config.n_head)
         return V * C + config.n_layer * (4 * C * C + 3 * C * gated_width(C)), angles
-    norm, biases = (2 * C, 9 * C) if config.bias else (C, 0)  # of its linear layers: 3 C + C + 4 C + C
+    norm, biases = (2 * C, 9 * C) if config.bias else (C, 0)  # biases of the linear layers: 3 C + C + 4 C + C
     return (V + T) * C + config.n_layer * (12 * C * C + 2 * norm + biases) + norm, 0
 
 
 class Block(nn.Module):
-    """Communication (attention), then computation (MLP), each added to the residual stream."""
+    """Attention, then an MLP, each added to the residual stream."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         modern = config.architecture == "qwen3"
         self.ln_1 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -177,7 +177,7 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = GatedMLP(config) if modern else MLP(config)
 
-    def forward(self, x, cos_sin, kv_cache=None):
+    def forward(self, x: Tensor, cos_sin: tuple | None, kv_cache=None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cos_sin, kv_cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -187,11 +187,11 @@ class GPT(nn.Module):
     """A decoder-only transformer whose output layer is tied to the token embedding.
 
     `gpt2`: learned positions, layer norms, GELU. Radford et al. 2019, "Language Models are Unsupervised Multitask
-    Learners", section 2.3. `qwen3`: rotary positions, RMS norms without gains, normalised queries and keys, SwiGLU.
-    Yang et al. 2025, "Qwen3 Technical Report", section 2. Other programs load either, see `nanogpt.formats.export`.
+    Learners", section 2.3. `qwen3`: RoPE, RMS norms without gains, normalised queries and keys, SwiGLU.
+    Yang et al. 2025, "Qwen3 Technical Report", section 2.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         modern = config.architecture == "qwen3"
@@ -208,17 +208,17 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        """Normal with deviation 0.02, as GPT-2's, less on the layers that write to the residual stream.
+        """Normal with standard deviation 0.02, as in GPT-2, and less in layers that write to the residual stream.
 
-        The modern blocks begin as if they were not there (Zhang et al. 2019, Fixup), and the layers that read the
-        normalised stream give half its deviation: at 768 channels that is about 0.02 too.
+        Modern blocks begin as the identity (Zhang et al. 2019, Fixup). Their layers that read the normalised stream
+        halve its standard deviation: at 768 channels that is about 0.02 too.
         """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, (CausalSelfAttention, MLP)):
-            # 2 * n_layer such layers add up, so this keeps the stream's variance independent of depth
+            # 2 * n_layer such layers add up; with this, the variance of the stream does not depend on the depth
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
         if isinstance(module, (RotaryAttention, GatedMLP)):
             for name, layer in module.named_children():
@@ -227,13 +227,13 @@ class GPT(nn.Module):
                 elif isinstance(layer, nn.Linear):
                     nn.init.normal_(layer.weight, std=0.5 * self.config.n_embd**-0.5)
 
-    def forward(self, idx, targets=None, kv_cache=None):
-        """Logits, and with targets the mean cross-entropy in nats.
+    def forward(self, idx: Tensor, targets: Tensor | None = None, kv_cache=None) -> tuple[Tensor, Tensor | None]:
+        """Logits and, if targets are given, the mean cross-entropy in nats.
 
-        idx: token ids (B, T), T <= block_size. targets: (B, T), the id that follows each; -1 is not counted.
-        kv_cache: a `generate.KVCacheView`, the keys and values of earlier tokens that idx continues.
+        idx: token ids (B, T), T <= block_size. targets: the id that follows each (B, T); -1 is ignored.
+        kv_cache: a `generate.KVCacheView` with the keys and values of the tokens before idx.
         Returns (logits (B, T, V), loss) with targets, (logits of the last position (B, 1, V), None) without.
-        Raises ValueError where T exceeds block_size.
+        Raises ValueError if T exceeds block_size.
         """
         B, T = idx.shape
         if T > self.config.block_size:
@@ -253,12 +253,11 @@ class GPT(nn.Module):
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         return logits, loss
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **others):
-        """`idx` (B, T) continued by `max_new_tokens` tokens: (B, T + max_new_tokens). See `nanogpt.generate`."""
-        from nanogpt.generate import generate  # a convenience; generation lives above the model
+    def generate(self, idx: Tensor, max_new_tokens: int, *args, **options) -> Tensor:
+        """`idx` (B, T) continued by `max_new_tokens` tokens: (B, T + max_new_tokens). Options: see `nanogpt.generate`."""
+        from nanogpt.generate import generate  # a convenience; generation is built on top of the model
 
-        new = list(generate(self, idx, max_new_tokens, temperature, top_k, **others))
-        return torch.cat([idx, *new], dim=1)
+        return torch.cat([idx, *generate(self, idx, max_new_tokens, *args, **options)], dim=1)
 
     @classmethod
     def from_pretrained(cls, name_or_folder, dropout=0.0):
@@ -267,39 +266,38 @@ class GPT(nn.Module):
 
         return from_pretrained(name_or_folder, dropout)
 
-    def load_weights(self, tensors):
-        """Copy {parameter name: tensor} into the parameters. Raises ValueError where names or shapes differ."""
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Copy {parameter name: tensor} into the parameters. Raises ValueError if names or shapes differ."""
         params = dict(self.named_parameters())
         odd = sorted(params.keys() ^ tensors.keys())
         odd += [name for name in params if name in tensors and params[name].shape != tensors[name].shape]
         if odd:
-            raise ValueError(f"the weights do not fit the model, first of all {odd[0]}")
+            raise ValueError(f"the weights do not fit the model; the first that differs is {odd[0]}")
         for name, tensor in tensors.items():
             params[name].data.copy_(tensor)
 
-    def crop_block_size(self, block_size):
-        """Shorten the context, for example to finetune GPT-2 at 256 instead of 1024 tokens."""
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context, for example to finetune GPT-2 with 256 instead of 1024 tokens."""
         if block_size > self.config.block_size:
             raise ValueError(f"a context of {self.config.block_size} cannot be cropped to {block_size}: it is shorter")
         self.config.block_size = block_size
         if self.rotary is not None:
-            return  # its angles are the same in any context
+            return  # the angles do not depend on the context
         self.transformer.wpe = nn.Embedding.from_pretrained(
             self.transformer.wpe.weight[:block_size].detach().clone(), freeze=False
         )
 
-    def num_params(self, non_embedding=True):
-        """Number of parameters; by default without the position embedding, as they are usually quoted."""
+    def num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; by default without the position embedding, as is usually quoted."""
         positions = 0 if self.rotary else self.transformer.wpe.weight.numel()
         return sum(p.numel() for p in self.parameters()) - (positions if non_embedding else 0)
 
-    def flops_per_token(self, T=None):
-        """Floating-point operations to train on one token of a sequence of T (block_size), forward and backward.
+    def flops_per_token(self, T: int | None = None) -> float:
+        """Floating-point operations of the forward and backward pass per token of a sequence of T (block_size).
 
-        Counted from the matrix products alone: 2 operations a weight, and 2 for each query-key and each
-        probability-value product; position t has t + 1 keys, so causal attention counts once. The backward
-        pass costs two forward passes (Chowdhery et al. 2022, PaLM, appendix B, counts the same way, but
-        attention in full).
+        Matrix products only: 2 operations per weight, 2 per query-key and per probability-value product. Position t
+        has t + 1 keys, so attention is counted as causal. A backward pass costs two forward passes (as in Chowdhery
+        et al. 2022, PaLM, appendix B, who count attention in full).
         """
         T = T or self.config.block_size
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))

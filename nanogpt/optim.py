@@ -1,21 +1,25 @@
-"""The optimizers: AdamW, and Muon for matrices; which parameters get which, clipping, and their state by name."""
+"""The optimizers: AdamW, and Muon for the matrices of the blocks; gradient clipping; their state by parameter name."""
 
 import torch
+from torch import Tensor
+
+from nanogpt.config import TrainConfig
+from nanogpt.model import GPT
 
 
 class AdamW:
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), all parameters in one fused kernel.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), in one fused kernel for all parameters.
 
-    Bit for bit what `torch.optim.AdamW(fused=True)` does. That class imports the compiler at its first step, which
-    takes as long as importing all the rest of PyTorch, and looks every parameter up anew at each one.
+    Bit for bit the same as `torch.optim.AdamW(fused=True)`, which imports the compiler in its first step: that takes as
+    long as importing the rest of PyTorch.
 
-    groups: [{'params': [...], 'weight_decay': float}, ...]. `state` maps each parameter to its `step`,
-    `exp_avg` and `exp_avg_sq`.
+    groups: [{'params': [...], 'weight_decay': float}, ...]. `state` maps each parameter to its `step`, `exp_avg` and
+    `exp_avg_sq`.
     """
 
     _step_supports_amp_scaling = True  # tells GradScaler to set found_inf instead of waiting for it
 
-    def __init__(self, groups, lr, betas, eps=1e-8):
+    def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], eps: float = 1e-8):
         self.param_groups = [{**group, "lr": lr} for group in groups if group["params"]]
         self.betas, self.eps = betas, eps
         self.state = {p: self._zero_state(p) for group in self.param_groups for p in group["params"]}
@@ -25,14 +29,14 @@ class AdamW:
         return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
     @torch.no_grad()
-    def step(self, skip=None):
-        """Update every parameter that has a gradient; where the tensor `skip` holds 1, change nothing.
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient, unless the scalar `skip` on the device is 1.
 
-        So the device decides, and nobody waits for it. `torch.amp.GradScaler` adds its own found_inf.
+        The host does not wait to learn which. `torch.amp.GradScaler` sets `found_inf`, which has the same effect.
         """
         skip = either(skip, getattr(self, "found_inf", None))
         if skip is not None and skip.device.type == "mps" and skip.item():
-            return  # Metal's kernel may ignore found_inf (PyTorch #186360); this waits for the device
+            return  # Metal's kernel may ignore found_inf (PyTorch #186360), so this waits for the device
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] for p in params]
@@ -55,21 +59,21 @@ class AdamW:
                 found_inf=skip,
             )
 
-    def zero_grad(self):
-        """Forget the gradients."""
+    def zero_grad(self) -> None:
+        """Set all gradients to None."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
 
 
 class Muon:
-    """Gradient descent with momentum whose step is made orthogonal, for the blocks' matrices; AdamW for the rest.
+    """Gradient descent with momentum and orthogonalized updates for the blocks' matrices; AdamW for the rest.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". All matrices of one shape are
-    worked on at once, and each process makes its share of them orthogonal.
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Matrices of one shape are processed
+    as one batch, and each rank orthogonalizes its share of them.
 
-    matrices: [(parameter, parts), ...]: a parameter of several parts, such as queries, keys and values in one,
-    counts as so many matrices. `state` maps each of them to its `momentum_buffer`, and the others to AdamW's.
+    matrices: [(parameter, parts), ...]; a parameter of several parts, such as queries, keys and values in one, counts as
+    that many matrices. `state` maps each of them to its `momentum_buffer`, and the other parameters to AdamW's state.
     """
 
     _step_supports_amp_scaling = True
@@ -87,11 +91,11 @@ class Muon:
                 self.shapes.setdefault(shape, []).append((p, buffers[p], parts, i))
 
     @torch.no_grad()
-    def step(self, skip=None):
-        """Update every parameter that has a gradient; where the tensor `skip` holds 1, change nothing."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update every parameter that has a gradient, unless the scalar `skip` on the device is 1."""
         skip = either(skip, getattr(self, "found_inf", None))
         if skip is not None and skip.device.type != "cuda":
-            if skip.item():  # nobody waits for a CPU
+            if skip.item():  # on a CPU there is nothing to wait for
                 return
             skip = None
         for shape, matrices in self.shapes.items():
@@ -100,63 +104,63 @@ class Muon:
                 self.update(shape, matrices, skip)
         self.adamw.step(skip)
 
-    def update(self, shape, matrices, skip=None):
-        """One step of matrices of one shape, (rows, columns); where the tensor `skip` holds 1, none."""
+    def update(self, shape: tuple[int, int], matrices: list[tuple], skip: Tensor | None = None) -> None:
+        """Update the matrices of one shape, (rows, columns), unless the scalar `skip` is 1."""
         grads = [p.grad.chunk(parts)[i] for p, _, parts, i in matrices]
         buffers = [buffer.chunk(parts)[i] for _, buffer, parts, i in matrices]
         weights = [p.chunk(parts)[i] for p, _, parts, i in matrices]
         lr = self.group["lr"]
-        if skip is not None:  # a gradient that is not finite must not reach the buffers
+        if skip is not None:  # keeps a gradient that is not finite out of the buffers
             grads, lr = [torch.where(skip > 0, b, g) for b, g in zip(buffers, grads, strict=True)], lr * (1 - skip)
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        ahead = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov's look ahead
-        steps = self.orthogonal(torch.stack(ahead)).to(weights[0].dtype)
+        ahead = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov momentum
+        steps = self.orthogonalize_share(torch.stack(ahead)).to(weights[0].dtype)
         if self.group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * self.group["weight_decay"])
         rows, columns = shape
         torch._foreach_sub_(weights, (steps * (lr * max(1, rows / columns) ** 0.5)).unbind())
 
-    def orthogonal(self, matrices):
-        """`orthogonalised` of a stack, of which each process does its share; in bfloat16 on a GPU."""
+    def orthogonalize_share(self, matrices: Tensor) -> Tensor:
+        """`orthogonalize` a stack (N, rows, columns), each rank its share; in bfloat16 on a GPU."""
         matrices = matrices.bfloat16() if matrices.is_cuda else matrices
         if self.dist is None or self.dist.world_size == 1:
-            return orthogonalised(matrices)
+            return orthogonalize(matrices)
         size = -(-len(matrices) // self.dist.world_size)
-        mine = matrices[self.dist.rank * size :][:size]  # none, where there are fewer matrices than processes
-        done = matrices.new_zeros(size, *matrices.shape[1:])  # of one size everywhere, to be gathered
-        done[: len(mine)] = orthogonalised(mine)
+        mine = matrices[self.dist.rank * size :][:size]  # empty if there are fewer matrices than ranks
+        done = matrices.new_zeros(size, *matrices.shape[1:])  # the same size on all ranks, to be gathered
+        done[: len(mine)] = orthogonalize(mine)
         return self.dist.gather(done)[: len(matrices)]
 
-    def zero_grad(self):
-        """Forget the gradients."""
+    def zero_grad(self) -> None:
+        """Set all gradients to None."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
 
 
-def orthogonalised(matrices, steps=5):
-    """About U Vᵀ of each matrix U S Vᵀ in a stack (N, rows, columns).
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Approximately U Vᵀ for each matrix U S Vᵀ of a stack (N, rows, columns).
 
-    Newton-Schulz's iteration with the quintic polynomial of Jordan et al. 2024. Singular values become 0.68 to
-    1.21; those below a 600th of the matrix's norm grow by as much as 485 times, and may stay smaller.
+    Newton-Schulz iteration with the quintic polynomial of Jordan et al. 2024. Singular values become 0.68 to 1.21;
+    those below 1/600 of the matrix's norm grow at most 485 times and may stay smaller.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # singular values up to 1
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # singular values are at most 1
     for _ in range(steps):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
 
 
-def either(*skips):
-    """1 where any of the tensors holds 1; None where none is given."""
+def either(*skips: Tensor | None) -> Tensor | None:
+    """A scalar that is 1 if any of the given scalars is; None if none is given."""
     given = [s for s in skips if s is not None]
     return torch.stack(given).amax() if given else None
 
 
-def make_optimizer(model, cfg, dist=None):
-    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; no decay of biases and norms."""
+def make_optimizer(model: GPT, cfg: TrainConfig, dist=None) -> AdamW | Muon:
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest. Biases and norms are not decayed."""
     blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     params = [p for p in model.parameters() if all(p is not b for b in blocks)]
     groups = [
@@ -171,8 +175,8 @@ def make_optimizer(model, cfg, dist=None):
     return Muon(matrices, adamw, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, dist)
 
 
-def set_lr(optimizer, lr, cfg):
-    """Set the learning rate of every group; Muon's keeps its ratio to AdamW's, which is returned."""
+def set_lr(optimizer: AdamW | Muon, lr: float, cfg: TrainConfig) -> float:
+    """Set AdamW's learning rate, which is returned; Muon's keeps its ratio to it."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     if isinstance(optimizer, Muon):
@@ -180,10 +184,10 @@ def set_lr(optimizer, lr, cfg):
     return lr
 
 
-def clip_gradients(model, max_norm):
-    """Scale the gradients so that their joint norm is at most `max_norm` (0.0: leave them alone).
+def clip_gradients(model: GPT, max_norm: float) -> Tensor:
+    """Scale the gradients so that their global norm is at most `max_norm`; 0.0 does not scale (Pascanu et al. 2013).
 
-    Returns the norm before that, as a tensor, so that nobody waits for the device. Pascanu et al. 2013.
+    Returns the norm before clipping, a scalar on the device, so that the host does not wait for it.
     """
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
@@ -192,17 +196,17 @@ def clip_gradients(model, max_norm):
     return norm
 
 
-def state_tensors(model, optimizer):
-    """The optimizer's state as {'exp_avg.NAME': tensor, ...}, NAME being the parameter's."""
+def state_tensors(model: GPT, optimizer: AdamW | Muon) -> dict[str, Tensor]:
+    """The optimizer's state as {'exp_avg.NAME': tensor, ...}, where NAME is the parameter's."""
     names = {p: name for name, p in model.named_parameters()}
     return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
-def load_state_tensors(model, optimizer, tensors):
-    """Copy what `state_tensors` gave back into the state. Raises ValueError where names or shapes differ."""
+def load_state_tensors(model: GPT, optimizer: AdamW | Muon, tensors: dict[str, Tensor]) -> None:
+    """Copy tensors as `state_tensors` returned them into the state. Raises ValueError if names or shapes differ."""
     present = state_tensors(model, optimizer)
     odd = sorted(present.keys() ^ tensors.keys()) or [n for n in present if present[n].shape != tensors[n].shape]
     if odd:
-        raise ValueError(f"the optimizer's state does not fit the model, first of all {odd[0]}")
+        raise ValueError(f"the optimizer's state does not fit the model; the first that differs is {odd[0]}")
     for name, tensor in tensors.items():
         present[name].copy_(tensor)

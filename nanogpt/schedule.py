@@ -2,13 +2,14 @@
 
 import math
 
+from nanogpt.config import TrainConfig
 
-def lr_at(step, cfg):
-    """Learning rate of update `step` (0 is the first): linear warm-up, then down to min_lr. Constant without decay_lr.
 
-    `cosine`: at once, Loshchilov & Hutter 2017, SGDR, equation 5, without restarts. `linear`: constant, and in the
-    last `cooldown_frac` of lr_decay_iters, or what the warm-up leaves of it, straight down (Hägele et al. 2024,
-    section 3).
+def lr_at(step: int, cfg: TrainConfig) -> float:
+    """Learning rate of update `step`, counted from 0: linear warm-up, then decay to min_lr; constant without decay_lr.
+
+    `cosine`: Loshchilov & Hutter 2017, SGDR, equation 5, without restarts. `linear`: constant, then a linear decay over
+    the last `cooldown_frac` of lr_decay_iters, or over what the warm-up leaves of them (Hägele et al. 2024, section 3).
     """
     if not cfg.decay_lr:
         return cfg.learning_rate

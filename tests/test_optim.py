@@ -179,7 +179,7 @@ def test_a_scaler_of_float16_takes_its_scale_out_of_a_sound_update(cfg):
 
 
 def newton_schulz(g):
-    """What `orthogonalised` does to one matrix, by hand."""
+    """What `orthogonalize` does to one matrix, by hand."""
     x = g / (np.linalg.norm(g) + 1e-7)
     for _ in range(5):
         x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
@@ -230,7 +230,7 @@ def test_singular_values_end_in_the_promised_band(shape):
     draw = torch.Generator().manual_seed(1)
     matrices = torch.randn(*shape, generator=draw).reshape(-1, *shape[-2:])
     before = torch.linalg.svdvals(matrices)
-    after = torch.linalg.svdvals(optim.orthogonalised(matrices))
+    after = torch.linalg.svdvals(optim.orthogonalize(matrices))
     large = before.flip(-1) >= torch.linalg.matrix_norm(matrices)[:, None] / 600  # the smallest first
     assert large.float().mean() > 0.9
     assert 0.68 < after.flip(-1)[large].min() and after.max() < 1.21
@@ -240,14 +240,14 @@ def test_a_matrix_made_orthogonal_keeps_its_directions():
     draw = torch.Generator().manual_seed(2)
     matrix = torch.randn(1, 32, 8, generator=draw)
     u, _, vt = torch.linalg.svd(matrix[0], full_matrices=False)
-    inner = u.T @ optim.orthogonalised(matrix)[0] @ vt.T
+    inner = u.T @ optim.orthogonalize(matrix)[0] @ vt.T
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-4)
 
 
 def test_the_length_of_a_gradient_does_not_count_and_nothing_comes_of_nothing():
     matrix = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(optim.orthogonalised(matrix * 1e-3), optim.orthogonalised(matrix), rtol=0, atol=5e-3)
-    assert torch.equal(optim.orthogonalised(torch.zeros(2, 8, 4)), torch.zeros(2, 8, 4))
+    torch.testing.assert_close(optim.orthogonalize(matrix * 1e-3), optim.orthogonalize(matrix), rtol=0, atol=5e-3)
+    assert torch.equal(optim.orthogonalize(torch.zeros(2, 8, 4)), torch.zeros(2, 8, 4))
 
 
 def test_where_the_device_decides_a_skipped_update_changes_nothing():
@@ -277,8 +277,8 @@ def test_the_shares_of_several_processes_are_all_matrices(dist, n, world_size):
     for rank in range(world_size):
         dist.rank, dist.world_size = rank, world_size
         dist.gather = lambda share: shares.append(share) or torch.cat([share] * world_size)
-        assert len(optimizer.orthogonal(matrices)) == n
-    torch.testing.assert_close(torch.cat(shares)[:n], optim.orthogonalised(matrices))
+        assert len(optimizer.orthogonalize_share(matrices)) == n
+    torch.testing.assert_close(torch.cat(shares)[:n], optim.orthogonalize(matrices))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
