@@ -63,14 +63,19 @@ def temporary(path):
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def sync(file):
+    """Force what was written to an open file to disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def write(path, data):
     """Write bytes to `path`, durably: it holds what it held before, or all of them, at every moment."""
     new = temporary(Path(path))
     try:
         with create(new) as f:
             f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+            sync(f)
         os.replace(new, path)
     finally:
         with suppress(OSError):

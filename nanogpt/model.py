@@ -259,13 +259,6 @@ class GPT(nn.Module):
 
         return torch.cat([idx, *generate(self, idx, max_new_tokens, *args, **options)], dim=1)
 
-    @classmethod
-    def from_pretrained(cls, name_or_folder, dropout=0.0):
-        """GPT-2's weights, by name (`gpt2`, ...) or from a Hugging Face folder. See `nanogpt.formats.export`."""
-        from nanogpt.formats.export import from_pretrained  # a convenience; files live above the model
-
-        return from_pretrained(name_or_folder, dropout)
-
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Copy {parameter name: tensor} into the parameters. Raises ValueError if names or shapes differ."""
         params = dict(self.named_parameters())

@@ -22,9 +22,9 @@ import torch
 import nanogpt.run.log
 from nanogpt import train
 from nanogpt.commands import cli
-from nanogpt.data import write_dataset
 from nanogpt.run import checkpoint
 from nanogpt.run.distributed import Dist
+from nanogpt.text.dataset import write_dataset
 from nanogpt.text.tokenizer import CharTokenizer, from_json, hugging_face_files
 
 ROOT = Path(__file__).parent.parent

@@ -13,13 +13,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanogpt import data, files
+from nanogpt import files
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError, installs
 from nanogpt.formats import legacy
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
 from nanogpt.run import memory
 from nanogpt.run.checkpoint import Checkpoint
 from nanogpt.text import tokenizer
+from nanogpt.text.dataset import read_meta
 
 # What a GPT-2 configuration may say, and the only value this model can follow.
 FIXED = {
@@ -318,7 +319,7 @@ def legacy_tokenizer(dataset, vocab_size, path):
         found, size = {"type": "char", "chars": chars}, len(chars)
     elif os.path.lexists(meta.with_suffix(".json")):
         meta = meta.with_suffix(".json")
-        described = data.read_meta(meta.parent)
+        described = read_meta(meta.parent)
         found, size = described["tokenizer"], described["vocab_size"]
     elif vocab_size not in GPT2_SIZES:
         raise UserError(f"{path}: its characters are in {meta}, which is missing")

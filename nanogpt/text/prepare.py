@@ -525,8 +525,7 @@ def cut_in_two(cfg, state, work, buckets):
     with open(buckets.path(0, "ids"), "rb") as ids, files.create(work.folder / "val.bin") as f:
         ids.seek(state.cut)
         shutil.copyfileobj(ids, f, BLOCK)
-        f.flush()
-        os.fsync(f.fileno())
+        files.sync(f)
     state.files = {"train": ["train.bin"], "val": ["val.bin"]}
     state.split = {"how": "end", "tokens": {"train": state.tokens - val, "val": val}}
 
@@ -580,7 +579,7 @@ def publish(state, work):
         if state.cut >= 0 and bucket.exists():
             with open(bucket, "r+b") as f:
                 f.truncate(state.cut)
-                os.fsync(f.fileno())
+                files.sync(f)
             os.replace(bucket, target / "train.bin")
         for name in names:
             if (work.folder / name).exists():  # otherwise it is in its place already

@@ -58,8 +58,7 @@ class Buckets:
     def sizes(self):
         """Flush everything to disk and return how large the files are."""
         for f in self.files:
-            f.flush()
-            os.fsync(f.fileno())
+            files.sync(f)
         return [f.tell() for f in self.files]
 
     def close(self):
@@ -164,8 +163,7 @@ class Sink:
     def close(self):
         """Flush what has been written to disk."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            files.sync(self.file)
             self.file.close()
             self.file = None
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from support import ROOT, SMALL, write_tokenizer
 
-from nanogpt import data
 from nanogpt.commands import cli
 from nanogpt.config import UserError
 from nanogpt.evaluate import byte_lengths
 from nanogpt.formats.export import to_hugging_face
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.text import prepare
+from nanogpt.text.dataset import write_dataset
 from nanogpt.text.tokenizer import CharTokenizer, GPT2Tokenizer, Stream, from_folder, from_hugging_face, from_json, same
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -295,7 +295,7 @@ def test_a_dataset_of_another_tokenizer_is_refused_and_the_line_that_is_named_fi
 def test_a_run_goes_on_with_its_own_tokenizer_on_other_text(here, capsys):
     assert cli.main(["train", *SMALL, "--max_iters=1"]) == 0
     other = Path("data/other")
-    data.write_dataset(other, CharTokenizer("0123456789"), [1] * 200, [2] * 100)
+    write_dataset(other, CharTokenizer("0123456789"), [1] * 200, [2] * 100)
     line = problem(capsys, "train", *SMALL, "--dataset=other", "--init_from=out", "--out_dir=tuned")
     assert line.endswith("nanogpt prepare SOURCE --dataset=NAME --tokenizer=out makes a dataset that fits")
     Path("more.txt").write_text("The cat sat by the hill.\nThe hen ran by the barn.\n" * 40)
