@@ -36,9 +36,7 @@ def measure(cfg, dist):
     batch = size, cfg.block_size
     run.model = dist.wrap(compile.compiled(run.gpt, cfg, dist, batch, batch, dist.max(int(ahead))))
     dist.say(f"bench: {cfg.warmup} iterations to warm up, {cfg.iters} to measure")
-    seconds = []
-    for iteration in range(cfg.warmup + cfg.iters):
-        seconds.append(measure_step(run, micro_steps, size) if iteration >= cfg.warmup else 0)
+    seconds = [measure_step(run, micro_steps, size) for _ in range(cfg.warmup + cfg.iters)]
     return run, peak, seconds[cfg.warmup :]
 
 

@@ -41,19 +41,34 @@ def test_the_phases_make_up_the_iteration(run, tmp_path):
 def test_what_is_measured_is_the_model_of_the_settings(dist, tmp_path, monkeypatch, architecture):
     monkeypatch.chdir(tmp_path)
     cfg = load(BenchConfig, [*SMALL, f"--architecture={architecture}", "--dropout=0.25"], "bench.py")
-    model, _, seconds = bench.measure(cfg, dist)
-    assert all(getattr(model.config, name) == getattr(cfg, name) for name in (*start.SHAPE, "dropout"))
-    assert len(seconds) == cfg.iters
+    run, _, seconds = bench.measure(cfg, dist)
+    assert all(getattr(run.gpt.config, name) == getattr(cfg, name) for name in (*start.SHAPE, "dropout"))
+    assert len(seconds) == cfg.iters and run.step == cfg.warmup + cfg.iters
 
 
-def test_each_phase_has_its_own_time(dist, monkeypatch):
-    now = [0.0]
+def test_each_phase_has_its_own_time(dist, tmp_path, monkeypatch):
+    """By a clock that advances with the work: an hour a batch, 20 minutes a forward pass, a minute an update."""
+    monkeypatch.chdir(tmp_path)
+    run, now = bench.make_run(load(BenchConfig, SMALL, "bench.py"), dist), [0.0]
+
+    def takes(seconds, real):
+        def work(*args, **kwargs):
+            now[0] += seconds
+            return real(*args, **kwargs)
+
+        return work
+
+    run.batches.get = takes(3600.0, run.batches.get)
+    run.model = takes(1200.0, run.model)
+    run.optimizer.step = takes(60.0, run.optimizer.step)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    clock = bench.Clock(dist)
-    for phase, seconds in (("data", 1.0), ("forward", 2.0), ("backward", 4.0), ("data", 8.0), ("optimizer", 16.0)):
-        now[0] += seconds
-        clock.ends(phase)
-    assert clock.seconds == dict(data=9.0, forward=2.0, backward=4.0, optimizer=16.0)
+    monkeypatch.setattr(torch.Tensor, "backward", takes(2400.0, torch.Tensor.backward))
+    assert bench.measure_step(run, micro_steps=2, size=2) == {
+        "data": 7200.0,
+        "forward": 2400.0,
+        "backward": 4800.0,
+        "optimizer": 60.0,
+    }
 
 
 def test_without_a_dataset_the_tokens_are_random_and_one_line_says_so(run):
