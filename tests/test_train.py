@@ -404,7 +404,7 @@ def test_processes_that_do_not_divide_the_batch_are_refused_with_those_that_do(t
 SLOW_TO_TELL = f"""
 import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from nanogpt import cli
+from nanogpt.commands import cli
 from nanogpt.config import UserError
 
 def train(argv):

@@ -78,7 +78,7 @@ def test_the_shapes_of_stop(stop, stops):
         ("seed", 2**63, "expected an integer from"),
         ("logprobs", MAX_LOGPROBS + 1, f"expected an integer from 0 to {MAX_LOGPROBS}"),
         ("stream", 1, "expected True or False, not 1"),
-        ("model", 5, "expected text, not 5"),
+        ("model", 5, "expected UTF-8 text, not 5"),
         ("prompt", None, "is missing"),
         ("prompt", "", "is empty"),
         ("prompt", [], "expected 1 to 20 texts"),
@@ -113,7 +113,7 @@ def test_the_shapes_of_stop(stop, stops):
         ("store", True, "is not supported, except with false"),
         ("service_tier", "flex", 'is not supported, except with "auto" or "default"'),
         ("metadata", 5, "expected an object, not 5"),
-        ("user", 5, "expected text, not 5"),
+        ("user", 5, "expected UTF-8 text, not 5"),
         ("best_of", 3, "is not supported, but for the value of n"),
     ],
 )

@@ -517,7 +517,7 @@ def test_a_worker_ends_with_the_process_that_started_it():
 CODE = """
 import sys, nanogpt.text.prepare as p, nanogpt.text.sources as s, nanogpt.text.pool as l
 p.COMMIT, s.BLOCK, l.BLOCK, p.advise = 0.0, 20000, 20000, lambda **about: None
-from nanogpt import cli
+from nanogpt.commands import cli
 {more}
 cli.enter("prepare")
 """
