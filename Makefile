@@ -37,7 +37,10 @@ demo: .venv/.installed-demo ## train a small Shakespeare model on this machine a
 	echo "A better model:  sh train.py config/fast_shakespeare_char.py"; \
 	echo "Every setting:   sh train.py --help"
 
-test: .venv/.installed-test ## run the tests (PYTEST_ARGS='-x -k name' reaches pytest)
+test: .venv/.installed-test ## check style and types, and run the tests (PYTEST_ARGS='-x -k name' reaches pytest)
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --check --quiet .
+	@$(RUN) -m mypy --no-error-summary
 	@$(RUN) -m pytest -q -n auto --maxprocesses=4 $(PYTEST_ARGS) </dev/null
 
 test-all: .venv/.installed-test ## run the long tests too
@@ -56,7 +59,7 @@ constraints: ## renew the pins of constraints.txt, all but torch's, which is cho
 	@echo "Wrote constraints.txt. Next: make test-all"
 
 clean: ## remove .venv, caches and build leftovers; runs and data stay
-	@rm -rf .venv .venv-constraints build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	@rm -rf .venv .venv-constraints build *.egg-info .pytest_cache .hypothesis .ruff_cache .mypy_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps: an install runs again only when what it installs has changed.

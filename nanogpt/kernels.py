@@ -30,7 +30,7 @@ def multiplies_in_bfloat16() -> bool:
 
 
 # for the compiler it is a constant; torch.compiler.assume_constant_result does the same and imports the compiler
-multiplies_in_bfloat16._dynamo_marked_constant = True
+multiplies_in_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Float32Attention(torch.autograd.Function):
