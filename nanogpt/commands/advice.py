@@ -10,15 +10,15 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from nanogpt import config, optim
-from nanogpt.config import TrainConfig, settings
+from nanogpt import optim
+from nanogpt.config import TrainConfig
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import distributed
+from nanogpt.run import distributed, settings
 from nanogpt.run.speed import duration, synchronize
 from nanogpt.step import forward_backward
 
@@ -288,8 +288,8 @@ def command(name, root, run, device):
     """The command line to start, as a shell takes it: a config, and what is another than there."""
     base = SMALL if device == "cpu" and run.n_embd < IN_BFLOAT16 else LARGE
     here = Path(base).is_file() and Path("train.py").is_file()
-    cfg = config.load(TrainConfig, [base] if here else [], "train.py")
-    wanted = settings(cfg) | {"dataset": name, "root": root, "out_dir": f"out-{name}"} | run.settings(device)
+    cfg = settings.load(TrainConfig, [base] if here else [], "train.py")
+    wanted = asdict(cfg) | {"dataset": name, "root": root, "out_dir": f"out-{name}"} | run.settings(device)
     if not here:
         wanted |= {"eval_iters": 20, "log_interval": 10}
     if os.path.realpath(root) == os.path.realpath(cfg.root):

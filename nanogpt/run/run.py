@@ -202,7 +202,7 @@ class Run:
                 model_config=asdict(self.gpt.config),
                 tokenizer=self.batches.dataset.tokenizer_json,
                 data=self.fingerprints(),
-                settings=config.settings(self.cfg),
+                settings=asdict(self.cfg),
                 scaler=self.scaler.state_dict(),
             )
             self.writer.save(dict(self.gpt.named_parameters()), self.tensors(), info)

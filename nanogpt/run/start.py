@@ -5,7 +5,7 @@
 
 import gc
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def settings_before(found):
 
 def say_what_differs(cfg, found, dist):
     """Announce the settings that are not what they were in the run that goes on."""
-    before, now = settings_before(found), config.settings(cfg)
+    before, now = settings_before(found), asdict(cfg)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         dist.say(f"settings: not those of the run so far: {', '.join(changed)}")
@@ -152,7 +152,7 @@ def restore(run, found, cfg):
             if {name: type(value) for name, value in found.scaler.items()} != kinds:
                 raise ValueError(f"the loss scale is {found.scaler!r:.60}")
             run.scaler.load_state_dict(found.scaler)
-        settings = config.settings(cfg) | found.settings
+        settings = asdict(cfg) | found.settings
         batch = int(settings["gradient_accumulation_steps"]) * int(settings["batch_size"])
         place = {"windows": found.step * batch, "epoch_windows": run.state.epoch_windows}  # of earlier checkpoints
         run.state = TrainState.of_json(place | found.state)
@@ -166,7 +166,7 @@ def restore(run, found, cfg):
 
 def go_on_in_data(run, found, cfg, dist):
     """Keep the run's place in its data, or, if they are others than before, begin a new epoch of them."""
-    state, settings, train = run.state, config.settings(cfg), run.batches.dataset
+    state, settings, train = run.state, asdict(cfg), run.batches.dataset
     fingerprints = run.fingerprints()
     if not found.saw(fingerprints, settings):
         changed = [
@@ -330,7 +330,7 @@ def open_out_dir(cfg, dist, resuming, lock):
         if aside:
             dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")
         more = {"wandb_run_id": run_id} if run_id else {}
-        checkpoint.write_settings(cfg.out_dir, config.settings(cfg), cfg.sources, **more)
+        checkpoint.write_settings(cfg.out_dir, asdict(cfg), cfg.sources, **more)
     except OSError as e:
         if run:
             run.finish(exit_code=1)
