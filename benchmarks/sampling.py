@@ -30,7 +30,7 @@ from nanogpt.formats import export  # noqa: E402
 from nanogpt.generate import Engine, Options  # noqa: E402
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
 from nanogpt.run import checkpoint  # noqa: E402
-from nanogpt.run.distributed import prepare_device  # noqa: E402
+from nanogpt.run.device import prepare_device  # noqa: E402
 from nanogpt.text.tokenizer import CharTokenizer  # noqa: E402
 
 CHARS = CharTokenizer(["\n", *(chr(32 + i) for i in range(64))])

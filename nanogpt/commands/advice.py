@@ -19,6 +19,7 @@ from nanogpt import optim
 from nanogpt.config import TrainConfig
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import distributed, settings
+from nanogpt.run.device import choose_dtype, prepare_device
 from nanogpt.run.speed import duration, synchronize
 from nanogpt.step import forward_backward
 
@@ -227,7 +228,7 @@ def measure(run, memory, dist, end):
     cfg = TrainConfig(**run.settings(dist.device.type))
     before = torch.get_float32_matmul_precision()
     if dist.device.type == "cpu":
-        distributed.prepare_device(dist.device, distributed.choose_dtype(cfg, dist.device, dist.say))
+        prepare_device(dist.device, choose_dtype(cfg, dist.device, dist.say))
     try:
         return train_a_moment(run, most, cfg, dist, end), None
     finally:

@@ -13,7 +13,7 @@ import torch
 from nanogpt.config import BenchConfig, RunFailed, UserError
 from nanogpt.data import divisors, share_batch
 from nanogpt.model import numbers_held
-from nanogpt.run.distributed import out_of_memory
+from nanogpt.run.device import out_of_memory
 from nanogpt.run.settings import check_bounds
 from nanogpt.step import forward_backward
 

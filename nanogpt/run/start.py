@@ -284,18 +284,25 @@ def make_run(cfg, found, resuming, dist):
             dist.say(f"micro-batch: {run.state.micro_batch}, as in the run so far (--batch_size)")
         if run.state.step >= cfg.max_iters and not cfg.eval_only:
             dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
-    if cfg.decay_lr and 0 < cfg.max_iters < cfg.warmup_iters and not cfg.eval_only:
+    say_what_the_schedule_lacks(cfg, dist)
+    return run
+
+
+def say_what_the_schedule_lacks(cfg, dist):
+    """Warn about a run that ends in its warm-up, or goes on when the learning rate has reached 0."""
+    if cfg.eval_only or not cfg.decay_lr:
+        return
+    if 0 < cfg.max_iters < cfg.warmup_iters:
         reached = cfg.learning_rate * cfg.max_iters / cfg.warmup_iters
         dist.say(
             f"learning rate: the run ends in its warm-up, at about {reached:.2g} of {cfg.learning_rate:g}; "
             f"--warmup_iters={cfg.max_iters // 20} or --max_iters beyond {cfg.warmup_iters} would do"
         )
-    if cfg.decay_lr and cfg.min_lr == 0 and cfg.lr_decay_iters < cfg.max_iters and not cfg.eval_only:
+    if cfg.min_lr == 0 and cfg.lr_decay_iters < cfg.max_iters:
         end = cfg.lr_decay_iters
         dist.say(
             f"from iteration {end} on the learning rate is 0; --lr_decay_iters={cfg.max_iters} stretches its decline"
         )
-    return run
 
 
 def take(lock, cfg, dist, create):
