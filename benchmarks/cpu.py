@@ -27,7 +27,8 @@ import nanogpt  # noqa: E402, F401  (before PyTorch: it says how the threads wai
 import torch  # noqa: E402
 
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
-from nanogpt.run.distributed import Dist, prepare_device  # noqa: E402
+from nanogpt.run.device import prepare_device  # noqa: E402
+from nanogpt.run.distributed import Dist  # noqa: E402
 from nanogpt.run.speed import products_rate  # noqa: E402
 
 COMMAND = (

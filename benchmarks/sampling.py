@@ -30,7 +30,7 @@ from nanogpt.formats import export  # noqa: E402
 from nanogpt.generate import Engine, Options  # noqa: E402
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
 from nanogpt.run import checkpoint  # noqa: E402
-from nanogpt.run.distributed import prepare_device  # noqa: E402
+from nanogpt.run.device import prepare_device  # noqa: E402
 from nanogpt.text.tokenizer import CharTokenizer  # noqa: E402
 
 CHARS = CharTokenizer(["\n", *(chr(32 + i) for i in range(64))])
@@ -112,8 +112,8 @@ def bandwidth(buffer):
 def process(out_dir, argv, n):
     """Seconds of a whole process that writes ten texts."""
     began = time.perf_counter()
-    settings = [f"--out_dir={out_dir}", f"--max_new_tokens={n}", "--device=cpu"]
-    done = subprocess.run([sys.executable, *argv, *settings], cwd=ROOT, capture_output=True, text=True)
+    flags = [f"--out_dir={out_dir}", f"--max_new_tokens={n}", "--device=cpu"]
+    done = subprocess.run([sys.executable, *argv, *flags], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return time.perf_counter() - began
@@ -122,9 +122,9 @@ def process(out_dir, argv, n):
 def process_of_the_original(argv):
     """What `sample.py` did before there was a cache, as a process of its own: load, write uncached, print."""
     from nanogpt import config
-    from nanogpt.run import distributed, trained
+    from nanogpt.run import distributed, settings, trained
 
-    cfg = config.load(config.SampleConfig, argv, "sampling.py")
+    cfg = settings.load(config.SampleConfig, argv, "sampling.py")
     with distributed.setup(cfg, out=sys.stderr) as dist:
         uncached(trained.load(cfg, dist).model.eval(), cfg.num_samples, cfg.max_new_tokens)
 

@@ -4,9 +4,9 @@
 alive: they save it, agree with the other ranks on whether to go on, and report (run/run.py). `train_step` is in step.py.
 """
 
-from nanogpt import config, evaluate, optim
+from nanogpt import evaluate, optim
 from nanogpt.config import TrainConfig
-from nanogpt.run import distributed
+from nanogpt.run import distributed, settings
 from nanogpt.run.start import settings_to_resume, start
 from nanogpt.schedule import lr_at
 from nanogpt.step import train_step
@@ -14,7 +14,7 @@ from nanogpt.step import train_step
 
 def main(argv: list[str]) -> None:
     """`train.py`, given its arguments."""
-    cfg = config.load(TrainConfig, argv, "train.py", inherit=settings_to_resume)
+    cfg = settings.load(TrainConfig, argv, "train.py", inherit=settings_to_resume)
     with distributed.setup(cfg) as dist:
         train(cfg, dist)
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from nanogpt.kernels import Dropout, attention, rms_norm
-from nanogpt.run.distributed import prepare_device
+from nanogpt.run.device import prepare_device
 
 CPU, EPS = torch.device("cpu"), 1e-6
 

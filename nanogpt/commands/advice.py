@@ -10,15 +10,16 @@ import shlex
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from nanogpt import config, optim
-from nanogpt.config import TrainConfig, settings
+from nanogpt import optim
+from nanogpt.config import TrainConfig
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import distributed
+from nanogpt.run import distributed, settings
+from nanogpt.run.device import choose_dtype, prepare_device
 from nanogpt.run.speed import duration, synchronize
 from nanogpt.step import forward_backward
 
@@ -227,7 +228,7 @@ def measure(run, memory, dist, end):
     cfg = TrainConfig(**run.settings(dist.device.type))
     before = torch.get_float32_matmul_precision()
     if dist.device.type == "cpu":
-        distributed.prepare_device(dist.device, distributed.choose_dtype(cfg, dist.device, dist.say))
+        prepare_device(dist.device, choose_dtype(cfg, dist.device, dist.say))
     try:
         return train_a_moment(run, most, cfg, dist, end), None
     finally:
@@ -288,8 +289,8 @@ def command(name, root, run, device):
     """The command line to start, as a shell takes it: a config, and what is another than there."""
     base = SMALL if device == "cpu" and run.n_embd < IN_BFLOAT16 else LARGE
     here = Path(base).is_file() and Path("train.py").is_file()
-    cfg = config.load(TrainConfig, [base] if here else [], "train.py")
-    wanted = settings(cfg) | {"dataset": name, "root": root, "out_dir": f"out-{name}"} | run.settings(device)
+    cfg = settings.load(TrainConfig, [base] if here else [], "train.py")
+    wanted = asdict(cfg) | {"dataset": name, "root": root, "out_dir": f"out-{name}"} | run.settings(device)
     if not here:
         wanted |= {"eval_iters": 20, "log_interval": 10}
     if os.path.realpath(root) == os.path.realpath(cfg.root):

@@ -9,10 +9,10 @@ import time
 
 import torch
 
-from nanogpt import config, data, optim, step
+from nanogpt import data, optim, step
 from nanogpt.config import BenchConfig, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import compile, distributed, health, memory, speed, start
+from nanogpt.run import compile, distributed, health, memory, settings, speed, start
 from nanogpt.run.run import Run, TrainState
 from nanogpt.text.dataset import open_dataset
 
@@ -21,7 +21,7 @@ PHASES = ("data", "forward", "backward", "optimizer")
 
 def main(argv):
     """`bench.py`, given its arguments."""
-    cfg = config.load(BenchConfig, argv, "bench.py")
+    cfg = settings.load(BenchConfig, argv, "bench.py")
     with distributed.setup(cfg) as dist:
         distributed.choose_seed(cfg, dist)
         report(*measure(cfg, dist))

@@ -8,10 +8,9 @@ import sys
 
 import torch
 
-from nanogpt import config
 from nanogpt.config import ExportConfig, RunFailed, UserError
 from nanogpt.formats import export
-from nanogpt.run import trained
+from nanogpt.run import settings, trained
 from nanogpt.run.distributed import Dist
 
 CLOSE = 1e-3  # that much of the largest logit may differ, by rounding; it is about 1e-6
@@ -19,7 +18,7 @@ CLOSE = 1e-3  # that much of the largest logit may differ, by rounding; it is ab
 
 def main(argv):
     """`nanogpt export`, given its arguments."""
-    cfg = config.load(ExportConfig, argv, "nanogpt export")
+    cfg = settings.load(ExportConfig, argv, "nanogpt export")
     if not cfg.to:
         raise UserError("--to: names the folder to write, and is needed")
     found = trained.load(cfg, Dist(torch.device("cpu"), torch.float32, out=sys.stdout))

@@ -5,16 +5,16 @@ import sys
 
 import numpy as np
 
-from nanogpt import config, data, evaluate
+from nanogpt import data, evaluate
 from nanogpt.config import EvalConfig, UserError, is_name, is_path
-from nanogpt.run import distributed, trained
+from nanogpt.run import distributed, settings, trained
 from nanogpt.text import sources, tokenizer
 from nanogpt.text.dataset import open_dataset
 
 
 def main(argv):
     """`nanogpt eval`, given its arguments."""
-    cfg = config.load(EvalConfig, argv, "nanogpt eval")
+    cfg = settings.load(EvalConfig, argv, "nanogpt eval")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the results alone go to standard output
         with dist.agree():
             texts = read_texts(cfg, dist) if cfg.text else None

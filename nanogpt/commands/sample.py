@@ -8,7 +8,7 @@ from pathlib import Path
 from nanogpt import config, quantize
 from nanogpt.config import SampleConfig, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.run import compile, distributed, trained
+from nanogpt.run import compile, distributed, settings, trained
 from nanogpt.text.tokenizer import Stream
 
 CACHE = 2**31  # bytes at most for the keys and values of the texts that are written together
@@ -17,7 +17,7 @@ TOGETHER = 64  # texts at most; more gain little
 
 def main(argv):
     """`sample.py`, given its arguments."""
-    cfg = config.load(SampleConfig, argv, "sample.py")
+    cfg = settings.load(SampleConfig, argv, "sample.py")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the text alone goes to standard output
         sample(cfg, dist)
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from nanogpt import config, quantize
 from nanogpt.config import TalkConfig, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.run import distributed, trained
+from nanogpt.run import distributed, settings, trained
 from nanogpt.text.tokenizer import Stream
 
 CHANGEABLE = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop", "seed")
@@ -24,7 +24,7 @@ HELP = """\
 
 def main(argv):
     """`nanogpt talk`, given its arguments."""
-    cfg = config.load(TalkConfig, argv, "nanogpt talk")
+    cfg = settings.load(TalkConfig, argv, "nanogpt talk")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the text alone goes to standard output
         distributed.choose_seed(cfg, dist)
         found = trained.load(cfg, dist)
@@ -93,8 +93,8 @@ def prepare_readline():
 
 def help_text(cfg):
     """What can be typed, and the present settings."""
-    settings = {f.name: f.metadata["help"] for f in fields(cfg)}
-    rows = [f"  {f'/{name} {getattr(cfg, name)}':<23} {settings[name]}" for name in CHANGEABLE]
+    helps = {f.name: f.metadata["help"] for f in fields(cfg)}
+    rows = [f"  {f'/{name} {getattr(cfg, name)}':<23} {helps[name]}" for name in CHANGEABLE]
     return "\n".join([HELP, *rows])
 
 
@@ -107,7 +107,7 @@ def change(cfg, command):
         near = config.nearest(f"/{typed}", [*(f"/{name}" for name in (*CHANGEABLE, "again", "help")), *LEAVE])
         raise UserError(f"/{typed}: there is no such command{near or '; /help lists them'}")
     if value or name == "stop":
-        config.change(cfg, name, value)
+        settings.change(cfg, name, value)
     if cfg.seed == "auto":
         cfg.seed = random.randrange(2**32)
     print(f"{name} = {getattr(cfg, name)!r}", file=sys.stderr)

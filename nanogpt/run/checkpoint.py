@@ -31,7 +31,7 @@ from nanogpt.config import RunFailed, UserError
 from nanogpt.files import flush, write_json
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import memory
-from nanogpt.run.distributed import out_of_memory
+from nanogpt.run.device import out_of_memory
 
 FORMAT = 1
 FILES = ("checkpoint.json", "model.safetensors", "optimizer.safetensors")
@@ -272,7 +272,8 @@ def read(folder):
     try:
         _manifest(folder)
         info = json.loads(files.read(folder / "checkpoint.json"))
-        info["model_config"] = {"architecture": "gpt2"} | info["model_config"]  # earlier checkpoints do not name it
+        defaults = {f.name: f.default for f in fields(GPTConfig)}  # of fields that earlier checkpoints do not have
+        info["model_config"] = defaults | info["model_config"]
         checkpoint = Checkpoint(folder, **info)
         _check(checkpoint)
         return checkpoint

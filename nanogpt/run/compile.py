@@ -1,22 +1,22 @@
-"""torch.compile: whether it pays, trying it out before the run depends on it, and going on without it."""
+"""torch.compile: whether it pays, a trial before the run depends on it, and the fallback if it fails."""
 
 import logging
 import math
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from typing import Any
 
 import torch
 
-from nanogpt.run.distributed import out_of_memory
+from nanogpt.model import GPT
+from nanogpt.run.device import Say, out_of_memory
+from nanogpt.run.distributed import Dist
 from nanogpt.step import forward_backward
 
-COMPILE_PAYS = {"cuda": 60, "cpu": 600}  # from so many seconds of work on; docs/speed.md has the figures
+COMPILE_PAYS = {"cuda": 60, "cpu": 600}  # seconds of training from which on; docs/speed.md has the figures
 
 
-def choose_compile(cfg, device, say, seconds):
-    """Whether to compile for so many seconds of training: `cfg.compile`, or for `auto` what pays on this device."""
+def choose_compile(cfg: Any, device: torch.device, say: Say, seconds: float) -> bool:
+    """Whether to compile a run of about `seconds`: `cfg.compile`, or, for `auto`, whether it pays on this device."""
     if cfg.compile != "auto":
         return cfg.compile
     least = COMPILE_PAYS.get(device.type, math.inf)
@@ -29,24 +29,25 @@ def choose_compile(cfg, device, say, seconds):
     return seconds >= least
 
 
-def compiled(model, cfg, dist, eval_shape=None, train_shape=None, seconds=0.0):
-    """`torch.compile` of the model where `compile` says so, tried out on batches of these shapes; the same weights.
+def compiled(
+    model: GPT,
+    cfg: Any,
+    dist: Dist,
+    eval_shape: tuple[int, int] | None = None,
+    train_shape: tuple[int, int] | None = None,
+    seconds: float = 0.0,
+) -> Any:
+    """The compiled model, with the same weights, or the model itself if `cfg.compile` is off or compilation fails.
 
-    `eval_shape`: of a batch with targets. `train_shape`: of one whose backward pass is needed too. Without them nothing
-    is tried out, as for writing text. `seconds`: how much training lies ahead, about.
-    Where compilation fails, one line says so, and the model runs uncompiled; but not where the memory runs out.
+    eval_shape, train_shape: (B, T) of a batch to try a forward pass, and a forward and backward pass, on; without
+    eval_shape nothing is tried. seconds: estimated training time. Raises if the trial runs out of memory.
     """
     if not choose_compile(cfg, dist.device, dist.say, seconds):
         return model
     errors = CompileErrors()
     dist.say(f"compile: takes a while before the first {'step' if eval_shape else 'token'}")
     began = time.perf_counter()
-    finding = threading.Thread(target=find_vector_units, daemon=True)
-    if dist.device.type == "cpu":
-        finding.start()
     fast = torch.compile(model)
-    if finding.ident:
-        finding.join()
     if eval_shape:
         try:
             try_out(fast, model, dist, eval_shape, train_shape)
@@ -62,8 +63,10 @@ def compiled(model, cfg, dist, eval_shape=None, train_shape=None, seconds=0.0):
     return fast
 
 
-def try_out(fast, model, dist, eval_shape, train_shape):
-    """Have a compiled model compiled for what a run does. Targets of their own: else it would be for that alone."""
+def try_out(
+    fast: Any, model: GPT, dist: Dist, eval_shape: tuple[int, int], train_shape: tuple[int, int] | None
+) -> None:
+    """Compile the graphs that a run needs. The targets are another tensor than idx, or that would be specialized on."""
     try:
         if train_shape:
             idx = torch.zeros(train_shape, dtype=torch.int64, device=dist.device)
@@ -77,38 +80,26 @@ def try_out(fast, model, dist, eval_shape, train_shape):
         model.zero_grad(set_to_none=True)
 
 
-def find_vector_units():
-    """Have the compiler find out what the CPU and its C++ compiler can do, which it remembers.
-
-    Left to itself it loads small libraries in ten processes, one after the other, for 1.5 s before the first step.
-    """
-    with suppress(Exception):  # the compiler will ask again, and what is wrong then is told
-        from torch._inductor.cpu_vec_isa import supported_vec_isa_list, x86_isa_checker
-
-        flags = x86_isa_checker()
-        with ThreadPoolExecutor() as threads:
-            list(threads.map(bool, (isa for isa in supported_vec_isa_list if set(str(isa).split()) <= set(flags))))
-
-
 class CompileErrors(logging.Filter):
-    """Lets what cannot be compiled run uncompiled, and keeps the reasons instead of logging pages of them."""
+    """Lets parts that fail to compile run uncompiled, and keeps the reasons instead of logging pages of them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         import torch._dynamo
 
         torch._dynamo.config.suppress_errors = True
-        self.reasons, self.say = [], None
+        self.reasons: list[str] = []
+        self.say: Say | None = None  # set once the trial is over
         logging.getLogger("torch._dynamo.convert_frame").addFilter(self)
 
-    def note(self, error):
-        """Keep an error's first line; later than at the start, say it."""
+    def note(self, error: object) -> None:
+        """Keep an error's first line; after the trial, print the first of them."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         self.reasons.append(lines[0] if lines else type(error).__name__)
         if self.say and len(self.reasons) == 1:
             self.say(f"compile: a part runs uncompiled ({self.reasons[0]})")
 
-    def filter(self, record):
-        """What logging calls with each record; False keeps it from being printed."""
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Called by logging with each record; False keeps it from being printed."""
         self.note(record.exc_info[1] if record.exc_info else record.getMessage())
         return False

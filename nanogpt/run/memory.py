@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from nanogpt.config import BenchConfig, RunFailed, UserError, check_bounds
+from nanogpt.config import BenchConfig, RunFailed, UserError
 from nanogpt.data import divisors, share_batch
 from nanogpt.model import numbers_held
-from nanogpt.run.distributed import out_of_memory
+from nanogpt.run.device import out_of_memory
+from nanogpt.run.settings import check_bounds
 from nanogpt.step import forward_backward
 
 SPARE = 0.2  # of a CPU's free memory is left for others

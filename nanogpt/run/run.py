@@ -1,6 +1,10 @@
 """A training run: the experiment, and what keeps it alive around the loop in train.py.
 
 `start.start` makes a Run and closes it.
+
+Failures: whatever may fail on one process alone either happens within `dist.agree()`, at whose end all processes raise,
+or is kept as a RunFailed in `failure` (Writer and Log, which must not raise between collective operations) until the
+next `agree_to_go_on` or `stop.check`, where all processes learn of it; `check_writes` then raises it, again on all.
 """
 
 import math
@@ -202,7 +206,7 @@ class Run:
                 model_config=asdict(self.gpt.config),
                 tokenizer=self.batches.dataset.tokenizer_json,
                 data=self.fingerprints(),
-                settings=config.settings(self.cfg),
+                settings=asdict(self.cfg),
                 scaler=self.scaler.state_dict(),
             )
             self.writer.save(dict(self.gpt.named_parameters()), self.tensors(), info)

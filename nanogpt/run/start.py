@@ -5,7 +5,7 @@
 
 import gc
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def settings_before(found):
 
 def say_what_differs(cfg, found, dist):
     """Announce the settings that are not what they were in the run that goes on."""
-    before, now = settings_before(found), config.settings(cfg)
+    before, now = settings_before(found), asdict(cfg)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         dist.say(f"settings: not those of the run so far: {', '.join(changed)}")
@@ -153,7 +153,7 @@ def restore(run, found, cfg):
             if {name: type(value) for name, value in found.scaler.items()} != kinds:
                 raise ValueError(f"the loss scale is {found.scaler!r:.60}")
             run.scaler.load_state_dict(found.scaler)
-        settings = config.settings(cfg) | found.settings
+        settings = asdict(cfg) | found.settings
         batch = int(settings["gradient_accumulation_steps"]) * int(settings["batch_size"])
         place = {"windows": found.step * batch, "epoch_windows": run.state.epoch_windows}  # of earlier checkpoints
         run.state = TrainState.of_json(place | found.state)
@@ -167,7 +167,7 @@ def restore(run, found, cfg):
 
 def go_on_in_data(run, found, cfg, dist):
     """Keep the run's place in its data, or, if they are others than before, begin a new epoch of them."""
-    state, settings, train = run.state, config.settings(cfg), run.batches.dataset
+    state, settings, train = run.state, asdict(cfg), run.batches.dataset
     fingerprints = run.fingerprints()
     if not found.saw(fingerprints, settings):
         changed = [
@@ -285,18 +285,25 @@ def make_run(cfg, found, resuming, dist):
             dist.say(f"micro-batch: {run.state.micro_batch}, as in the run so far (--batch_size)")
         if run.state.step >= cfg.max_iters and not cfg.eval_only:
             dist.say(f"nothing is left to train: --max_iters is {cfg.max_iters}")
-    if cfg.decay_lr and 0 < cfg.max_iters < cfg.warmup_iters and not cfg.eval_only:
+    say_what_the_schedule_lacks(cfg, dist)
+    return run
+
+
+def say_what_the_schedule_lacks(cfg, dist):
+    """Warn about a run that ends in its warm-up, or goes on when the learning rate has reached 0."""
+    if cfg.eval_only or not cfg.decay_lr:
+        return
+    if 0 < cfg.max_iters < cfg.warmup_iters:
         reached = cfg.learning_rate * cfg.max_iters / cfg.warmup_iters
         dist.say(
             f"learning rate: the run ends in its warm-up, at about {reached:.2g} of {cfg.learning_rate:g}; "
             f"--warmup_iters={cfg.max_iters // 20} or --max_iters beyond {cfg.warmup_iters} would do"
         )
-    if cfg.decay_lr and cfg.min_lr == 0 and cfg.lr_decay_iters < cfg.max_iters and not cfg.eval_only:
+    if cfg.min_lr == 0 and cfg.lr_decay_iters < cfg.max_iters:
         end = cfg.lr_decay_iters
         dist.say(
             f"from iteration {end} on the learning rate is 0; --lr_decay_iters={cfg.max_iters} stretches its decline"
         )
-    return run
 
 
 def take(lock, cfg, dist, create):
@@ -331,7 +338,7 @@ def open_out_dir(cfg, dist, resuming, lock):
         if aside:
             dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")
         more = {"wandb_run_id": run_id} if run_id else {}
-        checkpoint.write_settings(cfg.out_dir, config.settings(cfg), cfg.sources, **more)
+        checkpoint.write_settings(cfg.out_dir, asdict(cfg), cfg.sources, **more)
     except OSError as e:
         if run:
             run.finish(exit_code=1)

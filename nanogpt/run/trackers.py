@@ -6,10 +6,11 @@ import os
 import re
 import shutil
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from nanogpt import files
-from nanogpt.config import UserError, installs, settings
+from nanogpt.config import UserError, installs
 
 
 def require_wandb(cfg):
@@ -38,7 +39,7 @@ def start_wandb(cfg, run_id, say):
             own = dict(settings=wandb.Settings(init_timeout=timeout, symlink=False))
         if run_id and "WANDB_RUN_ID" not in os.environ:
             own |= dict(id=run_id, resume="allow")
-        run = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=settings(cfg), **own)
+        run = wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg), **own)
     except Exception as e:  # of any kind: its packages, its settings, no login, no network
         for path in set(folder.glob("*")) - there:
             shutil.rmtree(path, ignore_errors=True)

@@ -29,7 +29,7 @@ import torch
 from nanogpt import config, quantize
 from nanogpt.config import GPT2_NAMES, ServeConfig, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.run import distributed, trained
+from nanogpt.run import distributed, settings, trained
 from nanogpt.run.records import read_metrics
 from nanogpt.run.signals import Stopped
 from nanogpt.serve import batching
@@ -60,7 +60,7 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  
 
 def main(argv):
     """`nanogpt serve`, given its arguments."""
-    cfg = config.load(ServeConfig, argv, "nanogpt serve")
+    cfg = settings.load(ServeConfig, argv, "nanogpt serve")
     for package in ("fastapi", "uvicorn"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"nanogpt serve needs {package}: {config.installs('serve')} brings it")
@@ -167,10 +167,10 @@ def run(server, sock):
                     server.dist.say(f"stopping: {server.open} answers may take another {GRACE_TIME} s to finish{again}")
             await super().shutdown(sockets)
 
-    settings = dict(loop="asyncio", http="h11", ws="none", lifespan="off", proxy_headers=False)
+    options = dict(loop="asyncio", http="h11", ws="none", lifespan="off", proxy_headers=False)
     silent = dict(log_config=None, log_level="error", access_log=False, server_header=False)
     grace = dict(timeout_keep_alive=IDLE_TIME, timeout_graceful_shutdown=GRACE_TIME + 5)
-    Uvicorn(uvicorn.Config(make_app(server), **settings, **silent, **grace)).run([sock])
+    Uvicorn(uvicorn.Config(make_app(server), **options, **silent, **grace)).run([sock])
 
 
 def give_up(server):
@@ -558,8 +558,8 @@ class Reply:
         seed = int.from_bytes(os.urandom(7), "little") if ask.seed is None else ask.seed
         ends = frozenset(() if tok.eot is None else [tok.eot])
         indices = range(number * ask.n, (number + 1) * ask.n)
-        settings = (ask.max_tokens, ask.temperature, ask.top_k, ask.top_p, ask.min_p, seed + indices[0])
-        return batching.Job(ids, Options(*settings, ends, ask.logprobs), ask.stop, indices, self.outbox)
+        sampling = (ask.max_tokens, ask.temperature, ask.top_k, ask.top_p, ask.min_p, seed + indices[0])
+        return batching.Job(ids, Options(*sampling, ends, ask.logprobs), ask.stop, indices, self.outbox)
 
     async def parts(self):
         """Yield {index of a choice: the parts that have come} until all have ended. Raises ApiError."""

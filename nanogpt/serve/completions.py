@@ -9,7 +9,8 @@ import secrets
 import time
 from dataclasses import dataclass, field, fields
 
-from nanogpt.config import convert, nearest, setting
+from nanogpt.config import nearest, setting
+from nanogpt.run.settings import convert
 
 MAX_LOGPROBS = 20  # alternatives reported for each token
 LEAST_LOGPROB = -9999.0  # reported for minus infinity, which JSON does not have

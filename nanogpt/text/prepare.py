@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from nanogpt import config, files
-from nanogpt.config import PrepareConfig, UserError
+from nanogpt import files
+from nanogpt.config import PrepareConfig, RunFailed, UserError
+from nanogpt.run import settings
 from nanogpt.run.signals import Stopped
 from nanogpt.text import shuffle, sources, tokenizer
 from nanogpt.text.pool import Pool, cores, peak_memory, run_module
@@ -45,7 +46,7 @@ LEAST_TOKENS = {"char": 0.25, "byte": 1.0, "gpt2": 0.2, "bpe": 0.2, "folder": 0.
 
 def main(argv):
     """`nanogpt prepare`, given its arguments."""
-    cfg = config.load(PrepareConfig, argv, "nanogpt prepare")
+    cfg = settings.load(PrepareConfig, argv, "nanogpt prepare")
     missing = []
     if not cfg.arguments:
         missing.append("nothing to prepare: name a file, a folder, 'a glob*', hf:NAME, or - for standard input")
@@ -204,7 +205,7 @@ def prepare(cfg, folder):
                 arrange(cfg, found, state, work)
             pool.close()
             publish(state, work)
-        except (Stopped, CannotWrite, config.RunFailed):
+        except (Stopped, CannotWrite, RunFailed):
             raise  # the same command goes on
         except UserError:
             if not keep:

@@ -14,9 +14,10 @@ import torch
 
 from nanogpt.commands import advice
 from nanogpt.commands.advice import Run, advise, choose, command, duration, measure, rounded
-from nanogpt.config import TrainConfig, load
+from nanogpt.config import TrainConfig
 from nanogpt.model import GPT
 from nanogpt.run.distributed import Dist
+from nanogpt.run.settings import load
 
 ROOT = Path(__file__).parents[2]
 CPU = Dist(torch.device("cpu"), torch.float32)

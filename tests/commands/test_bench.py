@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from nanogpt.commands import bench
-from nanogpt.config import BenchConfig, load
+from nanogpt.config import BenchConfig
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import memory, speed, start
+from nanogpt.run.settings import load
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=2", "--device=cpu"]
 SMALL += ["--gradient_accumulation_steps=2", "--iters=3", "--warmup=1", "--compile=False"]

@@ -17,11 +17,11 @@ import pytest
 import torch
 from support import ROOT, SMALL, Door, free_port, metrics, tiny_text, write_tokenizer
 
-from nanogpt import config, train
+from nanogpt import train
 from nanogpt.commands import cli
 from nanogpt.commands import eval as program
 from nanogpt.config import EvalConfig, UserError
-from nanogpt.run import checkpoint, trained
+from nanogpt.run import checkpoint, settings, trained
 from nanogpt.text import sources
 from nanogpt.text.dataset import write_dataset
 from nanogpt.text.tokenizer import CharTokenizer
@@ -384,4 +384,4 @@ def test_unknown_characters_are_counted_and_left_out(evaluate, capsys):
 def test_a_run_that_names_no_dataset_of_ours_is_asked_for_one(changes):
     found = SimpleNamespace(settings={"dataset": "tiny"} | changes)
     with pytest.raises(UserError, match="--text=FILE or --dataset=NAME says what to evaluate it on"):
-        program.from_split(config.load(EvalConfig, [], "nanogpt eval"), found)
+        program.from_split(settings.load(EvalConfig, [], "nanogpt eval"), found)

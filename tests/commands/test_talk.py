@@ -16,9 +16,10 @@ from support import ROOT, SMALL
 
 from nanogpt import train
 from nanogpt.commands import talk as room
-from nanogpt.config import TalkConfig, load
+from nanogpt.config import TalkConfig
 from nanogpt.generate import Engine
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.run.settings import load
 from nanogpt.text.tokenizer import ByteTokenizer
 
 START = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from nanogpt.commands.cli import enter; enter()"

@@ -15,7 +15,7 @@ from nanogpt import config, data, train
 from nanogpt.commands import cli
 from nanogpt.formats import export, legacy
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import checkpoint, start
+from nanogpt.run import checkpoint, settings, start
 from nanogpt.text.dataset import open_dataset, read_meta
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -96,7 +96,7 @@ def test_its_weights_are_the_very_same(old):
 
 def test_the_first_resumed_update_is_the_one_that_torch_would_have_made(old, capsys):
     model, optimizer = old
-    cfg = config.load(config.TrainConfig, [*SMALL, *RESUME], "train.py")
+    cfg = settings.load(config.TrainConfig, [*SMALL, *RESUME], "train.py")
     from nanogpt.run.distributed import Dist
 
     batches = data.Batches(
@@ -131,7 +131,7 @@ def test_a_resumed_one_goes_on_and_its_file_stays(old):
 
 
 def test_a_resumed_one_has_its_own_settings_and_this_machines_device(old):
-    cfg = config.load(config.TrainConfig, ["--init_from=resume"], "train.py", start.settings_to_resume)
+    cfg = settings.load(config.TrainConfig, ["--init_from=resume"], "train.py", start.settings_to_resume)
     assert (cfg.dataset, cfg.learning_rate, cfg.n_layer, cfg.block_size) == ("tiny", RATE, 2, 16)
     assert (cfg.device, cfg.out_dir, cfg.init_from) == ("auto", "out", "resume")
 

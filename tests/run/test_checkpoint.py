@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -292,6 +292,20 @@ def test_sampling_skips_a_damaged_best(trained, capsys):
     flip(best / "model.safetensors")
     sample.main(["--device=cpu", "--num_samples=1", "--max_new_tokens=5"])
     assert f"{best}: damaged (model.safetensors has changed" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_field_of_the_model_gets_its_default(trained, monkeypatch):
+    @dataclass
+    class Wider(GPTConfig):
+        softcap: float = 30.0
+
+    weights = checkpoint.load_model(checkpoint.newest("out")).state_dict()
+    monkeypatch.setattr(checkpoint, "GPTConfig", Wider)
+    found = checkpoint.newest("out")
+    assert found.step == 8 and found.model_config["softcap"] == 30.0
+    model = checkpoint.load_model(found)
+    assert model.config.softcap == 30.0
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_folder_that_was_never_renamed_is_no_checkpoint(run, trained):

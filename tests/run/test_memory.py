@@ -18,7 +18,7 @@ from nanogpt import data
 from nanogpt.commands import cli
 from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.model import GPT, GPTConfig, numbers_held
-from nanogpt.run import checkpoint, distributed, memory
+from nanogpt.run import checkpoint, compile, device, memory
 from nanogpt.run.start import TrainState
 
 MiB = 2**20
@@ -31,7 +31,7 @@ LARGE = (  # 256 sequences an iteration; all at a time take some 300 MiB
 def allow(room, rank=None):
     """In another process: it gets `room` bytes beyond what it has, and what it frees counts as free at once."""
     if rank in (None, os.environ.get("RANK")):
-        distributed.keep_memory = lambda: ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
+        device.keep_memory = lambda: ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD
         has = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
         resource.setrlimit(resource.RLIMIT_DATA, (has + room, has + room))
 

@@ -34,10 +34,10 @@ from test_health import BAD, PLACES, Watched
 from test_legacy import evil_files, refused
 from test_signals import ALL, PHASES, announce
 
-from nanogpt import config, optim
-from nanogpt.config import RunFailed
+from nanogpt import optim
+from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import checkpoint
+from nanogpt.run import checkpoint, settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.torture]
 
@@ -375,7 +375,7 @@ def test_a_signal_to_torchrun_itself(tiny, tmp_path, figure, signum):
 def test_the_pause_for_a_save_of_124m_parameters(tmp_path, figure):
     torch.set_num_threads(os.cpu_count())
     try:
-        cfg = config.load(config.TrainConfig, ["--device=cpu", f"--out_dir={tmp_path}"], "train.py")
+        cfg = settings.load(TrainConfig, ["--device=cpu", f"--out_dir={tmp_path}"], "train.py")
         model = GPT(GPTConfig())
         tensors = optim.state_tensors(model, optim.make_optimizer(model, cfg))
         writer = checkpoint.Writer(tmp_path, 1, True)

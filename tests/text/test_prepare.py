@@ -21,7 +21,8 @@ from support import no_picture
 
 import nanogpt.run.log
 from nanogpt.commands import cli
-from nanogpt.config import PrepareConfig, UserError, load
+from nanogpt.config import PrepareConfig, UserError
+from nanogpt.run.settings import load
 from nanogpt.text import pool, prepare, sources
 from nanogpt.text.tokenizer import from_json
 

@@ -1,0 +1,293 @@
+"""The parser of the settings: config files, the command line, `--help`.
+
+What settings there are is declared in nanogpt/config.py. This module never imports torch.
+"""
+
+import ast
+import difflib
+import math
+import operator
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+from nanogpt.config import UserError, is_path, is_utf8, nearest
+
+
+def load(cls, argv, prog, inherit=None):
+    """Read config files and `--key=value` arguments into a checked `cls`.
+
+    Files come first, in order; flags override them wherever they stand. A class that has ARGUMENTS takes no files:
+    what is no flag is kept in the result's `arguments`. `inherit`, given the config so far,
+    returns settings for what neither names, and where they are from: a run that goes on keeps its own. The
+    result's `sources` maps each setting that is not at its default to where its value came from. `--help`
+    prints and exits with 0. Raises UserError with every problem found, not the first alone.
+    """
+    values, sources, problems, failed, names, autos = {}, {}, [], set(), {}, {}
+    known = {f.name: f for f in fields(cls)}
+
+    def assign(source, shown, name, value):
+        """Take a value, or note why not; `shown` is how a message names it."""
+        if name not in known:
+            problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
+            return
+        try:
+            value = convert(value, known[name].metadata)
+        except ValueError as e:
+            problems.append(f"{shown}: expected {e}")
+            failed.add(name)
+            return
+        autos.pop(name, None)
+        if (name, value) == ("batch_size", "auto"):
+            autos[name] = source  # the number below it stays
+        else:
+            values[name], sources[name] = value, source
+
+    arguments = [a for a in argv if not a.startswith("-") or (a == "-" and hasattr(cls, "ARGUMENTS"))]
+    flags = [a for a in argv if a not in arguments and a not in ("-h", "--help")]
+    for path in arguments if not hasattr(cls, "ARGUMENTS") else ():
+        if "text" in known and not path.endswith(".py"):
+            problems.append(f"{path}: a config file's name ends in .py; --text={path} evaluates on a text")
+            continue
+        for line, name, value in read_config_file(path, names, problems):
+            assign(f"{path}:{line}", f"{path}:{line}: {name} = {value!r}", name, value)
+    for flag in flags:
+        name, equals, text = flag.lstrip("-").partition("=")
+        if equals or name not in known:
+            assign(flag, flag, name, _Text(text))
+        else:
+            example = "True" if known[name].metadata["kind"] is bool else "VALUE"
+            problems.append(f"{flag}: a setting is written --{name}={example}, with an equals sign and no spaces")
+    cfg = cls(**values)
+    asked = dict(autos)  # a run that goes on has no say in that
+    if inherit and not problems:
+        inherited, source = inherit(cfg)
+        for name, value in inherited.items():
+            if name in known and (name not in sources or (name, values[name]) == ("seed", "auto")):
+                assign(source, f"{source}: {name} = {value!r}", name, value)
+        cfg = cls(**values)
+    cfg.sources, cfg.auto_batch, cfg.arguments = sources | asked, bool(asked), arguments
+    problems += misfits(cfg, failed)
+    if problems:
+        raise UserError(*problems)
+    if "-h" in argv or "--help" in argv:
+        print(help_text(cfg, prog))
+        raise SystemExit(0)
+    return cfg
+
+
+def misfits(cfg, failed):
+    """Yield what no setting shows alone, blamed on the first one it takes; nothing about those that `failed` before."""
+    for names, why in cfg.problems():
+        if not failed & set(names):
+            name, where = names[0], cfg.sources.get(names[0], "default")
+            shown = where if where.startswith("-") else f"{where}: {name} = {getattr(cfg, name)!r}"
+            yield f"{shown}: {why}"
+
+
+class _Text(str):
+    """A value as typed on the command line, not yet of any type."""
+
+
+def change(cfg, name, text):
+    """Give a setting of `cfg` the value that was typed. Raises UserError that says what was expected."""
+    meta = {f.name: f.metadata for f in fields(cfg)}[name]
+    try:
+        setattr(cfg, name, convert(_Text(text), meta))
+    except ValueError as e:
+        raise UserError(f"{name} {text}: expected {e}") from None
+
+
+def check_bounds(cls, values, source):
+    """Raise UserError for each of the values {name: value} that is not what the setting of that name in `cls` may be."""
+    problems = []
+    for name, meta in ((f.name, f.metadata) for f in fields(cls) if f.name in values):
+        try:
+            convert(values[name], meta)
+        except ValueError as e:
+            problems.append(f"{source}: {name} = {values[name]!r:.60}: expected {e}")
+    if problems:
+        raise UserError(*problems)
+
+
+def convert(value, meta):
+    """`value` (Python's, or text from the command line) as its setting's type, within its bounds.
+
+    Raises ValueError that says what was expected.
+    """
+    kind, auto = meta["kind"], meta["auto"]
+    if auto and isinstance(value, str) and value == "auto":
+        return "auto"
+    if isinstance(value, _Text):
+        value = _from_text(value, kind)
+    if kind is float and type(value) is int:
+        value = float(value) if -1e300 < value < 1e300 else math.inf
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)  # 1e4 is a number of iterations as good as 10000
+    fits = type(value) is kind
+    if fits and kind is not str and kind is not bool:
+        low, above, high = meta["low"], meta["above"], meta["high"]
+        fits = -1e300 < value < 1e300 and not (
+            (low is not None and value < low)
+            or (above is not None and value <= above)
+            or (high is not None and value > high)
+        )
+    if fits and meta["choices"]:
+        fits = value in meta["choices"]
+    if fits and kind is str:
+        fits = is_utf8(value)
+    if fits and meta["path"]:
+        fits = is_path(value) or (value == "" and meta["path"] == "may be empty")
+    if not fits:
+        raise ValueError(
+            describe(meta) + (nearest(value, meta["choices"]) if meta["choices"] and isinstance(value, str) else "")
+        )
+    return value
+
+
+def _from_text(text, kind):
+    text = str(text)
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+def describe(meta):
+    """What a setting accepts, in words: 'an integer >= 1 or auto'."""
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "UTF-8 text"}[meta["kind"]]
+    if meta["choices"]:
+        words = "one of " + ", ".join(meta["choices"])
+    if meta["path"]:
+        words = "the path of a file or folder, in UTF-8, without NUL, of names of at most 255 bytes"
+    low, above, high = meta["low"], meta["above"], meta["high"]
+    if low is not None and high is not None:
+        words += f" from {low} to {high}"
+    elif low is not None:
+        words += f" >= {low}"
+    elif above is not None:
+        words += f" > {above}" + ("" if high is None else f" and <= {high}")
+    return words + (" or auto" if meta["auto"] else "")
+
+
+# -- config files: assignments of literals and arithmetic, parsed and never executed
+
+_ARITHMETIC = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+    ast.USub: operator.neg, ast.UAdd: operator.pos,
+}  # fmt: skip
+
+
+def read_config_file(path, names, problems):
+    """Yield (line, name, value) for each assignment of the config file at `path`.
+
+    `names` are the values assigned so far, here or in earlier files, and grow as it is read; a name that
+    begins with an underscore is a helper, not a setting. What cannot be read goes to `problems`.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        statements = ast.parse(raw.decode("utf-8-sig"), filename=path).body
+    except FileNotFoundError:
+        hint = "" if "." in path else "; a setting is written --key=value"
+        problems.append(f"{path}: there is no such config file{nearest_file(path)}{hint}")
+        return
+    except OSError as e:
+        problems.append(f"{path}: cannot be read: {e.strerror}")
+        return
+    except SyntaxError as e:
+        problems.append(f"{path}:{e.lineno or 1}: not an assignment that Python can read: {(e.text or '').strip()!r}")
+        return
+    except (ValueError, RecursionError, MemoryError) as e:
+        problems.append(f"{path}: is no text that Python can read ({type(e).__name__})")
+        return
+    for statement in statements:
+        if (
+            isinstance(statement, ast.Expr)
+            and isinstance(statement.value, ast.Constant)
+            and isinstance(statement.value.value, str)
+        ):
+            continue  # a docstring
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+            problems.append(f"{path}:{statement.lineno}: only assignments like name = value can stand in a config file")
+            continue
+        name = targets[0].id
+        try:
+            value = names[name] = evaluate(statement.value, names)
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as e:
+            problems.append(f"{path}:{statement.lineno}: {name} = ...: {e}")
+            continue
+        if not name.startswith("_"):
+            yield statement.lineno, name, value
+
+
+def nearest_file(path):
+    """'; did you mean FILE?' for a mistyped path, or nothing."""
+    folder = Path(path).parent
+    others = [p.name for p in folder.glob("*.py") if p.name != Path(path).name]  # a link to nothing is there, too
+    close = difflib.get_close_matches(Path(path).name, others, n=1, cutoff=0.5)
+    return f"; did you mean {folder / close[0]}?" if close else ""
+
+
+def evaluate(node, names):
+    """The value of a literal, an earlier name, or arithmetic on them. Raises ValueError on anything else."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
+        return _bounded(node.value)
+    if isinstance(node, ast.Name):
+        if node.id in names:
+            return names[node.id]
+        raise ValueError(f"{node.id!r} is not assigned above")
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _ARITHMETIC:
+        return _ARITHMETIC[type(node.op)](_number(evaluate(node.operand, names)))
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        left, right = evaluate(node.left, names), evaluate(node.right, names)
+        if isinstance(node.op, ast.Add) and isinstance(left, str) and isinstance(right, str):
+            return _bounded(left + right)
+        _number(left), _number(right)
+        if isinstance(node.op, ast.Pow) and (abs(right) > 64 or abs(left) > 1e6):
+            raise ValueError("that power is too large for a setting")
+        return _bounded(_ARITHMETIC[type(node.op)](left, right))
+    raise ValueError("only literals and arithmetic on names assigned above can stand in a config file")
+
+
+def _number(value):
+    if type(value) not in (int, float):
+        raise ValueError(f"no arithmetic on {value!r}")
+    return value
+
+
+def _bounded(value):
+    too_large = len(value) > 10_000 if isinstance(value, str) else isinstance(value, complex) or abs(value) > 1e300
+    if too_large:
+        raise ValueError("that value is too large for a setting")
+    return value
+
+
+# -- showing them
+
+
+def help_text(cfg, prog):
+    """Every setting with its present value, meaning, type, default, and where the value came from."""
+    if hasattr(cfg, "ARGUMENTS"):
+        lines = [f"usage: {prog} {cfg.ARGUMENTS} ... [--key=value ...]", "", "Each setting, with its present value:"]
+    else:
+        lines = [f"usage: {prog} [config/FILE.py ...] [--key=value ...]", ""]
+        lines += ["Config files hold plain assignments; a flag overrides them. Each setting, with its present value:"]
+    for f in fields(cfg):
+        meta, came = f.metadata, cfg.sources.get(f.name)
+        if meta["group"]:
+            lines += ["", meta["group"]]
+        origin = f"{came}; default {f.default!r}" if came else "default"
+        left = f"  --{f.name}={getattr(cfg, f.name)!r}"
+        right = textwrap.wrap(
+            f"{meta['help']} [{describe(meta)}; {origin}]", 70, break_on_hyphens=False, break_long_words=False
+        )
+        lines += [f"{left:<38}  {right[0]}"] + [" " * 40 + r for r in right[1:]]
+    return "\n".join(lines)
