@@ -61,6 +61,7 @@ def reader(way, folder):
 
     from nanogpt import data
     from nanogpt.run.distributed import Dist
+    from nanogpt.text.dataset import open_dataset
 
     path, generator = folder / "train.bin", torch.Generator().manual_seed(SEED)
 
@@ -77,7 +78,7 @@ def reader(way, folder):
         return lambda i: random_windows(mapped)
     if way == "original":
         return lambda i: random_windows(np.memmap(path, np.uint16, "r"))
-    dataset = data.Dataset(folder.name, "train", T, root=folder.parent, documents=way == "documents")
+    dataset = open_dataset(folder.name, "train", T, root=folder.parent, documents=way == "documents")
     dist, sampling = Dist(torch.device("cpu"), torch.float32), "random" if way == "random" else "epochs"
     batches = data.Batches(dataset, "train", SEED, T, dist, sampling, per_step=B)
     return lambda i: batches.get(i * B, B)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanogpt.data import Batches, Dataset, Documents, find_documents, write_dataset
+from nanogpt.data import Batches, Documents, find_documents
 from nanogpt.evaluate import evaluating, exact, losses
 from nanogpt.model import GPT, GPTConfig
+from nanogpt.text.dataset import open_dataset, write_dataset
 from nanogpt.text.tokenizer import CharTokenizer
 
 T = 8
@@ -27,7 +28,7 @@ def open_text(tmp_path, tokenizer):
 
     def open_text(text):
         write_dataset(tmp_path / "d", tokenizer, tokenizer.encode(text), tokenizer.encode(text))
-        return Dataset("d", "val", T, root=tmp_path)
+        return open_dataset("d", "val", T, root=tmp_path)
 
     return open_text
 

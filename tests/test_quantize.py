@@ -7,12 +7,13 @@ import torch
 from support import SMALL
 from torch import nn
 
-from nanogpt import data, quantize, train
+from nanogpt import quantize, train
 from nanogpt.config import UserError
 from nanogpt.generate import Engine, Options
 from nanogpt.model import ARCHITECTURES, GPT, GPTConfig
 from nanogpt.quantize import Int8Linear, made_ready
 from nanogpt.run import checkpoint
+from nanogpt.text.dataset import open_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def test_the_loss_is_equal_to_half_a_percent(tiny, monkeypatch, architecture):
     options = ["--max_iters=150", "--lr_decay_iters=150", "--eval_interval=150", f"--architecture={architecture}"]
     train.main([*SMALL, *options])
     model = checkpoint.load_model(checkpoint.best("out")).eval()
-    windows = data.Dataset("tiny", "val", 16)
+    windows = open_dataset("tiny", "val", 16)
     x, y = (torch.stack(part) for part in zip(*(windows_of(windows.tokens, i) for i in range(38)), strict=True))
     with torch.inference_mode():
         before = model(x, y)[1].item()

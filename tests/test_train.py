@@ -17,9 +17,9 @@ from support import ROOT, SMALL, losses, metrics, torchrun, write_tokenizer
 from nanogpt import config, data, evaluate, train
 from nanogpt.commands import cli
 from nanogpt.config import UserError
-from nanogpt.data import write_dataset
 from nanogpt.model import GPT
 from nanogpt.run import checkpoint, start
+from nanogpt.text.dataset import open_dataset, write_dataset
 from nanogpt.text.tokenizer import CharTokenizer
 
 
@@ -496,7 +496,7 @@ LONG = ["--eval_interval=1000", "--lr_decay_iters=1000"]
 
 def windows(first, n, seed=1337, sampling="epochs", documents=False):
     """Where windows number `first` to `first + n - 1` of the dataset `tiny` lie."""
-    dataset = data.Dataset("tiny", "train", 16, documents=documents)
+    dataset = open_dataset("tiny", "train", 16, documents=documents)
     batches = data.Batches(dataset, "train", seed, 16, None, sampling)
     return batches.places(np.arange(first, first + n))[0].tolist()
 
@@ -530,7 +530,7 @@ def test_another_batch_is_read_alike_by_any_number_of_processes(run, tmp_path, s
 def test_each_target_counts_the_same_after_a_resume_with_another_batch(run, undrawn, documents, dist):
     run(*LONG, "--max_iters=3", "--documents=True")
     model = checkpoint.load_model(checkpoint.newest("out"))
-    batches = data.Batches(data.Dataset("tiny", "train", 16, documents=True), "train", 1337, 16, dist)
+    batches = data.Batches(open_dataset("tiny", "train", 16, documents=True), "train", 1337, 16, dist)
     run(*LONG, "--max_iters=4", "--init_from=resume", "--batch_size=5")
     assert losses()[4] == pytest.approx(model(*batches.get(24, 10))[1].item(), abs=1e-5)
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parents[1]))  # works without the package being inst
 try:
     from nanogpt.commands.cli import as_process
     from nanogpt.config import UserError
-    from nanogpt.data import write_dataset
+    from nanogpt.text.dataset import write_dataset
     from nanogpt.text.shakespeare import get_text
     from nanogpt.text.tokenizer import GPT2Tokenizer
 except ModuleNotFoundError as e:

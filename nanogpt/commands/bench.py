@@ -14,6 +14,7 @@ from nanogpt.config import BenchConfig, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import compile, distributed, health, memory, speed, start
 from nanogpt.run.run import Run, TrainState
+from nanogpt.text.dataset import open_dataset
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
@@ -62,7 +63,7 @@ def make_run(cfg, dist):
     torch.manual_seed(cfg.seed)
     per_step, vocab_size = cfg.gradient_accumulation_steps * cfg.batch_size, cfg.vocab_size
     try:
-        dataset = data.Dataset(cfg.dataset, "train", cfg.block_size, cfg.root)
+        dataset = open_dataset(cfg.dataset, "train", cfg.block_size, cfg.root)
         vocab_size, batches = (
             dataset.vocab_size,
             data.Batches(dataset, "train", cfg.seed, cfg.block_size, dist, per_step=per_step),

@@ -61,7 +61,7 @@ def test_without_a_dataset_the_tokens_are_random_and_one_line_says_so(run):
 
 
 def test_a_prepared_dataset_is_read(run, tmp_path):
-    from nanogpt.data import write_dataset
+    from nanogpt.text.dataset import write_dataset
     from nanogpt.text.tokenizer import CharTokenizer
 
     tok = CharTokenizer.train("abc")

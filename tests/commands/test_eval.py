@@ -21,9 +21,9 @@ from nanogpt import config, train
 from nanogpt.commands import cli
 from nanogpt.commands import eval as program
 from nanogpt.config import EvalConfig, UserError
-from nanogpt.data import write_dataset
 from nanogpt.run import checkpoint, trained
 from nanogpt.text import sources
+from nanogpt.text.dataset import write_dataset
 from nanogpt.text.tokenizer import CharTokenizer
 
 LINE = re.compile(r"(.*): loss ([\d.]+) over ([\d,]+) tokens, perplexity ([\d.]+)(?:, ([\d.]+) bits per byte)?")

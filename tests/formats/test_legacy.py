@@ -16,6 +16,7 @@ from nanogpt.commands import cli
 from nanogpt.formats import export, legacy
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import checkpoint, start
+from nanogpt.text.dataset import open_dataset, read_meta
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -66,7 +67,7 @@ def old(tiny, monkeypatch):
     """(model, optimizer) of a nanoGPT run whose files lie in tmp_path: out/ckpt.pt and data/tiny with meta.pkl."""
     root = tiny.parent.parent
     monkeypatch.chdir(root)
-    tokenizer = data.read_meta(tiny)["tokenizer"]
+    tokenizer = read_meta(tiny)["tokenizer"]
     chars = tokenizer["chars"]
     (tiny / "meta.json").unlink()
     meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
@@ -99,7 +100,7 @@ def test_the_first_resumed_update_is_the_one_that_torch_would_have_made(old, cap
     from nanogpt.run.distributed import Dist
 
     batches = data.Batches(
-        data.Dataset("tiny", "train", 16), "train", cfg.seed, 16, Dist(torch.device("cpu"), torch.float32)
+        open_dataset("tiny", "train", 16), "train", cfg.seed, 16, Dist(torch.device("cpu"), torch.float32)
     )
     optimizer.zero_grad()
     for i in range(2):
@@ -267,7 +268,7 @@ def test_an_evil_hugging_face_file_is_refused(old, capsys, kind, tmp_path):
     hub.mkdir()
     shape = dict(n_positions=16, vocab_size=22, n_layer=1, n_head=2, n_embd=16, model_type="gpt2")
     (hub / "config.json").write_text(str(shape).replace("'", '"'))
-    write_tokenizer(hub, data.read_meta(tmp_path / "data" / "tiny")["tokenizer"])
+    write_tokenizer(hub, read_meta(tmp_path / "data" / "tiny")["tokenizer"])
     evil_files()[kind](hub / "pytorch_model.bin")
     refused(capsys, ["train", *SMALL, "--init_from=hub", "--out_dir=new"], "hub/pytorch_model.bin")
 
