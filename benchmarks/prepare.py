@@ -25,7 +25,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-PROGRAM = "import sys; from nanogpt import prepare; prepare.advise = lambda **about: None; prepare.main(sys.argv[1:])"
+PROGRAM = (
+    "import sys; from nanogpt.text import prepare; prepare.advise = lambda **about: None; prepare.main(sys.argv[1:])"
+)
 OFTEN = PROGRAM.replace("prepare.main", "prepare.COMMIT = 0.2; prepare.main")  # so that even short runs are resumed
 MB = 10**6
 

@@ -14,14 +14,17 @@ import math
 import os
 import weakref
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from nanogpt import files
-from nanogpt.config import RunFailed, UserError
+from nanogpt.config import RunFailed, TrainConfig, UserError
 
-DTYPES = ("uint16", "uint32")
 PIECE = 2**22  # tokens that are looked at in one go
 SCAN_LIMIT = 100_000_000  # tokens that are checked when a split is opened
 SAMPLE = 2**20  # of each piece, for the fingerprint
@@ -36,7 +39,7 @@ class Tokens:
     file has been cut short meanwhile, an error instead of a crash.
     """
 
-    def __init__(self, paths, dtype):
+    def __init__(self, paths: Sequence[Path], dtype: str) -> None:
         self.paths, self.dtype, self.handles, sizes = paths, np.dtype(dtype), [], []
         for path in paths:
             try:
@@ -49,10 +52,10 @@ class Tokens:
                 raise UserError(f"{path}: {sizes[-1]} bytes are no whole number of {dtype} ids; prepare it again")
         self.begins = list(itertools.accumulate((size // self.dtype.itemsize for size in sizes), initial=0))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.begins[-1]
 
-    def __getitem__(self, span):
+    def __getitem__(self, span: slice) -> np.ndarray:
         """The ids of a slice, read-only. Raises RunFailed where a file no longer holds them."""
         assert span.step is None, "the ids of a slice lie side by side"
         start, stop, _ = span.indices(len(self))
@@ -64,7 +67,7 @@ class Tokens:
             parts.append(raw)
         return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.dtype)
 
-    def expect(self, start, stop):
+    def expect(self, start: int, stop: int) -> None:
         """Have the system fetch these ids from the disk meanwhile, where it can do so."""
         if hasattr(os, "posix_fadvise"):
             for i, first, last in self._files(start, stop):
@@ -80,7 +83,7 @@ class Tokens:
             start = end
 
 
-def read_at(handle, size, offset):
+def read_at(handle: int, size: int, offset: int) -> bytes:
     """`size` bytes of an open file from `offset` on."""
     if hasattr(os, "pread"):
         return os.pread(handle, size, offset)
@@ -98,16 +101,16 @@ class Dataset:
 
     def __init__(
         self,
-        tokens,
+        tokens: Tokens | np.ndarray,
         vocab_size: int,
-        separator: int | None = None,
-        path: str = "the text",
+        separator: int | None,
+        path: str,
         tokenizer_json: dict | None = None,
-    ):
+    ) -> None:
         self.tokens, self.vocab_size, self.separator = tokens, vocab_size, separator
         self.path, self.tokenizer_json = path, tokenizer_json
         self.documents: Documents | None = None
-        self.fingerprint: str | None = None  # tells these tokens from others; see `scan`
+        self.fingerprint: str | None = None
 
     def scan(self) -> None:
         """Check the ids of a small split, and of a large one SCAN_LIMIT from all over it. Batches check their own.
@@ -121,14 +124,14 @@ class Dataset:
             digest = zlib.crc32(ids[:SAMPLE].tobytes(), digest)
         self.fingerprint = f"{len(self.tokens)} tokens, CRC-32 {digest:08x}"
 
-    def check(self, ids):
+    def check(self, ids: np.ndarray) -> None:
         """Raise UserError where an id lies outside the vocabulary; an embedding would read past its end."""
         if ids.max() >= self.vocab_size:
             raise UserError(
                 f"{self.path}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}; prepare it again"
             )
 
-    def windows(self, starts, stops, block_size):
+    def windows(self, starts: np.ndarray, stops: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (B, T), int64, of the windows tokens[start:stop], each of at most T + 1 ids.
 
         A target is the token after its input. Where a window is shorter than T + 1, it is filled: with targets
@@ -145,7 +148,7 @@ class Dataset:
         return x, y
 
 
-def find_documents(tokens, separator):
+def find_documents(tokens: Tokens | np.ndarray, separator: int) -> np.ndarray:
     """The places at which documents begin: the first token, each separator, and at the end the last token."""
     n = len(tokens)
     found = [np.flatnonzero(tokens[i : i + PIECE] == separator) + i for i in range(0, n, PIECE)]
@@ -165,7 +168,7 @@ class Documents:
     Takes 16 bytes of memory a document.
     """
 
-    def __init__(self, begins, block_size, stride=None, shared=False):
+    def __init__(self, begins: ArrayLike, block_size: int, stride: int | None = None, shared: bool = False) -> None:
         self.begins, self.block_size, self.stride = np.asarray(begins), block_size, stride or block_size
         self.shared = int(shared)
         targets = self._targets()
@@ -176,22 +179,22 @@ class Documents:
         """How many windows there are."""
         return int(self.firsts[-1])
 
-    def filled(self):
+    def filled(self) -> float:
         """The share of all positions that have a target."""
         return int(self._targets().sum()) / (len(self) * self.block_size)
 
     def _targets(self):
         return np.maximum(np.diff(self.begins) - 1 + self.shared, 0)
 
-    def which(self, numbers):
+    def which(self, numbers: np.ndarray) -> np.ndarray:
         """The documents that these windows lie in."""
         return np.searchsorted(self.firsts, numbers, side="right") - 1
 
-    def repeated(self, numbers):
+    def repeated(self, numbers: np.ndarray) -> np.ndarray:
         """How many of the first targets of each of these windows are those of the window before as well."""
         return np.where(numbers > self.firsts[self.which(numbers)], self.block_size - self.stride, 0)
 
-    def windows(self, numbers):
+    def windows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where these windows lie: arrays (starts, stops), so that tokens[start:stop] is one of them."""
         i = self.which(numbers)
         starts = self.begins[i] + (numbers - self.firsts[i]) * self.stride
@@ -202,7 +205,7 @@ MIX = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], dty
 SHIFTS = np.array([30, 27, 31], dtype=np.uint64)
 
 
-def hash64(seed, stream, counters):
+def hash64(seed: int, stream: int, counters: ArrayLike) -> np.ndarray:
     """Random uint64s, one for each counter: SplitMix64's output function (Steele et al. 2014, figure 20).
 
     A pure function, the same on every machine and with every version of every library.
@@ -213,7 +216,7 @@ def hash64(seed, stream, counters):
     return z.reshape(np.shape(counters))
 
 
-def splitmix(z):
+def splitmix(z: np.ndarray) -> np.ndarray:
     """SplitMix64's mixing of an array of uint64."""
     z = (z ^ (z >> SHIFTS[0])) * MIX[1]
     z = (z ^ (z >> SHIFTS[1])) * MIX[2]
@@ -223,12 +226,12 @@ def splitmix(z):
 STREAMS = {"train": 0, "eval train": 1, "eval val": 2, "dropout": 3}  # draws that have nothing to do with each other
 
 
-def step_seed(seed, step, rank):
+def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of dropout in one step on one process: a pure function of its arguments, like the batches."""
     return int(hash64(seed, STREAMS["dropout"], step * 2**16 + rank) >> np.uint64(1))
 
 
-def epoch_windows(dataset, block_size):
+def epoch_windows(dataset: Dataset, block_size: int) -> int:
     """How many windows of the dataset an epoch has; without documents, whatever the epoch's offset."""
     if dataset.documents:
         return len(dataset.documents)
@@ -247,7 +250,16 @@ class Batches:
     this process is going to read one step later are then fetched from the disk meanwhile.
     """
 
-    def __init__(self, dataset, stream, seed, block_size, dist, sampling="epochs", per_step=None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        stream: str,
+        seed: int,
+        block_size: int,
+        dist: Any,
+        sampling: str = "epochs",
+        per_step: int | None = None,
+    ) -> None:
         self.dataset, self.stream, self.seed, self.block_size = dataset, STREAMS[stream], seed, block_size
         self.dist, self.sampling, self.per_step = dist, sampling, per_step
         self.documents, self.epoch_windows = dataset.documents, epoch_windows(dataset, block_size)
@@ -255,7 +267,7 @@ class Batches:
         self.offsets = 1 if self.documents else min(block_size, fitting)  # that an epoch can begin at
         self._block = functools.lru_cache(maxsize=8)(self._block)
 
-    def get(self, first, size):
+    def get(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows number `first` to `first + size - 1`, on the device: inputs and targets (B=size, T)."""
         x, y = self.dataset.windows(*self._places(first, size), self.block_size)
         if self.per_step:
@@ -263,14 +275,14 @@ class Batches:
                 self.dataset.tokens.expect(start, stop)
         return self.dist.to_device(x), self.dist.to_device(y)
 
-    def filled(self, first, size):
+    def filled(self, first: int, size: int) -> float:
         """The share of positions in these windows that have a target: 1.0 but for documents' last windows."""
         if not self.documents:
             return 1.0
         starts, stops = self._places(first, size)
         return int((stops - starts - 1).sum()) / (size * self.block_size)
 
-    def weight(self, first, size, begin):
+    def weight(self, first: int, size: int, begin: int) -> float:
         """What the mean loss of these windows counts in the step that begins with window number `begin`.
 
         Each target of the step then counts the same.
@@ -286,7 +298,7 @@ class Batches:
     def _block(self, block):
         return np.stack(self.places(np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)))
 
-    def places(self, numbers):
+    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where the windows of these numbers lie: arrays (starts, stops), so that tokens[start:stop] is one."""
         T, n = self.block_size, len(self.dataset.tokens)
         if self.sampling == "random":
@@ -310,7 +322,7 @@ class Batches:
         return which, offsets
 
 
-def permutation(i, n, key):
+def permutation(i: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
     """Where each of the indices i < n goes in a random permutation of n, without memory for the others.
 
     A Feistel network of four rounds (Luby & Rackoff 1988) permutes the next power of four; what lands beyond n
@@ -330,7 +342,7 @@ def permutation(i, n, key):
     return i.astype(np.int64)
 
 
-def share_batch(cfg, world_size, micro_batch=None):
+def share_batch(cfg: TrainConfig, world_size: int, micro_batch: int | None = None) -> tuple[int, int]:
     """How each process works through its part of the global batch: (micro-steps, sequences in each).
 
     The global batch is gradient_accumulation_steps * batch_size whatever the number of processes. A micro-step
@@ -348,12 +360,12 @@ def share_batch(cfg, world_size, micro_batch=None):
     return mine // size, size
 
 
-def largest_divisor(n, most):
+def largest_divisor(n: int, most: int) -> int:
     """The largest divisor of n that is at most `most`."""
     return max(d for d in divisors(n) if d <= most)
 
 
-def divisors(n):
+def divisors(n: int) -> list[int]:
     """All divisors of n, the least first. They come in pairs, of which one is at most the square root."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return small + [n // d for d in reversed(small) if d * d != n]

@@ -24,8 +24,9 @@ from nanogpt import train
 from nanogpt.commands import cli
 from nanogpt.run import checkpoint
 from nanogpt.run.distributed import Dist
+from nanogpt.text import hugging_face_tokenizer
 from nanogpt.text.dataset import write_dataset
-from nanogpt.text.tokenizer import CharTokenizer, from_json, hugging_face_files
+from nanogpt.text.tokenizer import CharTokenizer, from_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +77,7 @@ def tiny(tmp_path):
 
 def write_tokenizer(folder, described):
     """Put the tokenizer that a dataset's or checkpoint's JSON describes into a Hugging Face folder."""
-    for name, content in hugging_face_files(from_json(described), 16).items():
+    for name, content in hugging_face_tokenizer.to_files(from_json(described), 16).items():
         (Path(folder) / name).write_text(json.dumps(content))
 
 

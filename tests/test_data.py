@@ -23,7 +23,7 @@ from nanogpt.data import (
     permutation,
     step_seed,
 )
-from nanogpt.text.dataset import open_dataset as open_by_name
+from nanogpt.text import dataset as folders
 from nanogpt.text.dataset import read_meta, write_dataset
 
 # Datasets on disk
@@ -46,7 +46,7 @@ def make(tmp_path):
 
 
 def open_dataset(folder, block_size=4, split="train", documents=False):
-    return open_by_name(folder.name, split, block_size, root=folder.parent, documents=documents)
+    return folders.open_dataset(folder.name, split, block_size, root=folder.parent, documents=documents)
 
 
 def describe(folder, **changes):
@@ -82,7 +82,7 @@ def test_what_is_written_is_read(make):
 
 
 def test_text_survives(tiny):
-    dataset = open_by_name("tiny", "train", 16, root=tiny.parent)
+    dataset = folders.open_dataset("tiny", "train", 16, root=tiny.parent)
     text = "".join(dataset.tokenizer_json["chars"][i] for i in dataset.tokens[:])
     assert text.startswith("The ") and len(text) == len(dataset.tokens) > 5000
 
@@ -693,7 +693,7 @@ def plain_documents(ids, T):
 
 
 def in_documents(ids, T):
-    dataset = Dataset(np.array(ids), 10)
+    dataset = Dataset(np.array(ids), 10, None, "the text")
     dataset.documents = Documents(find_documents(dataset.tokens, SEPARATOR), T, shared=True)
     return dataset
 

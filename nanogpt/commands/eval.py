@@ -9,7 +9,7 @@ from nanogpt import data, evaluate
 from nanogpt.config import EvalConfig, UserError, is_name, is_path
 from nanogpt.run import distributed, settings, trained
 from nanogpt.text import sources, tokenizer
-from nanogpt.text.dataset import open_dataset
+from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 
 
 def main(argv):
@@ -56,7 +56,7 @@ def read_standard_input(cfg):
     found, _ = sources.find(["-"], None, None, cfg.field, cfg.encoding)
     stream = sources.Recoded(sys.stdin.buffer, found[0]) if found[0].encoding else sys.stdin.buffer
     raw = b"".join(iter(lambda: stream.read(sources.BLOCK), b""))
-    documents, problems = sources.read_block("text", [[0, 0, 0, len(raw), True]], raw, "", False)
+    documents, problems = sources.read_block(sources.Block("text", [[0, 0, 0, len(raw), True]], raw, [], 0), "", False)
     if problems:
         raise UserError(*sources.explain(problems, found, False))
     return found, [(0, text) for text, _, _ in documents]
@@ -97,7 +97,7 @@ def from_texts(cfg, texts, found, dist):
     for text in texts.values():
         encoded = tok.encode(text)
         ids.append(np.array(encoded if separator is None else [separator, *encoded], dtype=np.uint32))
-    dataset = data.Dataset(np.concatenate(ids), tok.vocab_size, separator)
+    dataset = data.Dataset(np.concatenate(ids), tok.vocab_size, separator, "the text")
     documents = data.Documents(np.cumsum([0, *map(len, ids)]), cfg.block_size, cfg.stride)
     if not len(documents):
         known = "is not two characters of the model's vocabulary long" if unknown else "has but one token"
@@ -139,7 +139,7 @@ def from_split(cfg, found):
     if not (isinstance(name, str) and is_name(name) and isinstance(root, str) and is_path(root)):
         raise UserError(f"--init_from={cfg.init_from}: --text=FILE or --dataset=NAME says what to evaluate it on")
     dataset = open_dataset(name, cfg.split, block_size=1, root=root)
-    tokenizer.refuse_another(name, dataset.tokenizer_json, found.tokenizer_json, found.folder)
+    require_same_tokenizer(name, dataset.tokenizer_json, found.tokenizer_json, found.folder)
     if not (cfg.per_document or found.settings.get("documents")):
         documents = data.Documents([0, len(dataset.tokens)], cfg.block_size, cfg.stride)
         return dataset, documents, [f"{name}, {cfg.split} split"]

@@ -19,7 +19,7 @@ from nanogpt.formats import legacy
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
 from nanogpt.run import memory
 from nanogpt.run.checkpoint import Checkpoint
-from nanogpt.text import tokenizer
+from nanogpt.text import hugging_face_tokenizer, tokenizer
 from nanogpt.text.dataset import read_meta
 
 # What a GPT-2 configuration may say, and the only value this model can follow.
@@ -99,7 +99,7 @@ def read_tokenizer(name_or_folder):
     """The tokenizer, as JSON, of a model that `from_pretrained` reads. UserError if its folder holds none."""
     if str(name_or_folder) in GPT2_NAMES:
         return {"type": "gpt2"}
-    return tokenizer.from_hugging_face(name_or_folder)
+    return hugging_face_tokenizer.read(name_or_folder)
 
 
 def download(name):
@@ -189,7 +189,7 @@ def to_hugging_face(model, tok, folder):
     config, tensors = (as_qwen3 if modern else as_gpt2)(model, tok.vocab_size)
     end = tok.ids.get(tok.unknown) if tok.eot is None else tok.eot  # as in tokenizer_config.json
     config |= {"bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
-    of_tokenizer = tokenizer.hugging_face_files(tok, model.config.block_size)
+    of_tokenizer = hugging_face_tokenizer.to_files(tok, model.config.block_size)
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)

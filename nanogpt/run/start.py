@@ -17,8 +17,7 @@ from nanogpt.formats import export
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import checkpoint, compile, distributed, health, memory, signals, trackers
 from nanogpt.run.run import Run, TrainState
-from nanogpt.text import tokenizer
-from nanogpt.text.dataset import open_dataset
+from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 
 # the settings that shape a model's weights: those that are fields of both, in the order of GPTConfig
 SHAPE = [f.name for f in fields(GPTConfig) if hasattr(config.TrainConfig, f.name) and f.name != "dropout"]
@@ -90,10 +89,10 @@ def make_model(cfg, found, dataset, dist):
         if resuming:
             keep_shape(cfg, found)
         origin = cfg.out_dir if resuming else cfg.init_from
-        tokenizer.refuse_another(cfg.dataset, dataset.tokenizer_json, found.tokenizer, origin)
+        require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, found.tokenizer, origin)
         model = checkpoint.load_model(found, cfg.dropout)
     else:
-        tokenizer.refuse_another(cfg.dataset, dataset.tokenizer_json, export.read_tokenizer(found), found)
+        require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, export.read_tokenizer(found), found)
         model = export.from_pretrained(found, cfg.dropout)
         if dataset.vocab_size > model.config.vocab_size:
             raise UserError(

@@ -1,6 +1,6 @@
-"""A dataset's folder: `train.bin`, `val.bin` and `meta.json`, written whole or not at all, and opened.
+"""Dataset folders: `meta.json` and token files are written and opened here; data.py reads tokens and draws batches.
 
-docs/data.md describes the files; the tokens themselves and the batches drawn from them are in nanogpt/data.py.
+Nothing here imports PyTorch until a dataset is opened, since `nanogpt prepare` does not need it.
 """
 
 import glob
@@ -9,77 +9,53 @@ import os
 import shlex
 import stat
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nanogpt import files
 from nanogpt.config import UserError, nearest
-from nanogpt.data import DTYPES, Dataset, Documents, Tokens, find_documents
-from nanogpt.formats import legacy
+from nanogpt.text import hugging_face_tokenizer, tokenizer
+from nanogpt.text.tokenizer import id_dtype
 
-GPT2_META = '{"tokenizer": {"type": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}'  # the least that it can say
+if TYPE_CHECKING:
+    from nanogpt.data import Dataset
 
-
-def open_dataset(name, split, block_size, root="data", documents=False):
-    """The `data.Dataset` of one split of the dataset `name` in the folder `root`.
-
-    documents: windows begin where documents begin. Raises UserError if the folder, a file or an id is not what it should
-    be; of a large split, samples are checked.
-    """
-    folder = Path(root) / name
-    meta = read_meta(folder)
-    paths = [folder / file for file in meta.get("files", {}).get(split, [f"{split}.bin"])]
-    for path in paths:
-        if not is_there(path):
-            raise UserError(f"--dataset={name}: {path} is missing{how_to_prepare(folder)}")
-    where = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    tokens = Tokens(paths, meta["dtype"])
-    dataset = Dataset(tokens, meta["vocab_size"], meta.get("separator"), where, meta["tokenizer"])
-    n = len(tokens)
-    if n <= block_size:
-        raise UserError(
-            f"{where}: {n} tokens are too few for a block_size of {block_size}; at most {max(n - 1, 0)} would do"
-        )
-    if documents and dataset.separator is None:
-        raise UserError(
-            f"--documents=True: {folder / 'meta.json'} names no separator, so where a document begins is unknown; "
-            "--documents=False trains on it"
-        )
-    dataset.scan()
-    if documents:
-        dataset.documents = Documents(find_documents(tokens, dataset.separator), block_size, shared=True)
-    return dataset
+DTYPES = ("uint16", "uint32")
+GPT2_META = '{"tokenizer": {"type": "gpt2"}, "vocab_size": 50257, "dtype": "uint16"}'  # the smallest valid meta.json
 
 
-def write_dataset(folder, tokenizer, train_ids, val_ids):
-    """Write `train.bin`, `val.bin` and `meta.json` into `folder`: all whole, or none changed.
+# -- writing
 
-    The ids are written as uint16 where the vocabulary fits, as uint32 where not. Raises ValueError on an id
-    outside the vocabulary and OSError where the disk refuses.
+
+def write_dataset(folder: str | Path, tok: tokenizer.Tokenizer, train_ids: ArrayLike, val_ids: ArrayLike) -> None:
+    """Write `train.bin`, `val.bin` and `meta.json` into `folder`: either all of them or none.
+
+    Raises ValueError if an id is outside the vocabulary and OSError if the files cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     contents = {}
-    for split, ids in (("train", train_ids), ("val", val_ids)):
-        ids = np.asarray(ids)
-        if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
-            raise ValueError(f"{split}: a token id lies outside the vocabulary of {tokenizer.vocab_size}")
-        contents[f"{split}.bin"] = ids.astype(dtype).tobytes()
-    contents["meta.json"] = meta_json(tokenizer, dtype)
+    for split, split_ids in (("train", train_ids), ("val", val_ids)):
+        ids = np.asarray(split_ids)
+        if ids.size and (ids.min() < 0 or ids.max() >= tok.vocab_size):
+            raise ValueError(f"{split}: a token id is outside the vocabulary of {tok.vocab_size}")
+        contents[f"{split}.bin"] = ids.astype(id_dtype(tok.vocab_size)).tobytes()
+    contents["meta.json"] = meta_json(tok.to_json(), tok.vocab_size)
     write_files(folder, contents)
 
 
-def meta_json(tokenizer, dtype):
-    """The bytes of `meta.json`."""
-    meta = {"tokenizer": tokenizer.to_json(), "vocab_size": tokenizer.vocab_size, "dtype": dtype}
+def meta_json(tokenizer_json: dict, vocab_size: int, **optional: Any) -> bytes:
+    """The bytes of `meta.json`. `optional` may hold `separator` and `files`."""
+    meta = {"tokenizer": tokenizer_json, "vocab_size": vocab_size, "dtype": id_dtype(vocab_size), **optional}
     return (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def write_files(folder, contents):
-    """Write {name: bytes} under temporary names, flush them to disk, and only then rename them all.
+def write_files(folder: Path, contents: dict[str, bytes]) -> None:
+    """Write {name: bytes} to temporary files, flush them to disk, then rename them all.
 
-    An old meta.json goes first and the new one comes last, so that a dataset is whole or absent at every moment.
+    The old meta.json is removed first and the new one is renamed last, so a dataset is always whole or absent.
     """
     temporary = {name: files.temporary(folder / name) for name in sorted(contents, key="meta.json".__eq__)}
     try:
@@ -87,8 +63,7 @@ def write_files(folder, contents):
             with files.create(path) as f:
                 f.write(contents[name])
                 files.sync(f)
-        if "meta.json" in contents:
-            (folder / "meta.json").unlink(missing_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
         for name, path in temporary.items():
             os.replace(path, folder / name)
         files.flush(folder)
@@ -97,25 +72,64 @@ def write_files(folder, contents):
             path.unlink(missing_ok=True)
 
 
-def read_meta(folder):
-    """The checked contents of a dataset's `meta.json`; UserError says what is missing and what makes it."""
+# -- opening
+
+
+def open_dataset(
+    name: str, split: str, block_size: int, root: str | Path = "data", documents: bool = False
+) -> "Dataset":
+    """Open one split of the dataset `root`/`name`; with `documents`, windows begin at documents.
+
+    Raises UserError if the folder, a file or an id is invalid.
+    """
+    from nanogpt import data
+
+    folder = Path(root) / name
+    meta = read_meta(folder)
+    paths = [folder / file for file in meta.get("files", {}).get(split, [f"{split}.bin"])]
+    for path in paths:
+        if not is_file(path):
+            raise UserError(f"--dataset={name}: {path} is missing{how_to_prepare(folder)}")
+    label = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+    tokens, separator = data.Tokens(paths, meta["dtype"]), meta.get("separator")
+    n = len(tokens)
+    if n <= block_size:
+        raise UserError(
+            f"{label}: {n} tokens are too few for a block_size of {block_size}; the largest that fits is {max(n - 1, 0)}"
+        )
+    if documents and separator is None:
+        raise UserError(
+            f"--documents=True: {folder / 'meta.json'} has no separator, so document boundaries are unknown; "
+            "use --documents=False"
+        )
+    dataset = data.Dataset(tokens, meta["vocab_size"], separator, label, meta["tokenizer"])
+    dataset.scan()
+    if documents:
+        dataset.documents = data.Documents(data.find_documents(tokens, separator), block_size, shared=True)
+    return dataset
+
+
+def read_meta(folder: Path) -> dict:
+    """The validated contents of a dataset's `meta.json`, or of nanoGPT's `meta.pkl`. Raises UserError."""
     path, pickled = folder / "meta.json", folder / "meta.pkl"
-    if not is_there(path) and is_there(pickled):  # prepared by the original nanoGPT
+    if not is_file(path) and is_file(pickled):  # prepared by the original nanoGPT
+        from nanogpt.formats import legacy  # imports PyTorch
+
         chars = legacy.read_meta(pickled)
         return {"tokenizer": {"type": "char", "chars": chars}, "vocab_size": len(chars), "dtype": "uint16"}
-    if not is_there(path):
-        what = "has no meta.json" if folder.is_dir() else "is no folder" if folder.exists() else "is not there"
+    if not is_file(path):
+        what = "has no meta.json" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
         hint = how_to_prepare(folder)
         if os.path.lexists(folder / "train.bin"):
-            hint += f"; for GPT-2's tokens, as the original nanoGPT prepares them, it would be {GPT2_META}"
+            hint += f"; for GPT-2 tokens prepared by the original nanoGPT, write {GPT2_META}"
         raise UserError(f"--dataset={folder.name}: {folder}/ {what}{hint}")
     try:
         meta = json.loads(files.read(path))
-        vocab_size, dtype = meta["vocab_size"], meta["dtype"]
-        sound = (
+        vocab_size = meta["vocab_size"]
+        valid = (
             type(vocab_size) is int
             and 0 < vocab_size < 2**31
-            and dtype in DTYPES
+            and meta["dtype"] in DTYPES
             and isinstance(meta["tokenizer"], dict)
             and all(is_list_of_files(names) for names in meta.get("files", {}).values())
             and ("separator" not in meta or is_id(meta["separator"], vocab_size))
@@ -123,16 +137,16 @@ def read_meta(folder):
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise UserError(
-            f"{path}: does not describe a dataset{how_to_prepare(folder)}; for GPT-2's tokens it would be {GPT2_META}"
+            f"{path}: does not describe a dataset{how_to_prepare(folder)}; for GPT-2 tokens, write {GPT2_META}"
         )
     return meta
 
 
-def is_there(path):
-    """Whether there is such a file. UserError where there is something else, or the system does not say."""
+def is_file(path: Path) -> bool:
+    """Whether a regular file exists at `path`. Raises UserError if it is something else or cannot be examined."""
     try:
         regular = stat.S_ISREG(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -140,30 +154,64 @@ def is_there(path):
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     if not regular:
-        raise UserError(f"{path}: is no regular file")
+        raise UserError(f"{path}: is not a regular file")
     return True
 
 
-def is_list_of_files(names):
-    """Whether these are names of files in the dataset's own folder, and no way out of it."""
-    sound = type(names) is list and len(names) > 0
-    return sound and all(
-        name == Path(name).name and not set(name) & set("\\\0") and name not in ("", "..") for name in names
+def is_list_of_files(names: object) -> bool:
+    """Whether these are names of files inside the dataset's folder, with no path that leads out of it."""
+    return (
+        isinstance(names, list)
+        and len(names) > 0
+        and all(name == Path(name).name and not set(name) & set("\\\0") and name not in ("", "..") for name in names)
     )
 
 
-def is_id(value, vocab_size):
+def is_id(value: object, vocab_size: int) -> bool:
     """Whether this is a token id."""
     return type(value) is int and 0 <= value < vocab_size
 
 
-def how_to_prepare(folder):
-    """'; COMMAND makes it', or what is prepared already, for the end of a message."""
+def how_to_prepare(folder: Path) -> str:
+    """The end of a message: the command that prepares the dataset, the nearest name, or the prepared datasets."""
     recipe = f"{folder / 'prepare.py'}"
     if os.path.isfile(recipe):
-        return f"; python {shlex.quote(recipe)} makes it"
+        return f"; python {shlex.quote(recipe)} prepares it"
     recipes, present = (
         sorted({os.path.dirname(path) for path in glob.glob(f"*/{name}", root_dir=folder.parent)} - {folder.name})
         for name in ("prepare.py", "meta.json")
     )
-    return nearest(folder.name, recipes + present) or (f"; prepared here: {', '.join(present)}" if present else "")
+    return nearest(folder.name, recipes + present) or (f"; prepared datasets: {', '.join(present)}" if present else "")
+
+
+# -- tokenizers in the folders of models and datasets
+
+
+def tokenizer_of(folder: str | Path) -> dict:
+    """The tokenizer, as JSON, of the run, Hugging Face model or dataset in `folder`. Raises UserError if it has none."""
+    folder = Path(folder)
+    described = [*sorted(folder.glob("checkpoints/step-*/checkpoint.json"), reverse=True), folder / "meta.json"]
+    for path in filter(Path.is_file, described):
+        try:
+            return tokenizer.from_json(json.loads(path.read_text(encoding="utf-8"))["tokenizer"]).to_json()
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+            raise UserError(f"{path}: cannot read its tokenizer ({e})") from None
+    if (folder / "meta.pkl").is_file():
+        return read_meta(folder)["tokenizer"]
+    if (folder / "ckpt.pt").is_file():
+        raise UserError(f"{folder}: the original nanoGPT keeps the tokenizer with the data; name the dataset's folder")
+    return hugging_face_tokenizer.read(folder)
+
+
+def require_same_tokenizer(dataset: str, of_dataset: dict, of_model: dict, model: str | Path) -> None:
+    """Raise UserError unless a dataset and the model named or stored at `model` have the same tokenizer, as JSON."""
+    try:
+        if tokenizer.same(of_dataset, of_model):
+            return
+    except (ImportError, OSError) as e:
+        raise UserError(f"--dataset={dataset}: cannot compare its tokenizer with the model's: {e}") from None
+    kind = of_model["type"] if of_model["type"] in ("byte", "gpt2") else shlex.quote(str(model))
+    raise UserError(
+        f"--dataset={dataset}: its tokenizer is not the one of the model in {model}; "
+        f"nanogpt prepare SOURCE --dataset=NAME --tokenizer={kind} prepares a matching dataset"
+    )

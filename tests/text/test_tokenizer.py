@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.text import cutting
 from nanogpt.text import tokenizer as tok
 from nanogpt.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Stream, from_json, named
 
@@ -342,9 +343,9 @@ def test_long_white_space_is_no_problem(gpt2, run, monkeypatch):
     text = "x" + run * (1_200_000 // len(run)) + "y"
     assert gpt2.decode(gpt2.encode(text)) == text
     assert gpt2.encode_numpy(text).tolist() == gpt2.encode(text)
-    monkeypatch.setattr(tok, "LONGEST_RUN", 10)
-    assert tok.without_long_runs("a" + " " * 25 + "b") == ["a" + " " * 10, " " * 10, " " * 5 + "b"]
-    assert tok.without_long_runs("a b" * 100) == ["a b" * 100]
+    monkeypatch.setattr(cutting, "LONGEST_RUN", 10)
+    assert cutting.without_long_runs("a" + " " * 25 + "b") == ["a" + " " * 10, " " * 10, " " * 5 + "b"]
+    assert cutting.without_long_runs("a b" * 100) == ["a b" * 100]
 
 
 # -- JSON
