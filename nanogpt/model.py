@@ -188,7 +188,7 @@ class GPT(nn.Module):
 
     `gpt2`: learned positions, layer norms, GELU. Radford et al. 2019, "Language Models are Unsupervised Multitask
     Learners", section 2.3. `qwen3`: rotary positions, RMS norms without gains, normalised queries and keys, SwiGLU.
-    Yang et al. 2025, "Qwen3 Technical Report", section 2. Other programs load either, see `nanogpt.formats.export`.
+    Yang et al. 2025, "Qwen3 Technical Report", section 2. Other programs load either, see `nanogpt.formats.hugging_face`.
     """
 
     def __init__(self, config):
@@ -259,13 +259,6 @@ class GPT(nn.Module):
 
         new = list(generate(self, idx, max_new_tokens, temperature, top_k, **others))
         return torch.cat([idx, *new], dim=1)
-
-    @classmethod
-    def from_pretrained(cls, name_or_folder, dropout=0.0):
-        """GPT-2's weights, by name (`gpt2`, ...) or from a Hugging Face folder. See `nanogpt.formats.export`."""
-        from nanogpt.formats.export import from_pretrained  # a convenience; files live above the model
-
-        return from_pretrained(name_or_folder, dropout)
 
     def load_weights(self, tensors):
         """Copy {parameter name: tensor} into the parameters. Raises ValueError where names or shapes differ."""

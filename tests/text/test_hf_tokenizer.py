@@ -13,7 +13,7 @@ from nanogpt import data
 from nanogpt.commands import cli
 from nanogpt.config import UserError
 from nanogpt.evaluate import byte_lengths
-from nanogpt.formats.export import to_hugging_face
+from nanogpt.formats.hugging_face import to_hugging_face
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.text import prepare
 from nanogpt.text.tokenizer import CharTokenizer, GPT2Tokenizer, Stream, from_folder, from_hugging_face, from_json, same

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import nanogpt.formats.export
 from nanogpt.config import RunFailed, UserError
-from nanogpt.formats.export import is_hugging_face, read_tokenizer, to_hugging_face
+from nanogpt.formats import hugging_face
+from nanogpt.formats.hugging_face import is_hugging_face, to_hugging_face
+from nanogpt.formats.pretrained import from_pretrained, read_tokenizer
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_json
 
@@ -51,7 +52,7 @@ def saved(tmp_path):
 
 def problem(folder):
     with pytest.raises(UserError) as caught:
-        GPT.from_pretrained(folder)
+        from_pretrained(folder)
     (only,) = caught.value.problems
     assert str(folder) in only and "\n" not in only
     return only
@@ -59,7 +60,7 @@ def problem(folder):
 
 @torch.no_grad()
 def assert_same_logits(reference, folder):
-    model = GPT.from_pretrained(folder).eval()
+    model = from_pretrained(folder).eval()
     ids = torch.randint(0, 97, (2, 24), generator=torch.Generator().manual_seed(2))
     expected = reference(ids).logits
     assert expected.std() > 0.1
@@ -107,13 +108,13 @@ def test_names_with_and_without_a_prefix_are_known(saved):
 def test_half_precision_weights_become_float32(saved):
     weights = load_file(saved / "model.safetensors")
     save_file({name: w.half() for name, w in weights.items()}, saved / "model.safetensors")
-    model = GPT.from_pretrained(saved)
+    model = from_pretrained(saved)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert torch.equal(model.transformer.wpe.weight, weights["transformer.wpe.weight"].half().float())
 
 
 def test_the_shape_comes_from_the_folder_and_dropout_from_the_caller(saved):
-    config = GPT.from_pretrained(saved, dropout=0.3).config
+    config = from_pretrained(saved, dropout=0.3).config
     assert (config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd) == (24, 97, 3, 4, 32)
     assert (config.dropout, config.bias, config.activation) == (0.3, True, "gelu_new")
 
@@ -146,7 +147,7 @@ def test_a_gpt2_that_this_model_cannot_follow_is_refused_by_name(saved, key, val
 
 def test_the_usual_inner_width_may_be_written_out(saved):
     change_config(saved, n_inner=4 * 32)
-    GPT.from_pretrained(saved)
+    from_pretrained(saved)
 
 
 def test_another_architecture_is_refused_by_name(saved):
@@ -340,7 +341,7 @@ def test_a_qwen3_whose_window_is_shorter_than_its_context_is_refused(tmp_path):
     change_config(tmp_path / "to", sliding_window=23)
     assert "sliding_window = 23 is not supported" in problem(tmp_path / "to")
     change_config(tmp_path / "to", use_sliding_window=False)
-    GPT.from_pretrained(tmp_path / "to")
+    from_pretrained(tmp_path / "to")
 
 
 def test_a_gpt2_is_written_with_openais_names_and_read_with_and_without_a_prefix(tmp_path):
@@ -354,7 +355,7 @@ def test_a_gpt2_is_written_with_openais_names_and_read_with_and_without_a_prefix
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
     assert torch.equal(theirs.transformer.wte.weight, model.transformer.wte.weight[: CHARS.vocab_size])
     save_file({f"transformer.{name}": t for name, t in tensors.items()}, folder / "model.safetensors")  # as before
-    again = GPT.from_pretrained(folder)
+    again = from_pretrained(folder)
     assert all(torch.equal(a[: len(b)], b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
@@ -362,7 +363,7 @@ def test_a_gpt2_is_written_with_openais_names_and_read_with_and_without_a_prefix
 def test_what_was_written_can_be_read_again(tmp_path, kind):
     model = our_model(**kind)
     to_hugging_face(model, CHARS, tmp_path / "to")
-    again = GPT.from_pretrained(tmp_path / "to")
+    again = from_pretrained(tmp_path / "to")
     assert again.config == dataclasses.replace(model.config, vocab_size=CHARS.vocab_size)
     expected = dict(model.named_parameters())
     for name, p in again.named_parameters():
@@ -444,7 +445,7 @@ def test_all_files_of_an_export_can_be_read_by_the_same_people(tmp_path):
 
 def test_an_export_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
     events, rename = [], os.rename
-    monkeypatch.setattr(nanogpt.formats.export.files, "flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(hugging_face.files, "flush", lambda path: events.append(path.name))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("renamed"), rename(a, b)))
     to_hugging_face(our_model(), CHARS, tmp_path / "to")
     *before, folder, renamed, parent = events
@@ -460,7 +461,7 @@ def test_a_qwen3_with_gains_is_refused_by_name(tmp_path, name):
     tensors[name][-1] = 1.5
     save_file(tensors, path)
     with pytest.raises(UserError, match=f"{name} has gains"):
-        GPT.from_pretrained(tmp_path / "to")
+        from_pretrained(tmp_path / "to")
 
 
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -481,14 +482,14 @@ def test_a_qwen3_that_this_model_cannot_follow_is_refused_by_name(tmp_path, key,
     path = tmp_path / "to" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=f"{key.replace('parameters', '(theta|scaling)')} = .* is not supported"):
-        GPT.from_pretrained(tmp_path / "to")
+        from_pretrained(tmp_path / "to")
 
 
 def test_what_transformers_saved_again_can_be_read(tmp_path):
     model = our_model(architecture="qwen3")
     to_hugging_face(model, CHARS, tmp_path / "to")
     load_theirs(tmp_path / "to").save_pretrained(tmp_path / "again")
-    again = GPT.from_pretrained(tmp_path / "again")
+    again = from_pretrained(tmp_path / "again")
     assert torch.equal(again.transformer.h[1].mlp.up_proj.weight, model.transformer.h[1].mlp.up_proj.weight)
 
 
@@ -508,7 +509,7 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nanogpt.formats.export, "save_file", fail)
+    monkeypatch.setattr(hugging_face, "save_file", fail)
     with pytest.raises(RunFailed, match="No space left"):
         to_hugging_face(our_model(), CHARS, tmp_path / "to")
     assert not list(tmp_path.iterdir())
@@ -519,6 +520,10 @@ def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path):
     (tmp_path / ".to.tmp" / "model.safetensors").write_bytes(b"half")
     to_hugging_face(our_model(), CHARS, tmp_path / "to")
     assert [p.name for p in tmp_path.iterdir()] == ["to"]
-    assert torch.equal(
-        GPT.from_pretrained(tmp_path / "to").transformer.ln_f.weight, our_model().transformer.ln_f.weight
-    )
+    assert torch.equal(from_pretrained(tmp_path / "to").transformer.ln_f.weight, our_model().transformer.ln_f.weight)
+
+
+def test_the_front_door_has_it_as_the_original_does(saved):
+    from model import GPT as theirs
+
+    assert theirs.from_pretrained(saved).config == from_pretrained(saved).config
