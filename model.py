@@ -7,9 +7,9 @@ python=$(dirname "$0")/.venv/bin/python
 exec "$python" "$0" "$@"
 """
 
-from nanogpt.formats.export import from_pretrained
+from nanogpt.formats.pretrained import from_pretrained
 from nanogpt.model import GPT, GPTConfig
 
-GPT.from_pretrained = staticmethod(from_pretrained)  # by the name that users of the original know
+GPT.from_pretrained = staticmethod(from_pretrained)  # as the original nanoGPT is called
 
 __all__ = ["GPT", "GPTConfig"]

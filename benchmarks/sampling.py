@@ -26,7 +26,7 @@ import nanogpt  # noqa: E402, F401  (before PyTorch: it says how the threads wai
 import torch  # noqa: E402
 
 from nanogpt import quantize  # noqa: E402
-from nanogpt.formats import export  # noqa: E402
+from nanogpt.formats import hugging_face as hf  # noqa: E402
 from nanogpt.generate import Engine, Options  # noqa: E402
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
 from nanogpt.run import checkpoint  # noqa: E402
@@ -80,7 +80,7 @@ def hugging_face(model, tok):
 
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        export.to_hugging_face(model, tok, Path(folder) / "hf")
+        hf.to_hugging_face(model, tok, Path(folder) / "hf")
         return AutoModelForCausalLM.from_pretrained(Path(folder) / "hf").eval()
 
 

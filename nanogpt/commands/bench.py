@@ -1,11 +1,12 @@
 """Where the time of an iteration goes: `bench.py`, for any config.
 
-It trains as the loop in train.py does, waits for the device after each phase, and leaves nothing behind. The yardstick
-is what the machine does with the matrix products of this model alone.
+It trains as the loop in train.py does, but waits for the device after each phase and saves nothing. The yardstick is
+the speed of this model's matrix products alone.
 """
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -13,21 +14,22 @@ from nanogpt import data, optim, step
 from nanogpt.config import BenchConfig, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import compile, distributed, health, memory, settings, speed, start
+from nanogpt.run.distributed import Dist
 from nanogpt.run.run import Run, TrainState
 from nanogpt.text.dataset import open_dataset
 
 PHASES = ("data", "forward", "backward", "optimizer")
 
 
-def main(argv):
-    """`bench.py`, given its arguments."""
+def main(argv: list[str]) -> None:
+    """Run `bench.py` with these arguments."""
     cfg = settings.load(BenchConfig, argv, "bench.py")
     with distributed.setup(cfg) as dist:
         distributed.choose_seed(cfg, dist)
         report(*measure(cfg, dist))
 
 
-def measure(cfg, dist):
+def measure(cfg: BenchConfig, dist: Dist) -> tuple[Run, float, list[dict[str, float]]]:
     """(Run, peak FLOP/s, for each of `iters` iterations the seconds of each phase)."""
     micro_steps, size = data.share_batch(cfg, dist.world_size)
     run = make_run(cfg, dist)
@@ -36,27 +38,24 @@ def measure(cfg, dist):
     batch = size, cfg.block_size
     run.model = dist.wrap(compile.compiled(run.gpt, cfg, dist, batch, batch, dist.max(int(ahead))))
     dist.say(f"bench: {cfg.warmup} iterations to warm up, {cfg.iters} to measure")
-    seconds = [measure_step(run, micro_steps, size) for _ in range(cfg.warmup + cfg.iters)]
+    clock = Clock(dist)
+    run.batches.get = clock.timed(run.batches.get)
+    run.model.register_forward_hook(lambda *_: clock.ends("forward"))
+    seconds = [measure_step(run, size, clock) for _ in range(cfg.warmup + cfg.iters)]
     return run, peak, seconds[cfg.warmup :]
 
 
-def measure_step(run, micro_steps, size):
-    """Seconds of each phase of a step. Data and forward passes are measured once more alone, to tell them apart."""
-    clock, first = Clock(run.dist), run.state.windows
-    batches = [run.batches.get(first + micro_step * size, size) for micro_step in range(micro_steps)]
-    data_time = clock.lap()
-    for x, y in batches:
-        with run.dist.synchronised(run.model, last=False), run.dist.autocast():
-            step.loss_terms(run.model, x, y)
-    forward = clock.lap()
+def measure_step(run: Run, size: int, clock: "Clock") -> dict[str, float]:
+    """Seconds of each phase of a training step in micro-batches of `size` sequences."""
+    clock.restart()
     loss = step.gradients(run, size)
-    gradients = clock.lap()
+    clock.ends("backward")
     step.update(run, loss)
-    backward = gradients - forward - data_time
-    return dict(zip(PHASES, (data_time, forward, backward, clock.lap()), strict=True))
+    clock.ends("optimizer")
+    return clock.seconds
 
 
-def make_run(cfg, dist):
+def make_run(cfg: BenchConfig, dist: Dist) -> Run:
     """A Run of a new model, on the dataset if it is prepared, otherwise on random tokens."""
     torch.manual_seed(cfg.seed)
     per_step, vocab_size = cfg.gradient_accumulation_steps * cfg.batch_size, cfg.vocab_size
@@ -78,42 +77,58 @@ def make_run(cfg, dist):
 
 
 class RandomBatches:
-    """What `data.Batches` is, of tokens that mean nothing."""
+    """Random tokens, with the interface of `data.Batches`."""
 
-    def __init__(self, cfg, dist, per_step):
+    def __init__(self, cfg: BenchConfig, dist: Dist, per_step: int):
         self.cfg, self.dist, self.per_step = cfg, dist, per_step
 
-    def get(self, first, size):
+    def get(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (B=size, T), on the device."""
         ids = torch.randint(self.cfg.vocab_size, (size, self.cfg.block_size + 1))
         return self.dist.to_device(ids[:, :-1].contiguous()), self.dist.to_device(ids[:, 1:].contiguous())
 
-    def weight(self, first, size, step_first):
-        """All positions have a target."""
+    def weight(self, first: int, size: int, begin: int) -> float:
+        """1.0: every position has a target."""
         return 1.0
 
 
-def tokens_per_iter(cfg):
+def tokens_per_iter(cfg: BenchConfig) -> int:
     """Tokens in an iteration, over all processes."""
     return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
 
 
 class Clock:
-    """Measures seconds; waits for the device at the end of each lap."""
+    """Adds up the seconds of each phase; waits for the device at the end of each."""
 
-    def __init__(self, dist):
-        self.device, self.mark = dist.device, 0.0
-        self.lap()
+    def __init__(self, dist: Dist):
+        self.device = dist.device
+        self.restart()
 
-    def lap(self):
-        """Seconds since the last lap."""
+    def restart(self) -> None:
+        """Begin a step."""
+        speed.synchronize(self.device)
+        self.seconds, self.mark = dict.fromkeys(PHASES, 0.0), time.perf_counter()
+
+    def ends(self, phase: str) -> None:
+        """Count the time since the last phase as that of `phase`."""
         speed.synchronize(self.device)
         before, self.mark = self.mark, time.perf_counter()
-        return self.mark - before
+        self.seconds[phase] += self.mark - before
+
+    def timed(self, get: Callable) -> Callable:
+        """`get`, which returns a batch, as the phase `data`; what comes before it is the last backward pass."""
+
+        def timed_get(first, size):
+            self.ends("backward")
+            batch = get(first, size)
+            self.ends("data")
+            return batch
+
+        return timed_get
 
 
-def report(run, peak, seconds):
-    """Print the table: medians, and the share of what the products alone would take."""
+def report(run: Run, peak: float, seconds: list[dict[str, float]]) -> None:
+    """Print the table: median times, and the speed relative to the peak and to the matrix products alone."""
     cfg, dist, model = run.cfg, run.dist, run.gpt
     rate = speed.products_rate(model, dist, data.share_batch(cfg, dist.world_size)[1] * cfg.block_size)
     if not dist.is_main:

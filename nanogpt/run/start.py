@@ -13,9 +13,10 @@ import torch
 
 from nanogpt import config, data, files, optim
 from nanogpt.config import GPT2_NAMES, RunFailed, UserError
-from nanogpt.formats import export
+from nanogpt.formats import hugging_face, pretrained
+from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import checkpoint, compile, distributed, health, memory, signals, trackers
+from nanogpt.run import checkpoint, compile, distributed, health, memory, signals, trackers, trained
 from nanogpt.run.run import Run, TrainState
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 
@@ -32,7 +33,7 @@ def settings_to_resume(cfg):
     """The settings of the run that is to go on, and its folder; none where there is none."""
     if cfg.init_from not in ("resume", "auto"):
         return {}, None
-    found = checkpoint.peek(cfg.out_dir) or export.from_nanogpt(cfg.out_dir)
+    found = checkpoint.peek(cfg.out_dir) or from_nanogpt(cfg.out_dir)
     return ({}, None) if found is None else (settings_before(found), str(found.folder))
 
 
@@ -54,21 +55,16 @@ def say_what_differs(cfg, found, dist):
 
 
 def find_start(cfg, dist):
-    """What `init_from` means: None (from scratch), a Checkpoint, or the name or folder of a GPT-2 for `export`."""
+    """What `init_from` means: None (from scratch), a Checkpoint, or the name or folder of a pretrained model."""
     if cfg.init_from == "scratch":
         return None
-    if cfg.init_from in ("resume", "auto"):
-        found = checkpoint.newest(cfg.out_dir, dist.say) or export.from_nanogpt(cfg.out_dir)
-        if found is None and cfg.init_from == "resume":
-            raise UserError(
-                f"--init_from=resume: {cfg.out_dir}/ holds no checkpoint; "
-                "--init_from=scratch starts a run there, --out_dir=... names another folder"
-            )
-        return found
-    if cfg.init_from in GPT2_NAMES or export.is_hugging_face(cfg.init_from):
-        return cfg.init_from
-    found = checkpoint.best(cfg.init_from, dist.say) or export.from_nanogpt(cfg.init_from)
-    if found is None:
+    found = trained.find(cfg, dist.say, newest=cfg.init_from in ("resume", "auto"))
+    if found is None and cfg.init_from == "resume":
+        raise UserError(
+            f"--init_from=resume: {cfg.out_dir}/ holds no checkpoint; "
+            "--init_from=scratch starts a run there, --out_dir=... names another folder"
+        )
+    if found is None and cfg.init_from != "auto":
         known = ("scratch", "resume", "auto", *GPT2_NAMES)
         raise UserError(
             f"--init_from={cfg.init_from}: expected {', '.join(known)}, a folder in Hugging Face's format, "
@@ -92,8 +88,8 @@ def make_model(cfg, found, dataset, dist):
         require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, found.tokenizer, origin)
         model = checkpoint.load_model(found, cfg.dropout)
     else:
-        require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, export.read_tokenizer(found), found)
-        model = export.from_pretrained(found, cfg.dropout)
+        require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, pretrained.read_tokenizer(found), found)
+        model = pretrained.from_pretrained(found, cfg.dropout)
         if dataset.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"--dataset={cfg.dataset}: its vocabulary of {dataset.vocab_size} does not fit "
@@ -117,7 +113,7 @@ def choose_context(cfg, found, dist):
     of = (
         found.model_config["block_size"]
         if isinstance(found, checkpoint.Checkpoint)
-        else export.read_config(Path(found), 0.0).block_size
+        else hugging_face.read_config(Path(found)).block_size
     )
     if of < cfg.block_size:
         dist.say(f"context: {of} tokens, as the model has (--block_size)")

@@ -1,13 +1,18 @@
-"""A trained model and its tokenizer, from a run's folder or from GPT-2's weights, for the programs that use one."""
+"""What `init_from` means, and the trained model and tokenizer that it names."""
 
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nanogpt.config import GPT2_NAMES, UserError
-from nanogpt.formats import export
+from nanogpt.config import GPT2_NAMES, EvalConfig, ExportConfig, ServeConfig, TextConfig, TrainConfig, UserError
+from nanogpt.formats import hugging_face, pretrained
+from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT
 from nanogpt.run import checkpoint
+from nanogpt.run.checkpoint import Checkpoint
+from nanogpt.run.distributed import Dist
 from nanogpt.text import tokenizer
 
 
@@ -16,33 +21,49 @@ class Trained:
     """A model on the CPU, and what is known of it."""
 
     model: GPT
-    tokenizer: object
+    tokenizer: Any
     tokenizer_json: dict
-    settings: dict  # the latest of the run that trained it; none of GPT-2's
-    folder: str  # that it lies in, or GPT-2's name
-    checkpoint: object = None  # the checkpoint.Checkpoint that it was read from; none of Hugging Face's
+    settings: dict  # the latest settings of the run that trained it; none of a pretrained model
+    folder: str  # or GPT-2's name
+    checkpoint: Checkpoint | None = None  # that it was read from; None of a pretrained model
 
 
-def load(cfg, dist):
-    """The Trained that `init_from` names: the best of the run in `out_dir`, a GPT-2, or a folder. UserError where there is none."""
-    if cfg.init_from in GPT2_NAMES or (cfg.init_from != "resume" and export.is_hugging_face(cfg.init_from)):
-        tokenizer_json = export.read_tokenizer(cfg.init_from)
-        return fitting(export.from_pretrained(cfg.init_from), tokenizer_json, {}, cfg.init_from)
-    folder = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
-    found = checkpoint.best(folder, dist.say) or export.from_nanogpt(folder)
+def find(
+    cfg: TrainConfig | TextConfig | EvalConfig | ExportConfig | ServeConfig, say: Callable, newest: bool = False
+) -> Checkpoint | str | None:
+    """What `init_from` names, for all programs: a GPT-2 or a Hugging Face folder as it is, else a Checkpoint.
+
+    `resume` and `auto` mean `out_dir`, anything else a folder. Its checkpoint is the best one, or the newest. None if
+    there is none.
+    """
+    resuming = cfg.init_from in ("resume", "auto")
+    if cfg.init_from in GPT2_NAMES or (not resuming and hugging_face.is_hugging_face(cfg.init_from)):
+        return cfg.init_from
+    folder = cfg.out_dir if resuming else cfg.init_from
+    return (checkpoint.newest if newest else checkpoint.best)(folder, say) or from_nanogpt(folder)
+
+
+def load(cfg: TextConfig | EvalConfig | ExportConfig | ServeConfig, dist: Dist) -> Trained:
+    """The Trained that `init_from` names: the best of the run in `out_dir`, a GPT-2, or a folder. Raises UserError if there is none."""
+    found = find(cfg, dist.say)
+    if isinstance(found, str):
+        tokenizer_json = pretrained.read_tokenizer(found)  # first, as it costs little
+        return with_tokenizer(pretrained.from_pretrained(found), tokenizer_json, {}, found)
+    name = "out_dir" if cfg.init_from in ("resume", "auto") else "init_from"
+    folder = getattr(cfg, name)
     if found is None:
         there = sorted(str(p.parent) for p in Path().glob("*/checkpoints"))
         hint = f"; there are some in {', '.join(there)}" if there else "; train.py makes one"
-        raise UserError(
-            f"--{'out_dir' if cfg.init_from == 'resume' else 'init_from'}={folder}: holds no checkpoint{hint}"
-        )
+        raise UserError(f"--{name}={folder}: holds no checkpoint{hint}")
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
     latest = checkpoint.peek(folder) or found
-    return fitting(checkpoint.load_model(found), found.tokenizer, latest.settings, folder, found)
+    return with_tokenizer(checkpoint.load_model(found), found.tokenizer, latest.settings, folder, found)
 
 
-def fitting(model, tokenizer_json, settings, folder, found=None):
-    """The Trained of a model and its tokenizer. UserError if the tokenizer has ids that the model does not have."""
+def with_tokenizer(
+    model: GPT, tokenizer_json: dict, settings: dict, folder: str, found: Checkpoint | None = None
+) -> Trained:
+    """The Trained of a model and its tokenizer. Raises UserError if the tokenizer has ids that the model lacks."""
     tok, V = open_tokenizer(tokenizer_json), model.config.vocab_size
     if tok.vocab_size > V:
         raise UserError(
@@ -51,7 +72,7 @@ def fitting(model, tokenizer_json, settings, folder, found=None):
     return Trained(model, tok, tokenizer_json, settings, folder, found)
 
 
-def known(text, tok):
+def known(text: str, tok: Any) -> tuple[str, str | None]:
     """(a prompt, with accents composed or decomposed as the vocabulary has them; a line about what it lacks, or None)."""
     if not isinstance(tok, tokenizer.CharTokenizer):
         return text, None
@@ -61,8 +82,8 @@ def known(text, tok):
     return text, f"{tok.about_unknown(text)}; the model sees its token for unknown characters there"
 
 
-def open_tokenizer(tokenizer_json):
-    """The tokenizer that a checkpoint describes. UserError where it cannot be had."""
+def open_tokenizer(tokenizer_json: dict) -> Any:
+    """The tokenizer that a checkpoint describes. Raises UserError if it cannot be made."""
     try:
         return tokenizer.from_json(tokenizer_json)
     except (ImportError, OSError, ValueError) as e:

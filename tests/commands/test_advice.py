@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanogpt.commands import advice
-from nanogpt.commands.advice import Run, advise, choose, command, duration, measure, rounded
+from nanogpt.commands.advice import Plan, advise, choose, command, duration, measure, rounded
 from nanogpt.config import TrainConfig
 from nanogpt.model import GPT
 from nanogpt.run.distributed import Dist
@@ -25,7 +25,7 @@ SMALLEST, LARGEST = advice.SHAPES[0], advice.SHAPES[-1]
 
 
 def run(tokens=10**6, vocab_size=66, shape=SMALLEST, val=10**5):
-    return Run(shape, vocab_size, tokens, val)
+    return Plan(shape, vocab_size, tokens, val)
 
 
 def test_counts_are_those_of_the_model():

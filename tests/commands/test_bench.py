@@ -1,9 +1,11 @@
 """bench.py: what it prints, and that it leaves nothing behind."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support import Door, free_port
 
 from nanogpt.commands import bench
 from nanogpt.config import BenchConfig
@@ -48,28 +50,34 @@ def test_what_is_measured_is_the_model_of_the_settings(dist, tmp_path, monkeypat
 
 
 def test_each_phase_has_its_own_time(dist, tmp_path, monkeypatch):
-    """By a clock that advances with the work: an hour a batch, 20 minutes a forward pass, a minute an update."""
+    """By a clock that only the work moves: an hour a batch, 20 minutes a forward pass, a minute an update."""
     monkeypatch.chdir(tmp_path)
-    run, now = bench.make_run(load(BenchConfig, SMALL, "bench.py"), dist), [0.0]
+    now = [0.0]
 
-    def takes(seconds, real):
+    def takes(seconds, owner, name):
+        real = getattr(owner, name)
+
         def work(*args, **kwargs):
             now[0] += seconds
             return real(*args, **kwargs)
 
-        return work
+        monkeypatch.setattr(owner, name, work)
 
-    run.batches.get = takes(3600.0, run.batches.get)
-    run.model = takes(1200.0, run.model)
-    run.optimizer.step = takes(60.0, run.optimizer.step)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(torch.Tensor, "backward", takes(2400.0, torch.Tensor.backward))
-    assert bench.measure_step(run, micro_steps=2, size=2) == {
-        "data": 7200.0,
-        "forward": 2400.0,
-        "backward": 4800.0,
-        "optimizer": 60.0,
-    }
+    takes(3600.0, bench.RandomBatches, "get")
+    takes(1200.0, GPT, "forward")
+    takes(2400.0, torch.Tensor, "backward")
+    takes(60.0, bench.optim.AdamW, "step")
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    _, _, seconds = bench.measure(load(BenchConfig, SMALL, "bench.py"), dist)
+    assert seconds == [{"data": 7200.0, "forward": 2400.0, "backward": 4800.0, "optimizer": 60.0}] * 3
+
+
+def test_two_processes_share_an_iteration(tmp_path):
+    place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    doors = [Door(tmp_path, ["bench", *SMALL], f"log-{r}", place | dict(RANK=r, LOCAL_RANK=r)) for r in "01"]
+    assert [door.end() for door in doors] == [0, 0], doors[0].printed
+    assert re.search(r"^iteration +32 tokens, ", doors[0].printed, re.M)
+    assert "iteration " not in doors[1].printed
 
 
 def test_without_a_dataset_the_tokens_are_random_and_one_line_says_so(run):

@@ -13,7 +13,8 @@ from support import SMALL, losses, write_tokenizer
 
 from nanogpt import config, data, train
 from nanogpt.commands import cli
-from nanogpt.formats import export, legacy
+from nanogpt.formats import legacy
+from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import checkpoint, settings, start
 from nanogpt.text.dataset import open_dataset, read_meta
@@ -90,7 +91,7 @@ def test_it_samples(old, capsys):
 
 
 def test_its_weights_are_the_very_same(old):
-    model = checkpoint.load_model(export.from_nanogpt("out"))
+    model = checkpoint.load_model(from_nanogpt("out"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), old[0].parameters(), strict=True))
 
 
@@ -137,17 +138,17 @@ def test_a_resumed_one_has_its_own_settings_and_this_machines_device(old):
 
 
 def test_the_best_loss_so_far_is_known(old):
-    found = export.from_nanogpt("out")
+    found = from_nanogpt("out")
     assert found.val_loss == found.state["best_val_loss"] == 2.5
 
 
 def test_the_characters_may_come_from_a_dataset_prepared_anew(old):
-    chars = export.from_nanogpt("out").tokenizer
+    chars = from_nanogpt("out").tokenizer
     Path("data/tiny/meta.pkl").unlink()
     Path("data/tiny/meta.json").write_text(
         json.dumps({"tokenizer": chars, "vocab_size": len(chars["chars"]), "dtype": "uint16"})
     )
-    assert export.from_nanogpt("out").tokenizer == chars == {"type": "char", "chars": chars["chars"]}
+    assert from_nanogpt("out").tokenizer == chars == {"type": "char", "chars": chars["chars"]}
 
 
 def test_finetuning_from_it(old, capsys):
@@ -172,7 +173,7 @@ def test_a_model_with_biases_resumes_too(old, capsys):
     found = nanogpt_checkpoint(model, optimizer, 1)
     found["model_args"]["bias"] = True
     torch.save(found, "out/ckpt.pt")
-    moments = export.from_nanogpt("out").optimizer_tensors()
+    moments = from_nanogpt("out").optimizer_tensors()
     for name, p in model.named_parameters():
         assert torch.equal(moments[f"exp_avg.{name}"], optimizer.state[p]["exp_avg"])
     train.main([*SMALL, *RESUME, "--max_iters=2"])
@@ -364,7 +365,7 @@ def test_the_characters_of_a_model_that_lost_its_data_are_asked_for(old, capsys)
 
 @pytest.mark.parametrize("command", ["sample --device=cpu", "train --init_from=resume"])
 def test_a_tokenizer_of_another_size_than_the_models_is_not_its_own(old, capsys, command):
-    chars = export.from_nanogpt("out").tokenizer["chars"]
+    chars = from_nanogpt("out").tokenizer["chars"]
     Path("data/tiny/meta.pkl").unlink()
     tokenizer = {"type": "char", "chars": chars[:-1]}
     Path("data/tiny/meta.json").write_text(
@@ -384,7 +385,7 @@ def test_a_vocabulary_is_gpt2s_if_the_original_would_have_made_it_so(tmp_path, m
     random_update(model, optimizer := nanogpt_optimizer(model), torch.Generator().manual_seed(1))
     torch.save(found | {"optimizer": optimizer.state_dict()}, "out/ckpt.pt")
     if known:
-        assert export.from_nanogpt("out").tokenizer == {"type": "gpt2"}
+        assert from_nanogpt("out").tokenizer == {"type": "gpt2"}
     else:
         with pytest.raises(config.UserError, match="meta.pkl, which is missing"):
-            export.from_nanogpt("out")
+            from_nanogpt("out")

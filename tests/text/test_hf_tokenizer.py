@@ -12,7 +12,7 @@ from support import ROOT, SMALL, write_tokenizer
 from nanogpt.commands import cli
 from nanogpt.config import UserError
 from nanogpt.evaluate import byte_lengths
-from nanogpt.formats.export import to_hugging_face
+from nanogpt.formats.hugging_face import to_hugging_face
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.text import prepare
 from nanogpt.text.dataset import tokenizer_of, write_dataset

@@ -1,28 +1,23 @@
-"""Other projects' formats: models as Hugging Face keeps them, checkpoints of the original nanoGPT.
-
-`from_pretrained` and `from_nanogpt` read, `to_hugging_face` writes.
-"""
+"""Folders in Hugging Face's format: `load` reads a model, `to_hugging_face` writes one and its tokenizer."""
 
 import json
 import os
 import shutil
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanogpt import files
-from nanogpt.config import GPT2_NAMES, RunFailed, UserError, installs
-from nanogpt.formats import legacy
+from nanogpt.config import RunFailed, UserError
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
 from nanogpt.run import memory
-from nanogpt.run.checkpoint import Checkpoint
-from nanogpt.text import hugging_face_tokenizer, tokenizer
-from nanogpt.text.dataset import read_meta
+from nanogpt.text import hugging_face_tokenizer
 
-# What a GPT-2 configuration may say, and the only value this model can follow.
+# Values that a GPT-2 configuration must have, as this model computes nothing else.
 FIXED = {
     "n_inner": None,
     "scale_attn_weights": True,
@@ -31,7 +26,6 @@ FIXED = {
     "tie_word_embeddings": True,
 }
 SHAPE = dict(block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd")
-GPT2_SIZES = (50257, 50304)  # vocabularies of the original nanoGPT's models with GPT-2's tokenizer; it rounds up
 QWEN3_SHAPE = dict(
     block_size="max_position_embeddings",
     vocab_size="vocab_size",
@@ -43,14 +37,12 @@ QWEN3_SHAPE = dict(
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def from_pretrained(name_or_folder, dropout=0.0):
-    """A GPT with the weights of a model that transformers knows, on the CPU.
+def load(folder: Path, dropout: float = 0.0) -> GPT:
+    """The GPT in a folder with `config.json` and safetensors or `pytorch_model.bin` files, on the CPU.
 
-    name_or_folder: `gpt2`, `gpt2-medium`, `gpt2-large` or `gpt2-xl`, downloaded by huggingface_hub (and kept in
-    its cache), or a folder with `config.json` and safetensors or `pytorch_model.bin` files as `save_pretrained` of a
-    GPT2LMHeadModel writes them, or `to_hugging_face`. Raises UserError where it is none of them.
+    `to_hugging_face` writes such a folder, and so does `save_pretrained` of a GPT2LMHeadModel. Raises UserError if it
+    is something else.
     """
-    folder = download(name_or_folder) if str(name_or_folder) in GPT2_NAMES else Path(name_or_folder)
     config = read_config(folder, dropout)
     memory.check_size(config, folder)
     tensors = read_weights(folder)
@@ -62,7 +54,7 @@ def from_pretrained(name_or_folder, dropout=0.0):
     return model
 
 
-def from_gpt2(tensors):
+def from_gpt2(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our names and shapes for the tensors of a GPT2LMHeadModel."""
     ours = {}
     for name, tensor in tensors.items():
@@ -73,8 +65,8 @@ def from_gpt2(tensors):
     return ours
 
 
-def from_qwen3(tensors):
-    """Our names for the tensors of a Qwen3ForCausalLM. ValueError where its norms have gains."""
+def from_qwen3(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our names for the tensors of a Qwen3ForCausalLM. Raises ValueError if its norms have gains."""
     ours = {}
     for name, tensor in tensors.items():
         if "norm" in name:
@@ -86,7 +78,7 @@ def from_qwen3(tensors):
     return ours
 
 
-def is_hugging_face(folder):
+def is_hugging_face(folder: str | Path) -> bool:
     """Whether `folder` looks like a model that Hugging Face's transformers saved."""
     return (
         (Path(folder) / "config.json").is_file()
@@ -95,29 +87,7 @@ def is_hugging_face(folder):
     )
 
 
-def read_tokenizer(name_or_folder):
-    """The tokenizer, as JSON, of a model that `from_pretrained` reads. UserError if its folder holds none."""
-    if str(name_or_folder) in GPT2_NAMES:
-        return {"type": "gpt2"}
-    return hugging_face_tokenizer.read(name_or_folder)
-
-
-def download(name):
-    """The local folder of one of OpenAI's models. UserError where it cannot be had."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ModuleNotFoundError:
-        raise UserError(f"{name}: downloading it takes huggingface_hub; {installs('gpt2,hf')} brings it") from None
-    try:
-        return Path(snapshot_download(f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as e:  # of many kinds: network, hub, disk
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise UserError(
-            f"{name}: cannot be downloaded ({reason}); a local folder in Hugging Face's format works too"
-        ) from None
-
-
-def read_config(folder, dropout):
+def read_config(folder: Path, dropout: float = 0.0) -> GPTConfig:
     """The GPTConfig that a Hugging Face `config.json` describes."""
     path = folder / "config.json"
     try:
@@ -152,13 +122,13 @@ def read_config(folder, dropout):
         raise UserError(f"{path}: describes no such model ({type(e).__name__}: {e})") from None
 
 
-def read_weights(folder):
-    """All tensors of a Hugging Face folder, one file or many. Pickled files can hold nothing but tensors."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, of one file or several. Pickled files may hold nothing but tensors."""
+    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not paths:
         raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin")
     tensors = {}
-    for path in files:
+    for path in paths:
         try:
             safe = path.suffix == ".safetensors"
             found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -175,12 +145,11 @@ def read_weights(folder):
     return tensors
 
 
-def to_hugging_face(model, tok, folder):
+def to_hugging_face(model: GPT, tok: Any, folder: str | Path) -> None:
     """Write a model and its tokenizer as transformers' `from_pretrained` reads them: GPT-2's or Qwen3's classes.
 
-    folder: must not exist or be empty; it appears when it is complete. Ids beyond the tokenizer's vocabulary, with
-    which models are padded, are left out. Raises UserError where there is something already, RunFailed where it
-    cannot be written.
+    folder: must be empty or not exist; it appears once it is complete. The ids that pad the model's vocabulary are left
+    out. Raises UserError if the folder holds something, RunFailed if it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -198,7 +167,7 @@ def to_hugging_face(model, tok, folder):
             files.write_json(temporary / name, content)
         weights = temporary / "model.safetensors"
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, weights, {"format": "pt"})
-        shutil.copymode(temporary / "config.json", weights)  # safetensors lets nobody else read
+        shutil.copymode(temporary / "config.json", weights)  # safetensors makes it readable by its owner only
         for path in [*temporary.iterdir(), temporary]:
             files.flush(path)
         os.rename(temporary, folder)
@@ -208,7 +177,7 @@ def to_hugging_face(model, tok, folder):
         raise RunFailed(f"--to={folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
 
 
-def as_gpt2(model, V):
+def as_gpt2(model: GPT, V: int) -> tuple[dict, dict[str, torch.Tensor]]:
     """The config.json and the tensors of a GPT2LMHeadModel with a vocabulary of V."""
     ours = model.config
     config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", **FIXED}
@@ -218,19 +187,19 @@ def as_gpt2(model, V):
     named = {name.removeprefix("transformer."): t for name, t in model.named_parameters()}  # OpenAI's own names
     tensors = {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in named.items()}
     tensors["wte.weight"] = model.transformer.wte.weight[:V]
-    if not ours.bias:  # theirs always has some
+    if not ours.bias:  # theirs always has biases
         layers = [name.removesuffix(".weight") for name in tensors if name.startswith(("h.", "ln_f."))]
         widths = {f"{name}.bias": tensors[f"{name}.weight"].shape[-1] for name in layers}  # (in, out), or (out)
         tensors |= {name: torch.zeros(width) for name, width in widths.items()}
     return config, tensors
 
 
-def as_qwen3(model, V):
+def as_qwen3(model: GPT, V: int) -> tuple[dict, dict[str, torch.Tensor]]:
     """The config.json and the tensors of a Qwen3ForCausalLM with a vocabulary of V. Its norms get gains of 1."""
     ours, layers = model.config, model.transformer.h
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **qwen3_fixed(vars(ours))}
     config |= {theirs: getattr(ours, name) for name, theirs in QWEN3_SHAPE.items()} | {"vocab_size": V}
-    # each token looks at the last block_size ones, past the end of the context too
+    # as here, where a token past the end of the context attends to the last block_size ones
     config |= {"use_sliding_window": True, "sliding_window": ours.block_size, "max_window_layers": 0}
     config["layer_types"] = ["sliding_attention"] * ours.n_layer
     tensors = {
@@ -248,8 +217,8 @@ def as_qwen3(model, V):
     return config, tensors
 
 
-def qwen3_fixed(shape):
-    """What a Qwen3 configuration may say beside its shape, and the only value that this model can follow."""
+def qwen3_fixed(shape: Mapping) -> dict:
+    """Values that a Qwen3 configuration of this shape must have, as this model computes nothing else."""
     return {
         "intermediate_size": gated_width(shape["n_embd"]),
         "num_key_value_heads": shape["n_head"],
@@ -264,65 +233,8 @@ def qwen3_fixed(shape):
     }
 
 
-def check_window(found, block_size, path):
-    """Raise UserError if a Qwen3 configuration lets tokens see less than its context; past its end, ours slides too."""
+def check_window(found: dict, block_size: int, path: Path) -> None:
+    """Raise UserError if a Qwen3 configuration has a sliding window that is shorter than its context."""
     window = found.get("sliding_window") if found.get("use_sliding_window") else None
     if window is not None and window < block_size:
         raise UserError(f"{path}: sliding_window = {window!r} is not supported; it must be the context, {block_size}")
-
-
-def from_nanogpt(out_dir):
-    """The Checkpoint in the original nanoGPT's `ckpt.pt`, None where there is no such file in `out_dir`.
-
-    Raises UserError where it is damaged, or more than data.
-    """
-    path = Path(out_dir) / "ckpt.pt"
-    if not path.is_file():
-        return None
-    found = legacy.read_checkpoint(path)
-    try:
-        settings, step = found["config"], int(found["iter_num"])
-        tokenizer_json = legacy_tokenizer(settings["dataset"], found["model_args"]["vocab_size"], path)
-        config = GPTConfig(**found["model_args"])
-        memory.check_size(config, path)
-        moments = legacy_moments(GPT(config), found["optimizer"]["state"])
-        losses = {"val": float(found["best_val_loss"])}
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
-        if isinstance(e, UserError):
-            raise
-        raise UserError(
-            f"{path}: is no checkpoint of nanoGPT that this version knows ({type(e).__name__}: {e})"
-        ) from None
-    state = {"step": step, "losses": losses, "best_val_loss": losses["val"]}
-    return Checkpoint(
-        path, step, state, asdict(config), tokenizer_json, settings, {}, in_memory=(found["model"], moments)
-    )
-
-
-def legacy_moments(model, state):
-    """nanoGPT's AdamW state, numbered in its order (matrices first, then vectors), under our names."""
-    params = list(model.named_parameters())
-    ordered = [n for n, p in params if p.dim() >= 2] + [n for n, p in params if p.dim() < 2]
-    return {
-        f"{key}.{name}": torch.as_tensor(state[i][key], dtype=torch.float32)
-        for i, name in enumerate(ordered)
-        for key in ("step", "exp_avg", "exp_avg_sq")
-    }
-
-
-def legacy_tokenizer(dataset, vocab_size, path):
-    """The tokenizer of a nanoGPT model, which lies with its data and not with the model."""
-    meta = Path("data") / Path(dataset).name / "meta.pkl"
-    found, size = {"type": "gpt2"}, tokenizer.GPT2Tokenizer.vocab_size  # what nanoGPT takes if there is no meta.pkl
-    if os.path.isfile(meta):
-        chars = legacy.read_meta(meta)
-        found, size = {"type": "char", "chars": chars}, len(chars)
-    elif os.path.lexists(meta.with_suffix(".json")):
-        meta = meta.with_suffix(".json")
-        described = read_meta(meta.parent)
-        found, size = described["tokenizer"], described["vocab_size"]
-    elif vocab_size not in GPT2_SIZES:
-        raise UserError(f"{path}: its characters are in {meta}, which is missing")
-    if vocab_size != size and (found["type"] != "gpt2" or vocab_size not in GPT2_SIZES):
-        raise UserError(f"{path}: has {vocab_size} tokens, and {meta}, which should be its tokenizer, has {size}")
-    return found

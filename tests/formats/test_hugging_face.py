@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import nanogpt.formats.export
 from nanogpt.config import RunFailed, UserError
-from nanogpt.formats.export import from_pretrained, is_hugging_face, read_tokenizer, to_hugging_face
+from nanogpt.formats import hugging_face
+from nanogpt.formats.hugging_face import is_hugging_face, to_hugging_face
+from nanogpt.formats.pretrained import from_pretrained, read_tokenizer
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.text.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_json
 
@@ -444,7 +445,7 @@ def test_all_files_of_an_export_can_be_read_by_the_same_people(tmp_path):
 
 def test_an_export_takes_its_place_when_it_is_on_the_disk(tmp_path, monkeypatch):
     events, rename = [], os.rename
-    monkeypatch.setattr(nanogpt.formats.export.files, "flush", lambda path: events.append(path.name))
+    monkeypatch.setattr(hugging_face.files, "flush", lambda path: events.append(path.name))
     monkeypatch.setattr(os, "rename", lambda a, b: (events.append("renamed"), rename(a, b)))
     to_hugging_face(our_model(), CHARS, tmp_path / "to")
     *before, folder, renamed, parent = events
@@ -508,7 +509,7 @@ def test_an_export_is_whole_or_absent(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(nanogpt.formats.export, "save_file", fail)
+    monkeypatch.setattr(hugging_face, "save_file", fail)
     with pytest.raises(RunFailed, match="No space left"):
         to_hugging_face(our_model(), CHARS, tmp_path / "to")
     assert not list(tmp_path.iterdir())
@@ -520,3 +521,9 @@ def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path):
     to_hugging_face(our_model(), CHARS, tmp_path / "to")
     assert [p.name for p in tmp_path.iterdir()] == ["to"]
     assert torch.equal(from_pretrained(tmp_path / "to").transformer.ln_f.weight, our_model().transformer.ln_f.weight)
+
+
+def test_the_front_door_has_it_as_the_original_does(saved):
+    from model import GPT as theirs
+
+    assert theirs.from_pretrained(saved).config == from_pretrained(saved).config

@@ -7,9 +7,9 @@ import torch
 from support import SMALL
 
 from nanogpt import train
-from nanogpt.commands import convert, sample
+from nanogpt.commands import export, sample
 from nanogpt.config import RunFailed, UserError
-from nanogpt.formats import export
+from nanogpt.formats import hugging_face
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def test_it_writes_compares_and_says_so(tiny, monkeypatch, capsys, architecture)
     monkeypatch.chdir(tiny.parent.parent)
     train.main([*SMALL, f"--architecture={architecture}"])
     capsys.readouterr()
-    convert.main(["--to=hf/mine"])
+    export.main(["--to=hf/mine"])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("model: out/checkpoints/step-")
     assert said[1] == "wrote hf/mine: the model and its tokenizer"
@@ -35,7 +35,7 @@ def test_it_writes_compares_and_says_so(tiny, monkeypatch, capsys, architecture)
 
 
 def test_what_was_exported_writes_the_same_text(trained, capsys):
-    convert.main(["--to=hf"])
+    export.main(["--to=hf"])
     capsys.readouterr()
     options = ["--device=cpu", "--num_samples=2", "--max_new_tokens=40", "--start=The"]
     texts = []
@@ -46,9 +46,9 @@ def test_what_was_exported_writes_the_same_text(trained, capsys):
 
 
 def test_a_difference_is_an_error(trained, monkeypatch):
-    monkeypatch.setattr(convert, "compare", lambda *args: ("transformers", 0.1, 10.0))
+    monkeypatch.setattr(export, "compare", lambda *args: ("transformers", 0.1, 10.0))
     with pytest.raises(RunFailed, match="do not use it"):
-        convert.main(["--to=hf"])
+        export.main(["--to=hf"])
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
@@ -57,7 +57,7 @@ def test_without_transformers_it_compares_with_what_we_read_ourselves(tiny, monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     train.main([*SMALL, f"--architecture={architecture}"])
     capsys.readouterr()
-    convert.main(["--to=hf"])
+    export.main(["--to=hf"])
     said = capsys.readouterr().out.splitlines()[2]
     assert said.startswith("largest logit difference to our own reader (transformers is not installed): ")
     assert float(said.split(": ")[1].split(";")[0]) < 1e-4
@@ -66,7 +66,7 @@ def test_without_transformers_it_compares_with_what_we_read_ourselves(tiny, monk
 def test_a_difference_to_what_we_read_ourselves_is_an_error(trained, monkeypatch):
     """And what was written is what is compared, not the model that is in memory."""
     monkeypatch.setitem(sys.modules, "transformers", None)
-    real = export.to_hugging_face
+    real = hugging_face.to_hugging_face
 
     def with_a_slip(model, tok, folder):
         with torch.no_grad():
@@ -75,9 +75,9 @@ def test_a_difference_to_what_we_read_ourselves_is_an_error(trained, monkeypatch
             model.transformer.h[0].mlp.c_fc.weight.div_(2)
         return done
 
-    monkeypatch.setattr(export, "to_hugging_face", with_a_slip)
+    monkeypatch.setattr(hugging_face, "to_hugging_face", with_a_slip)
     with pytest.raises(RunFailed, match="our own reader .* computes something else from it; do not use it"):
-        convert.main(["--to=hf"])
+        export.main(["--to=hf"])
 
 
 @pytest.mark.parametrize(
@@ -90,5 +90,5 @@ def test_a_difference_to_what_we_read_ourselves_is_an_error(trained, monkeypatch
 )
 def test_what_cannot_be_done_is_said_in_one_line(trained, args, expected):
     with pytest.raises(UserError, match=expected) as caught:
-        convert.main(args)
+        export.main(args)
     assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
