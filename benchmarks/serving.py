@@ -4,7 +4,7 @@ clients together, and the first token.
     python benchmarks/serving.py [--clients=16] [--tokens=500] [--rounds=3] [--minutes=10] [--only=streams,fair,load,page]
 
 Real processes and real connections: `nanogpt serve` with models of random weights, whose speed is that of trained ones,
-and clients in this process, which do little but read. The last row needs Chromium and its driver. Everything else on
+and clients in this process, which do little but read. The last row needs Chromium and Playwright. Everything else on
 the machine should be quiet. Prints a table in Markdown; results/ holds dated ones.
 """
 
@@ -32,7 +32,7 @@ import nanogpt  # noqa: E402, F401  (before PyTorch: it says how the threads wai
 
 # isort: split
 import torch  # noqa: E402
-from browser import CHROMIUM, DRIVER, Browser  # noqa: E402
+from browser import CHROMIUM, open_window  # noqa: E402
 from serving import write_run  # noqa: E402
 
 from nanogpt.text.tokenizer import CharTokenizer  # noqa: E402
@@ -263,23 +263,20 @@ def text_of(answer):
 
 
 def page(out_dir, rounds):
-    if not (CHROMIUM and DRIVER):
+    if not CHROMIUM:
         row("from `nanogpt serve` to the first token in the browser", "no Chromium here", "5 s")
         return
     seconds = []
     for _ in range(rounds):
-        browser = Browser()
-        try:
+        with open_window() as window:
             began = time.perf_counter()
             with serving(out_dir) as (_, port):
                 ready = time.perf_counter() - began
-                browser.open(f"http://127.0.0.1:{port}/")
-                browser.type("#prompt", PROMPT)
-                browser.click("#go")
-                browser.wait("tokens.length > 0")
+                window.goto(f"http://127.0.0.1:{port}/")
+                window.fill("#prompt", PROMPT)
+                window.click("#go")
+                window.wait_for_selector("#text .token", state="attached")
                 seconds.append((time.perf_counter() - began, ready))
-        finally:
-            browser.close()
     found = f"{statistics.median(s for s, _ in seconds):.1f} s, of which {statistics.median(s for _, s in seconds):.1f} until it serves"
     row("from `nanogpt serve` to the first token in the browser", found, "5 s")
 

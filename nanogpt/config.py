@@ -384,29 +384,31 @@ class ServeConfig:
         "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is all that this machine has", group="Server")
-    port: int = setting(8000, "0 takes a free one", low=0, high=65535)
+    host: str = setting(
+        "127.0.0.1", "address to listen on; 0.0.0.0 means all addresses of this machine", group="Server"
+    )
+    port: int = setting(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     api_key_file: str = setting(
-        "", "file with the key that clients must send; NANOGPT_API_KEY in the environment does the same", path=True
+        "", "file with the API key that clients must send; or set NANOGPT_API_KEY in the environment", path=True
     )
-    allow_origin: str = setting(
-        "", "web pages of this origin may use the server too, such as https://example.org, or *"
-    )
-    max_batch: int = setting(16, "texts that are written at the same time", low=1, high=10**4, group="Limits")
+    allow_origin: str = setting("", "origin whose web pages may use the server, such as https://example.org, or *")
+    max_batch: int = setting(16, "texts generated at the same time", low=1, high=10**4, group="Limits")
     max_requests: int = setting(
-        64, "requests at a time, waiting ones included; more are turned away", low=1, high=10**6
+        64, "requests at a time, including waiting ones; further ones get status 429", low=1, high=10**6
     )
     max_n: int = setting(
-        8, "texts for a prompt; all prompts of a request together have up to 20, or this if more", low=1, high=10**6
+        8, "texts per prompt; a request gets at most 20 in all, or this number if larger", low=1, high=10**6
     )
-    max_tokens: int = setting(4096, "tokens of one text", low=1, high=10**9)
-    max_prompt: int = setting(16384, "characters of a prompt, and tokens", low=1, high=10**9)
-    max_body: int = setting(2**18, "bytes of a request", low=1024, high=2**30)
-    max_seconds: float = setting(300.0, "time for one request, waiting included", above=0.0, high=10.0**7)
+    max_tokens: int = setting(4096, "maximum length of a text, in tokens", low=1, high=10**9)
+    max_prompt: int = setting(16384, "maximum length of a prompt, in characters and in tokens", low=1, high=10**9)
+    max_body: int = setting(2**18, "maximum size of a request, in bytes", low=1024, high=2**30)
+    max_seconds: float = setting(
+        300.0, "time limit for a request, including waiting, in seconds", above=0.0, high=10.0**7
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True, group="System")
-    dtype: str = setting("auto", "of the weights and products", choices=DTYPES, auto=True)
+    dtype: str = setting("auto", "number format of weights and matrix products", choices=DTYPES, auto=True)
     int8: bool | str = setting(
-        "auto", "weights of a byte each, on CPUs; auto: where a large model writes faster so", bool, auto=True
+        "auto", "8-bit weights, on CPUs; auto: if a large model is faster with them", bool, auto=True
     )
 
     def problems(self):

@@ -33,7 +33,7 @@ from nanogpt.run import distributed, settings, trained
 from nanogpt.run.records import read_metrics
 from nanogpt.run.signals import Stopped
 from nanogpt.serve import batching
-from nanogpt.serve.completions import Answer, ApiError, Choice, read_ask
+from nanogpt.serve.completions import ApiError, Choice, Completion, read_request
 from nanogpt.text.tokenizer import check_id
 
 PAGE = Path(__file__).with_name("page.html")
@@ -468,7 +468,7 @@ class Completions:
         server.open += 1
         try:
             body = await self.body(scope, receive)
-            await self.answer(read_ask(body, server.cfg), began, receive, send)
+            await self.answer(read_request(body, server.cfg), began, receive, send)
         except Gone:
             pass
         finally:
@@ -535,8 +535,8 @@ class Reply:
         self.deadline = began + server.cfg.max_seconds
         server.check_model(ask.model)
         self.outbox = batching.Outbox()
-        self.jobs = [self.job(number, prompt) for number, prompt in enumerate(ask.prompts)]
-        self.shape = Answer(ask, server.name, sum(len(job.ids) for job in self.jobs))
+        self.jobs = [self.job(number, prompt) for number, prompt in enumerate(ask.prompt)]
+        self.shape = Completion(ask, server.name, sum(len(job.ids) for job in self.jobs))
         self.choices = []
         for job in self.jobs:
             prompt = server.tok.decode(job.ids) if ask.echo else ""
@@ -606,7 +606,7 @@ class Reply:
                 told = [self.shape.body([choice]) for choice in choices if choice["text"] or choice["finish_reason"]]
                 await send_part(send, b"".join(map(event, told)))
                 await asyncio.sleep(PAUSE)
-            if self.ask.include_usage:
+            if self.ask.stream_options.include_usage:
                 last = [self.shape.body([], self.tokens)]
         except ApiError as e:
             if not began:
