@@ -19,7 +19,7 @@ import re
 import shutil
 import threading
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -272,7 +272,7 @@ def read(folder):
     try:
         _manifest(folder)
         info = json.loads(files.read(folder / "checkpoint.json"))
-        info["model_config"] = {"architecture": "gpt2"} | info["model_config"]  # earlier checkpoints do not name it
+        info["model_config"] = asdict(GPTConfig()) | info["model_config"]  # earlier checkpoints lack the newer fields
         checkpoint = Checkpoint(folder, **info)
         _check(checkpoint)
         return checkpoint
