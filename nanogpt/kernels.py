@@ -14,14 +14,15 @@ from torch.nn import functional as F
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """For each query, the mean of the values weighted by softmax(q . k / sqrt(D)): (B, T, H, D).
 
-    q: (B, T, H, D). k, v: (B, S, H, D). mask: booleans that broadcast to (B, H, T, S), True for a key that a query
+    q: (B, T, H, D). k, v: (B, S, H, D), or fewer heads, each for several of q's. mask: booleans that broadcast to (B, H, T, S), True for a key that a query
     sees. Without a mask, query t of several sees keys 0 to t, and a single query sees all keys.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     causal = mask is None and q.shape[2] > 1
     if q.device.type == "cpu" and multiplies_in_bfloat16():
         return Float32Attention.apply(q, k, v, mask, dropout, causal).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
+    grouped = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=grouped).transpose(1, 2)
 
 
 def multiplies_in_bfloat16() -> bool:
@@ -44,7 +45,8 @@ class Float32Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, dropout, causal):
         with torch.enable_grad(), float32_products():
             ctx.inputs = [t.detach().requires_grad_(t.requires_grad) for t in (q, k, v)]
-            ctx.y = F.scaled_dot_product_attention(*ctx.inputs, mask, dropout, causal)
+            grouped = k.shape[1] != q.shape[1]
+            ctx.y = F.scaled_dot_product_attention(*ctx.inputs, mask, dropout, causal, enable_gqa=grouped)
         return ctx.y.detach()
 
     @staticmethod

@@ -6,6 +6,7 @@
 import math
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ SPARE = 0.2  # of a CPU's free memory is left for others
 MORE = 0.2  # of the sequences are tried in addition with `auto`: another allocator, or the next step, may need more
 LATER = 32 * 2**20  # bytes that are left for what a run takes later on: stacks of threads, libraries
 TO_USE = 4  # bytes a parameter: its float32
-TO_TRAIN = {"adamw": 16, "muon": 12}  # with its gradient and the optimizer's moments, of which Muon has one
+TO_TRAIN = defaultdict(lambda: 16, muon=12)  # with its gradient and the optimizer's moments: two, and one of Muon's
 
 
 def check_size(model_config, source, each=TO_USE, device=None):
