@@ -389,3 +389,19 @@ def test_a_vocabulary_is_gpt2s_if_the_original_would_have_made_it_so(tmp_path, m
     else:
         with pytest.raises(config.UserError, match="meta.pkl, which is missing"):
             from_nanogpt("out")
+
+
+@pytest.mark.slow
+@pytest.mark.torture
+def test_malicious_files_run_nothing(old, capsys, figure):
+    tried = 0
+    for path in ("out/ckpt.pt", "data/tiny/meta.pkl"):
+        sound = Path(path).read_bytes()
+        for name, write in evil_files().items():
+            if path.endswith(".pt") or "pickle" in name or name in ("opcodes", "stack global"):
+                write(path)
+                for command in commands():
+                    refused(capsys, command, path)  # among other things: nothing was executed
+                    tried += 1
+        Path(path).write_bytes(sound)
+    figure("malicious ckpt.pt and meta.pkl, every command", f"0 of {tried} executed")

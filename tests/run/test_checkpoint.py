@@ -14,41 +14,40 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from faults import (
+    CASES,
+    FAST,
+    FILES,
+    REST,
+    flip,
+    limit_files,
+    lost,
+    raise_at,
+    record_windows,
+    snapshot,
+    stop_at,
+    truncate,
+    windows,
+)
 from safetensors.torch import load_file, save_file
 from support import ROOT, SMALL, ending, losses, metrics
 
-from nanogpt import data, train
+from nanogpt import train
 from nanogpt.commands import cli, sample
 from nanogpt.config import RunFailed, UserError
 from nanogpt.model import GPTConfig
 from nanogpt.run import checkpoint
-from nanogpt.run.records import read_metrics
 from nanogpt.run.signals import Stopped
 from nanogpt.run.start import TrainState
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-
-FILES = (*checkpoint.FILES, "manifest.json")
-
-
-def stop_at(monkeypatch, *steps):
-    """Let the run in this process be asked to stop in the midst of these steps, of each once."""
-    left, real = list(steps), train.train_step
-
-    def train_step(run):
-        if run.state.step in left:
-            left.remove(run.state.step)
-            signal.raise_signal(signal.SIGTERM)
-        return real(run)
-
-    monkeypatch.setattr(train, "train_step", train_step)
 
 
 def stopped(run, *args):
@@ -57,18 +56,6 @@ def stopped(run, *args):
 
 
 # -- exact resume
-
-FAST = ["--optimizer=muon", "--architecture=qwen3", "--lr_schedule=linear"]
-CASES = {
-    "float32": [],
-    "dropout": ["--dropout=0.3"],
-    "accumulation": ["--gradient_accumulation_steps=4", "--batch_size=2", "--dropout=0.1"],
-    "bfloat16": ["--dtype=bfloat16", "--dropout=0.1"],
-    "float16": ["--dtype=float16"],
-    "bias": ["--bias=True", "--grad_clip=0.0"],
-    "muon": [*FAST, "--dropout=0.1"],
-    "muon, float16": [*FAST, "--dtype=float16"],
-}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -92,12 +79,6 @@ def test_a_checkpoint_between_two_evaluations_claims_neithers_losses(run, monkey
     assert checkpoint.best("out").step == 4
 
 
-def raise_at(steps, rank):
-    """In another process: the signal comes to this rank alone."""
-    if os.environ["RANK"] == rank:
-        stop_at(pytest.MonkeyPatch(), *steps)
-
-
 @pytest.mark.parametrize("recipe", [[], FAST], ids=["adamw", "muon"])
 def test_two_processes_stopped_twice_end_as_two_that_never_were(start_two, recipe):
     args = [*recipe, "--dropout=0.2", "--out_dir=whole"]
@@ -109,25 +90,6 @@ def test_two_processes_stopped_twice_end_as_two_that_never_were(start_two, recip
     assert [d.end() for d in start_two(*args, "--init_from=auto")] == [0, 0]
     root = doors[0].log.parent
     assert ending(root / "whole") == ending(root / "parts")
-
-
-def record_windows(path):
-    """In any process: note every window that it trains on, by number, with its tokens."""
-    real = data.Batches.get
-
-    def get(self, first, size):
-        x, y = real(self, first, size)
-        if self.stream == data.STREAMS["train"]:
-            with open(f"{path}-{os.getpid()}", "a") as f:
-                f.writelines(f"{first + i} {row.tolist()}\n" for i, row in enumerate(x))
-        return x, y
-
-    data.Batches.get = get
-
-
-def windows(tmp_path, name):
-    lines = [line for p in sorted(tmp_path.glob(f"{name}-*")) for line in p.read_text().splitlines()]
-    return sorted((int(number), tokens) for number, _, tokens in (line.partition(" ") for line in lines))
 
 
 def test_one_process_then_two_then_one_read_the_same_tokens_once(start, start_two, tmp_path):
@@ -168,17 +130,6 @@ def dies_at(n):
         setattr(module, name, deadly)
 
 
-def lost(out_dir):
-    """(updates that were reported and are in no checkpoint, whether one was being written), after a kill."""
-    found = checkpoint.newest(out_dir)
-    path = Path(out_dir, "metrics.jsonl")
-    records = read_metrics(path) if path.exists() else []
-    reported = max((record["step"] for record in records if "loss" in record), default=0)
-    assert reported > 0 or not found or not found.step, "a run that has saved has reported"
-    half_written = any(Path(out_dir, "checkpoints").glob(".step-*.tmp"))
-    return reported - (found.step if found else 0), half_written
-
-
 def test_ten_kills_while_saving_cost_at_most_two_intervals_each_and_change_nothing(start, tmp_path):
     args = ["--eval_interval=2", "--max_iters=80", "--lr_decay_iters=80", "--dropout=0.1"]
     whole, draw, inside = start(*args, "--out_dir=whole"), random.Random(3), 0
@@ -213,19 +164,8 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_complete(run, mon
 # -- damage
 
 
-def truncate(path):
-    os.truncate(path, path.stat().st_size - 2)  # one would be the manifest's last line break, which says nothing
-
-
 def empty(path):
     os.truncate(path, 0)
-
-
-def flip(path, bit=None):
-    raw = bytearray(path.read_bytes())
-    bit = len(raw) * 4 if bit is None else bit
-    raw[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(raw)
 
 
 @pytest.fixture
@@ -270,10 +210,6 @@ def test_flipped_bits_in_the_tensors_are_found(trained):
             flip(path, bit)
             assert name in checkpoint.damage(path.parent)
             path.write_bytes(sound)
-
-
-def snapshot(folder):
-    return {p: (p.stat().st_mtime_ns, p.is_file() and p.read_bytes()) for p in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("command", ["train --init_from=auto", "train --init_from=resume", "sample --device=cpu"])
@@ -390,9 +326,6 @@ def test_a_checkpoint_can_be_read_by_those_who_can_read_its_folder(trained):
 # -- which are kept
 
 
-REST = dict(model_config=asdict(GPTConfig()), tokenizer={}, settings={}, scaler={})  # of a checkpoint.json
-
-
 def steps_kept():
     return sorted(p.name for p in Path("out/checkpoints").iterdir())
 
@@ -480,11 +413,6 @@ def test_a_damaged_one_does_not_count_among_the_kept(trained):
 
 
 # -- the disk refuses
-
-
-def limit_files(size):
-    """In another process: no file may grow beyond `size` bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_file_size_limit_leaves_the_older_checkpoints_intact_and_ends_the_run(start, tmp_path):

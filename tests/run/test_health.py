@@ -8,80 +8,14 @@ import signal
 
 import pytest
 import torch
+from faults import BAD, PLACES, Watched, in_loss
 from support import losses, metrics
 
-import nanogpt.run.start
-from nanogpt import optim, train
 from nanogpt.config import RunFailed, TrainConfig
-from nanogpt.model import GPT
 from nanogpt.run import checkpoint, health
 from nanogpt.run.start import TrainState
 
 pytestmark = pytest.mark.usefixtures("undrawn")
-
-BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-
-
-def in_loss(monkeypatch, value, sick):
-    real = GPT.forward
-
-    def forward(self, idx, targets=None):
-        logits, loss = real(self, idx, targets)
-        return logits, loss * value if self.training and sick() else loss
-
-    monkeypatch.setattr(GPT, "forward", forward)
-
-
-def in_gradient(monkeypatch, value, sick):
-    real = optim.clip_gradients
-
-    def clip_gradients(model, max_norm):
-        if sick():
-            model.transformer.ln_f.weight.grad[3] = value
-        return real(model, max_norm)
-
-    monkeypatch.setattr(optim, "clip_gradients", clip_gradients)
-
-
-def in_input(monkeypatch, value, sick):
-    real = nanogpt.run.start.make_model
-
-    def make_model(*args):
-        model = real(*args)
-        wte = model.transformer.wte
-        wte.register_forward_hook(lambda m, _, x: x * value if model.training and sick() else None)
-        return model
-
-    monkeypatch.setattr(nanogpt.run.start, "make_model", make_model)
-
-
-PLACES = {"loss": in_loss, "gradient": in_gradient, "input": in_input}
-
-
-class Watched:
-    """The weights and the optimizer's state before each step, as a run in this process had them."""
-
-    def __init__(self, monkeypatch):
-        self.before, self.sick_at = {}, set()
-        real = train.train_step
-
-        def train_step(run):
-            self.run, self.step = run, run.state.step + 1  # the number of this update
-            self.before[self.step] = self.copy()
-            return real(run)
-
-        monkeypatch.setattr(train, "train_step", train_step)
-
-    def sick(self):
-        return self.step in self.sick_at
-
-    def copy(self):
-        tensors = dict(self.run.gpt.named_parameters()) | optim.state_tensors(self.run.gpt, self.run.optimizer)
-        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-    def unchanged_since(self, step):
-        now = self.copy()
-        return all(torch.equal(tensor, now[name]) for name, tensor in self.before[step].items())
 
 
 @pytest.fixture

@@ -7,101 +7,15 @@ import time
 from functools import partial
 
 import pytest
+from faults import ALL, PHASES, dwell_in_evaluation, dwell_in_the_exact_loss, dwell_in_training
 from support import ending
 
-from nanogpt import evaluate, train
 from nanogpt.run import checkpoint, signals
 from nanogpt.run.signals import Stop
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
-ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 ARGS = ["--dropout=0.1", "--out_dir=parts"]
-
-
-CAME = []  # the signals that have reached this process
-
-
-def announce(seconds=60, only=0, awaited=1):
-    """Say that the run has come to where signals are to reach it, and dwell there until they have, or so long."""
-    if os.environ.get("RANK", "0") == str(only):
-        print("NOW", flush=True)
-        end = time.monotonic() + seconds
-        while len(CAME) < awaited and time.monotonic() < end:
-            time.sleep(0.005)
-
-
-def note_signals():
-    real = signals.Stop._handle
-
-    def _handle(self, signum, frame):
-        CAME.append(signum)
-        real(self, signum, frame)
-
-    signals.Stop._handle = _handle
-
-
-def dwell_in_training(awaited=1):
-    note_signals()
-    real = train.train_step
-
-    def train_step(run):
-        if run.state.step == 5:
-            announce(awaited=awaited)
-        return real(run)
-
-    train.train_step = train_step
-
-
-def dwell_in_evaluation():
-    note_signals()
-    real = evaluate.losses
-
-    def losses(run, micro_batch):
-        announce()
-        return real(run, micro_batch)
-
-    evaluate.losses = losses
-
-
-def dwell_in_saving():
-    note_signals()
-    real = checkpoint.write_json
-
-    def write_json(path, value):
-        if path.name == "manifest.json":
-            announce()
-        real(path, value)
-
-    checkpoint.write_json = write_json
-
-
-def dwell_in_compiling():
-    def compiled(model, *rest, **more):
-        announce(600)
-        return model
-
-    compile.compiled = compiled
-
-
-def dwell_in_the_exact_loss():
-    note_signals()
-    real = evaluate.padded_windows
-
-    def padded_windows(*args):
-        announce()
-        return real(*args)
-
-    evaluate.padded_windows = padded_windows
-
-
-PHASES = {
-    "training": dwell_in_training,
-    "evaluation": dwell_in_evaluation,
-    "saving": dwell_in_saving,
-    "compiling": dwell_in_compiling,
-    "exact evaluation": dwell_in_the_exact_loss,
-}
 
 
 UNFINISHED = {"evaluation": r"^step \d", "exact evaluation": "exact val loss"}  # what is broken off says nothing

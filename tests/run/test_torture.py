@@ -10,17 +10,20 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
+import faults
 import numpy as np
 import pytest
-import test_checkpoint
-import test_legacy
-import test_signals
 import torch
-from support import ROOT, SMALL, ending
-from test_checkpoint import (
+from faults import (
+    ALL,
+    BAD,
     FILES,
+    PHASES,
+    PLACES,
+    REST,
+    Watched,
+    announce,
     flip,
     limit_files,
     lost,
@@ -30,9 +33,7 @@ from test_checkpoint import (
     truncate,
     windows,
 )
-from test_health import BAD, PLACES, Watched
-from test_legacy import evil_files, refused
-from test_signals import ALL, PHASES, announce
+from support import ROOT, SMALL, ending
 
 from nanogpt import optim
 from nanogpt.config import RunFailed, TrainConfig
@@ -42,8 +43,7 @@ from nanogpt.run import checkpoint, settings
 pytestmark = [pytest.mark.slow, pytest.mark.torture]
 
 KILLS = 200
-old = test_legacy.old  # a fixture
-CASES = test_checkpoint.CASES | {
+CASES = faults.CASES | {
     "compiled": ["--compile=True", "--dropout=0.1"],
     "compiled, bfloat16": ["--compile=True", "--dtype=bfloat16"],
 }
@@ -254,20 +254,6 @@ def test_no_sick_update_is_applied(run, figure, dtype):
     assert not applied
 
 
-def test_malicious_files_run_nothing(old, capsys, figure):
-    tried = 0
-    for path in ("out/ckpt.pt", "data/tiny/meta.pkl"):
-        sound = Path(path).read_bytes()
-        for name, write in evil_files().items():
-            if path.endswith(".pt") or "pickle" in name or name in ("opcodes", "stack global"):
-                write(path)
-                for command in test_legacy.commands():
-                    refused(capsys, command, path)  # among other things: nothing was executed
-                    tried += 1
-        Path(path).write_bytes(sound)
-    figure("malicious ckpt.pt and meta.pkl, every command", f"0 of {tried} executed")
-
-
 # -- signals
 
 
@@ -279,7 +265,7 @@ def saved(seconds):
 
 def both_dwell(phase, seconds):
     """In another process: dwell in this phase, whichever the rank."""
-    test_signals.announce = lambda **more: announce(seconds, only=os.environ.get("RANK", "0"))
+    faults.announce = lambda **more: announce(seconds, only=os.environ.get("RANK", "0"))
     PHASES[phase]()
 
 
@@ -379,7 +365,7 @@ def test_the_pause_for_a_save_of_124m_parameters(tmp_path, figure):
         model = GPT(GPTConfig())
         tensors = optim.state_tensors(model, optim.make_optimizer(model, cfg))
         writer = checkpoint.Writer(tmp_path, 1, True)
-        info = dict(step=0, state={"losses": None, "improved": False}, **test_checkpoint.REST)
+        info = dict(step=0, state={"losses": None, "improved": False}, **REST)
         pauses, blocking = [], []
         for step in (1, 2, 3):
             began = time.perf_counter()
