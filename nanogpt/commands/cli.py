@@ -19,7 +19,7 @@ COMMANDS = {  # name: (module, what it does)
     "bench": ("nanogpt.commands.bench", "measure where the time of an iteration goes, for any config"),
     "sample": ("nanogpt.commands.sample", "write text with a trained GPT"),
     "talk": ("nanogpt.commands.talk", "play with a trained GPT in the terminal"),
-    "serve": ("nanogpt.serve.app", "let programs and browsers write with a trained GPT"),
+    "serve": ("nanogpt.serve.start", "let programs and browsers write with a trained GPT"),
     "export": ("nanogpt.commands.export", "write a trained GPT in Hugging Face's format"),
     "eval": ("nanogpt.commands.eval", "tell how well a trained GPT predicts a text"),
 }

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from nanogpt.generate import Token
+from nanogpt.serve.metrics import Metrics
 from nanogpt.text.tokenizer import Stream
 
 
@@ -109,16 +110,6 @@ class Writing:
         return self.job.options.max_new_tokens - (self.row.new if self.row else 0)
 
 
-@dataclass
-class Figures:
-    """What has happened so far."""
-
-    prompt_tokens: int = 0
-    tokens: int = 0
-    steps: int = 0
-    failures: int = 0
-
-
 class Stopping(Exception):
     """The server ends before the text does."""
 
@@ -134,7 +125,7 @@ class Batcher:
     make_engine: object  # a function that returns a generate.Engine
     tok: object
     cores: int = 1  # on which the thread computes
-    figures: Figures = field(default_factory=Figures)
+    metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self):
         self.waiting, self.running = [], {}  # Writings, new and parked; {generate.Row: Writing}
@@ -181,7 +172,7 @@ class Batcher:
                     self._advance()
                 except Exception:  # of any kind, such as a GPU out of memory; the next one may have better luck
                     traceback.print_exc()
-                    self.figures.failures += 1
+                    self.metrics.failures.inc()
                     self._end_running(Failed())
                     self.engine = None  # before there is another: it may be the memory that is short
                     self.engine = self.make_engine()
@@ -241,7 +232,7 @@ class Batcher:
                 options = replace(job.options, seed=job.options.seed + first.index - job.indices[0])
                 for writing, row in zip(writings, self.engine.add(job.ids, options, len(writings)), strict=True):
                     writing.row = row
-                self.figures.prompt_tokens += len(job.ids)
+                self.metrics.prompt_tokens.inc(len(job.ids))
         except Exception:
             job.outbox.put(Failed())
             raise
@@ -250,8 +241,8 @@ class Batcher:
     def _step(self):
         """A token for every text whose prompt has been read."""
         tokens = self.engine.step()
-        self.figures.steps += 1
-        self.figures.tokens += len(tokens)
+        self.metrics.steps.inc()
+        self.metrics.tokens.inc(len(tokens))
         for token in tokens:
             self._take(token)
 

@@ -71,7 +71,7 @@ def test_more_jobs_than_rows_are_all_done_in_their_turn(batcher):
     found = asyncio.run(ask())
     assert all(reason == "length" and len(text) == 5 for texts in found for text, reason in texts.values())
     assert len({texts[0] for texts in found}) == 1  # the same seed, whoever was beside it
-    assert batcher.figures.tokens == 5 * sum(1 + i % 4 for i in range(10)) and batcher.engine.free == 4
+    assert batcher.metrics.value("tokens_total") == 5 * sum(1 + i % 4 for i in range(10)) and batcher.engine.free == 4
 
 
 class Noting(Outbox):
@@ -214,7 +214,7 @@ def test_a_cancelled_job_is_gone_within_a_step(batcher):
 
     assert asyncio.run(ask())[0][1] == "length"
     assert not batcher.waiting and not batcher.running and batcher.engine.free == 4
-    assert batcher.figures.tokens < 1000
+    assert batcher.metrics.value("tokens_total") < 1000
 
 
 def test_a_stop_string_frees_the_row(batcher):
@@ -273,7 +273,7 @@ def test_a_failure_is_told_to_those_concerned_and_the_next_one_is_served(batcher
         asyncio.run(ask(0.01, fail=True))
     assert "as the test wants it" in capsys.readouterr().err
     assert asyncio.run(ask())[0][1] == "length"
-    assert batcher.figures.failures == 1
+    assert batcher.metrics.value("failures_total") == 1
 
 
 def test_the_end_is_told_to_all_who_wait(batcher):

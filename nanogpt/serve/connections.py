@@ -1,0 +1,136 @@
+"""Open connections: how many there may be, which ones are idle, and uvicorn around them."""
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+
+from nanogpt.config import ServeConfig
+from nanogpt.serve.app import Server, make_app
+
+SPARE_CONNECTIONS = 1000  # open connections beyond those of the requests that are being processed
+SPARE_FILES = 16  # that can still be opened when the maximum number of connections is open
+
+# Seconds.
+IDLE_TIME = 15  # for a connection without a request
+GRACE_TIME = 5  # for unfinished texts when the server shuts down
+REMIND_TIME = 60  # between two lines about too many connections
+
+
+def run(server: Server, sock: socket.socket) -> None:
+    """Run uvicorn until a signal arrives. Requests that are being processed then get GRACE_TIME to finish."""
+
+    class Uvicorn(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets=[])  # main_loop accepts: uvicorn itself accepts more than can be open
+
+        async def main_loop(self):
+            kept = Connections(self.server_state.connections, most_connections(server.cfg), server.dist.say)
+            tasks = [asyncio.create_task(kept.close_idle()), asyncio.create_task(kept.accept(sock, self.protocol))]
+            await super().main_loop()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        def protocol(self):
+            shared = dict(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+            return self.config.http_protocol_class(**shared)
+
+        def handle_exit(self, signum, frame):
+            if self.should_exit and signum == signal.SIGINT:
+                os._exit(130)  # the second Ctrl-C
+            super().handle_exit(signum, frame)
+
+        async def shutdown(self, sockets=None):
+            asyncio.get_running_loop().call_later(GRACE_TIME, give_up, server)
+            if server.open:
+                again = "; Ctrl-C again stops at once"
+                with suppress(OSError):  # stdout may be closed
+                    server.dist.say(f"stopping: {server.open} responses have {GRACE_TIME} s to finish{again}")
+            await super().shutdown(sockets)
+
+    settings = dict(loop="asyncio", http="h11", ws="none", lifespan="off", proxy_headers=False)
+    silent = dict(log_config=None, log_level="error", access_log=False, server_header=False)
+    grace = dict(timeout_keep_alive=IDLE_TIME, timeout_graceful_shutdown=GRACE_TIME + 5)
+    Uvicorn(uvicorn.Config(make_app(server), **settings, **silent, **grace)).run([sock])
+
+
+def give_up(server: Server) -> None:
+    """End all texts; an interrupted response is no longer an error worth a traceback."""
+    server.batcher.stop()
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
+
+def most_connections(cfg: ServeConfig) -> int:
+    """The maximum number of open connections, below the number of files that this process may open."""
+    most = cfg.max_requests + SPARE_CONNECTIONS
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        taken = len(os.listdir("/dev/fd")) + SPARE_FILES
+    except (ImportError, OSError):  # Windows has no such limit
+        return most
+    return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit - taken))
+
+
+class Connections:
+    """Accepts connections while there is room, closes idle ones, and leaves further ones in the system's backlog.
+
+    open: uvicorn's set of open connections. most: its maximum size. say: prints a line.
+    """
+
+    def __init__(self, open: set, most: int, say: Callable):
+        self.open, self.most, self.say = open, most, say
+        self.idle: dict = {}  # {(connection, its last request): since when}
+        self.reminded: float = -REMIND_TIME
+
+    async def accept(self, sock: socket.socket, protocol: Callable[[], Any]) -> None:
+        """Accept connections one by one, each with its own `protocol()`."""
+        loop = asyncio.get_running_loop()
+        sock.setblocking(False)
+        while True:
+            try:
+                while len(self.open) >= self.most:
+                    await self.make_room()
+                connection, _ = await loop.sock_accept(sock)
+                await loop.connect_accepted_socket(protocol, connection)
+            except Exception as e:  # the client is gone, or the system has no more files to open
+                if getattr(e, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    await self.make_room()
+                await asyncio.sleep(0)
+
+    async def make_room(self) -> None:
+        """Close up to an eighth of the connections, those idle for longest; if none is idle, wait a little."""
+        self.look()
+        for connection, _ in sorted(self.idle, key=self.idle.get)[: 1 + self.most // 8]:
+            connection.transport.abort()
+        if time.monotonic() - self.reminded >= REMIND_TIME:
+            self.reminded = time.monotonic()
+            fit = "the most that fit (--max_requests, ulimit -n)"
+            with suppress(OSError):  # nobody may be reading that any more
+                self.say(f"{len(self.open)} connections are open, {fit}: idle ones are closed, further ones wait")
+        await asyncio.sleep(0 if self.idle else 0.05)
+
+    async def close_idle(self) -> None:
+        """Close connections without a request: uvicorn waits forever for headers that arrive a byte at a time."""
+        while True:
+            await asyncio.sleep(1)
+            self.look()
+            for (connection, _), since in self.idle.items():
+                if time.monotonic() - since > IDLE_TIME:
+                    connection.transport.abort()
+
+    def look(self) -> None:
+        """Update `idle`."""
+        now = time.monotonic()
+        busy = {c for c in self.open if c.cycle and not c.cycle.response_complete and not c.transport.is_closing()}
+        self.idle = {(c, c.cycle): self.idle.get((c, c.cycle), now) for c in self.open if c not in busy}
