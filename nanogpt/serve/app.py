@@ -33,10 +33,9 @@ from nanogpt.config import GPT2_NAMES, ServeConfig
 from nanogpt.generate import Engine, Options
 from nanogpt.run import distributed, trained
 from nanogpt.run.records import read_metrics
-from nanogpt.serve import batching
+from nanogpt.serve import KEY, batching
 from nanogpt.serve.completions import ApiError, Choice, Completion, CompletionRequest, read_request
 from nanogpt.serve.metrics import Metrics
-from nanogpt.serve.start import KEY
 from nanogpt.text.tokenizer import check_id
 
 PAGE = Path(__file__).with_name("page.html")

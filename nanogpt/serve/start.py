@@ -11,20 +11,18 @@ from types import FrameType
 
 import torch
 
-from nanogpt import config
-from nanogpt.config import ServeConfig, UserError
-from nanogpt.run import distributed, trained
+from nanogpt.config import ServeConfig, UserError, installs
+from nanogpt.run import distributed, settings, trained
 from nanogpt.run.signals import Stopped
-
-KEY = "NANOGPT_API_KEY"  # the environment variable
+from nanogpt.serve import KEY
 
 
 def main(argv: list[str]) -> None:
     """`nanogpt serve` with these arguments."""
-    cfg = config.load(ServeConfig, argv, "nanogpt serve")
+    cfg = settings.load(ServeConfig, argv, "nanogpt serve")
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"nanogpt serve needs {package}: {config.installs('serve')} brings it")
+            raise UserError(f"nanogpt serve needs {package}: {installs('serve')} brings it")
     key = read_key(cfg)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stopped)
