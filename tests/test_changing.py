@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from support import SMALL, metrics, tiny_text
 
-from nanogpt.data import write_dataset
 from nanogpt.run import checkpoint
+from nanogpt.text.dataset import write_dataset
 from nanogpt.text.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
