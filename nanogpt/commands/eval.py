@@ -11,8 +11,8 @@ from nanogpt.run import distributed, trained
 from nanogpt.text import sources, tokenizer
 
 
-def main(argv):
-    """`nanogpt eval`, given its arguments."""
+def main(argv: list[str]) -> None:
+    """Run `nanogpt eval` with these arguments."""
     cfg = config.load(EvalConfig, argv, "nanogpt eval")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the results alone go to standard output
         with dist.agree():

@@ -202,7 +202,7 @@ def test_mistakes_are_said_and_it_goes_on(trained):
     assert lines[0] == "error: there is no text yet; type how it begins"
     assert lines[1].startswith("error: /tempo: there is no such command")
     assert lines[2] == "error: temperature warm: expected a number >= 0.0"
-    assert lines[3] == "error: top_k -1: expected an integer >= 0"
+    assert lines[3] == "error: top_k -1: expected an integer from 0 to 2147483647"
     assert lines[4].startswith("error: /t: there is no such command")
     assert lines[5].startswith("error: not in the tokenizer's vocabulary: '/'")
     assert lines[6].startswith("error: not in the tokenizer's vocabulary: 'Ö'")
