@@ -1,4 +1,4 @@
-"""How big a model and how many steps fit a dataset and this machine, after a moment of training on it.
+"""A model size and a number of iterations that suit a dataset and this machine, after a short trial.
 
 A process of its own: `nanogpt prepare` starts it, so that PyTorch's memory is freed when it ends.
 """
@@ -26,9 +26,9 @@ from nanogpt.run.memory import total_memory
 from nanogpt.run.speed import duration, synchronize
 from nanogpt.step import forward_backward
 
-HOUR = 3600  # seconds that a run may take, so that nobody waits in vain
+HOUR = 3600  # seconds that a suggested run may take
 TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffmann et al. 2022, "Chinchilla")
-MAX_EPOCHS = 10  # so often repeated, text has nothing left to teach to a run with Muon; see benchmarks/LOG.md
+MAX_EPOCHS = 10  # with Muon, more repetitions of the text teach nothing; see benchmarks/LOG.md
 LEAST = 1, 2  # tokens for each parameter that the repeated text, and the hour, must allow: a larger model is too large
 TRIAL, GLIMPSE = 3.0, 0.4  # seconds, of all that is tried, and of what only shows whether to try something larger
 STEADY = 6  # steps, at least, that a trial's batch leaves time for
@@ -200,7 +200,7 @@ class Trial:
 
 
 def try_out(plans: list[Plan], memory: float, dist: Dist) -> tuple[Trial | None, str | None]:
-    """(the Trial of the run that fits, or of the largest that there is time to try, None); or (None, why there is none).
+    """(the Trial of the plan that fits, or of the largest that there is time to try, None), or (None, the reason).
 
     Glimpses at the plans from the smallest on show how long the next one may take, and which one is worth the rest of the
     time.

@@ -12,8 +12,8 @@ from nanogpt.text import sources, tokenizer
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 
 
-def main(argv):
-    """`nanogpt eval`, given its arguments."""
+def main(argv: list[str]) -> None:
+    """Run `nanogpt eval` with these arguments."""
     cfg = settings.load(EvalConfig, argv, "nanogpt eval")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the results alone go to standard output
         with dist.agree():

@@ -15,14 +15,14 @@ CACHE = 2**31  # bytes at most for the keys and values of the texts that are wri
 TOGETHER = 64  # texts at most; more gain little
 
 
-def main(argv):
-    """`sample.py`, given its arguments."""
+def main(argv: list[str]) -> None:
+    """Run `sample.py` with these arguments."""
     cfg = settings.load(SampleConfig, argv, "sample.py")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the text alone goes to standard output
         sample(cfg, dist)
 
 
-def read_start(start):
+def read_start(start: str) -> str:
     """The prompt that `start` means: FILE:NAME is a file's text; a \\n typed in a shell is a new line."""
     if not start.startswith("FILE:"):
         return config.unescaped(start)
@@ -36,7 +36,7 @@ def read_start(start):
 
 
 def encode(text, tok, context, dist):
-    """The prompt's ids, its end where it is longer than the context. UserError where it cannot be encoded."""
+    """The prompt's ids, or the last ones if it exceeds the context. Raises UserError if it cannot be encoded."""
     try:
         ids = tok.encode(text)
     except ValueError as e:
@@ -109,8 +109,8 @@ def make_engine(cfg, model, fast, tok, ids):
     return Engine(model, rows, tok.vocab_size, len(ids) + cfg.max_new_tokens, fast=fast)
 
 
-def write(text):
-    """To standard output, at once."""
+def write(text: str) -> None:
+    """Write to standard output and flush."""
     if text:
         sys.stdout.write(text)
         sys.stdout.flush()

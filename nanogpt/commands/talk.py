@@ -22,8 +22,8 @@ HELP = """\
   /quit                   leave; /exit and Ctrl-D do too"""
 
 
-def main(argv):
-    """`nanogpt talk`, given its arguments."""
+def main(argv: list[str]) -> None:
+    """Run `nanogpt talk` with these arguments."""
     cfg = settings.load(TalkConfig, argv, "nanogpt talk")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # the text alone goes to standard output
         distributed.choose_seed(cfg, dist)
@@ -79,7 +79,7 @@ def lines():
             print("\n(/quit or Ctrl-D leaves)", file=sys.stderr)
 
 
-def prepare_readline():
+def prepare_readline() -> None:
     """A history with the arrow keys, and commands completed by Tab, where this Python has readline."""
     try:
         import readline
@@ -148,8 +148,8 @@ def interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def write(text):
-    """To standard output, at once."""
+def write(text: str) -> None:
+    """Write to standard output and flush."""
     if text:
         sys.stdout.write(text)
         sys.stdout.flush()

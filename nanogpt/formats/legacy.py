@@ -1,6 +1,7 @@
 """Files of the original nanoGPT, `ckpt.pt` and `meta.pkl`, read without running what may be in them."""
 
 import pickle
+from pathlib import Path
 
 import torch
 
@@ -10,12 +11,12 @@ from nanogpt.config import UserError
 class NoNames(pickle.Unpickler):
     """Unpickles numbers, text, lists and dictionaries; anything that names a class or function is refused."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> None:
         raise UserError(f"it asks for {module}.{name}, and a file that runs code is not read")
 
 
-def read_meta(path):
-    """The characters of nanoGPT's `meta.pkl`, in the order of their ids. UserError where it is something else."""
+def read_meta(path: str | Path) -> list[str]:
+    """The characters of nanoGPT's `meta.pkl`, in the order of their ids. Raises UserError if it is anything else."""
     try:
         with open(path, "rb") as f:
             meta = NoNames(f).load()
@@ -28,8 +29,8 @@ def read_meta(path):
         raise UserError(f"{path}: refused: {e or type(e).__name__}") from None
 
 
-def read_checkpoint(path):
-    """nanoGPT's `ckpt.pt` as a dictionary, its weights under plain names. UserError where it is something else."""
+def read_checkpoint(path: str | Path) -> dict:
+    """nanoGPT's `ckpt.pt` as a dictionary, its weights under plain names. Raises UserError if it is anything else."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # pickle's, torch's and zipfile's errors have no common ancestor
