@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 from support import free_port, write_tokenizer
 
+from nanogpt import config
 from nanogpt.config import (
     BenchConfig,
     EvalConfig,
@@ -29,7 +30,6 @@ from nanogpt.config import (
     TalkConfig,
     TrainConfig,
 )
-from nanogpt.run import settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -283,10 +283,11 @@ def rows(header):
 
 
 def test_the_map_of_the_house_is_complete():
-    house = {f"nanogpt/{path.name}" for path in (ROOT / "nanogpt").glob("*.py")} - {"nanogpt/__init__.py"}
-    house |= {f"nanogpt/{path.parent.name}/" for path in (ROOT / "nanogpt").glob("*/__init__.py")}
-    missing = house ^ set(rows(r"Place \| What it does"))
-    assert not missing, f"the table of files in README.md lacks these, or has them though they are gone: {missing}"
+    """The modules of the hall, and the folders."""
+    package = ROOT / "nanogpt"
+    there = {f"nanogpt/{path.name}" for path in package.glob("*.py")} - {"nanogpt/__init__.py"}
+    there |= {f"nanogpt/{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert there == set(rows(r"Path \| What it does"))
 
 
 def test_the_files_that_a_run_leaves(workplace, finish):
@@ -325,7 +326,7 @@ def test_settings_exist():
 
 def test_the_config_in_the_readme(workplace):
     (block,) = blocks("python")
-    cfg = settings.load(TrainConfig, [str(workplace.place / block.split()[1])], "train.py")
+    cfg = config.load(TrainConfig, [str(workplace.place / block.split()[1])], "train.py")
     assert cfg.sources.keys() == set(re.findall(r"^(\w+) = ", block, re.M))
 
 
@@ -334,7 +335,7 @@ def test_pictures_have_curves():
     demo = re.findall(r"config=(config/\w+\.py)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     assert len(demo) == 2
     for path in (*demo, "config/train_shakespeare_cpu.py", "config/train_shakespeare_char.py"):
-        cfg = settings.load(TrainConfig, [str(ROOT / path)], "train.py")
+        cfg = config.load(TrainConfig, [str(ROOT / path)], "train.py")
         assert cfg.max_iters // cfg.eval_interval >= 5, path
 
 
@@ -343,7 +344,7 @@ def test_the_config_in_the_readme_is_a_short_run(workplace):
     (block,) = blocks("python")
     path = workplace.place / block.split()[1]
     mine, minute = (
-        settings.load(TrainConfig, [str(p)], "train.py") for p in (path, ROOT / "config/train_shakespeare_cpu.py")
+        config.load(TrainConfig, [str(p)], "train.py") for p in (path, ROOT / "config/train_shakespeare_cpu.py")
     )
     assert work(mine) <= work(minute)
 
