@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import pytest
 from support import free_port, write_tokenizer
 
-from nanogpt import config
 from nanogpt.config import (
     BenchConfig,
     EvalConfig,
@@ -30,6 +29,7 @@ from nanogpt.config import (
     TalkConfig,
     TrainConfig,
 )
+from nanogpt.run import settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -326,7 +326,7 @@ def test_settings_exist():
 
 def test_the_config_in_the_readme(workplace):
     (block,) = blocks("python")
-    cfg = config.load(TrainConfig, [str(workplace.place / block.split()[1])], "train.py")
+    cfg = settings.load(TrainConfig, [str(workplace.place / block.split()[1])], "train.py")
     assert cfg.sources.keys() == set(re.findall(r"^(\w+) = ", block, re.M))
 
 
@@ -335,7 +335,7 @@ def test_pictures_have_curves():
     demo = re.findall(r"config=(config/\w+\.py)", (ROOT / "Makefile").read_text(encoding="utf-8"))
     assert len(demo) == 2
     for path in (*demo, "config/train_shakespeare_cpu.py", "config/train_shakespeare_char.py"):
-        cfg = config.load(TrainConfig, [str(ROOT / path)], "train.py")
+        cfg = settings.load(TrainConfig, [str(ROOT / path)], "train.py")
         assert cfg.max_iters // cfg.eval_interval >= 5, path
 
 
@@ -344,7 +344,7 @@ def test_the_config_in_the_readme_is_a_short_run(workplace):
     (block,) = blocks("python")
     path = workplace.place / block.split()[1]
     mine, minute = (
-        config.load(TrainConfig, [str(p)], "train.py") for p in (path, ROOT / "config/train_shakespeare_cpu.py")
+        settings.load(TrainConfig, [str(p)], "train.py") for p in (path, ROOT / "config/train_shakespeare_cpu.py")
     )
     assert work(mine) <= work(minute)
 
