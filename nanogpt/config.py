@@ -306,43 +306,45 @@ class EvalConfig:
 
 @dataclass
 class PrepareConfig:
-    """Settings of `nanogpt prepare`, and the SOURCEs that stand beside them, in `arguments`."""
+    """Settings of `nanogpt prepare`; `arguments` holds its SOURCEs."""
 
     ARGUMENTS: ClassVar = "SOURCE"
 
-    dataset: str = setting("", "the dataset's name: it is written to data/NAME/", group="Dataset")
-    root: str = setting("data", "the folder that holds the datasets", path=True)
+    dataset: str = setting("", "name of the dataset, which is written to data/NAME/", group="Dataset")
+    root: str = setting("data", "folder of the datasets", path=True)
     tokenizer: str = setting(
         "char",
-        "char, byte, gpt2, or bpe:N, a vocabulary of N tokens trained on the text, such as bpe:4096; or the folder of a "
-        "model or dataset whose tokenizer it is to be",
+        "char, byte, gpt2, or bpe:N (N tokens, trained on the text, such as bpe:4096), or the folder of a model or "
+        "dataset whose tokenizer to use",
     )
     val_fraction: float | str = setting(
-        "auto", "part that is validated on; auto: a tenth, and of large texts 2 million tokens",
+        "auto", "fraction of tokens for validation; auto: a tenth, but at most 2 million tokens",
         float, above=0.0, high=0.5, auto=True,
     )  # fmt: skip
-    seed: int = setting(1337, "of the order of the documents", low=0, high=2**63 - 1)
-    shard_tokens: int = setting(10**9, "tokens in a file; a larger split gets several", low=10**4, high=10**13)
-    field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME", group="Text")
-    encoding: str = setting("utf-8", "of plain text, by its name in Python: latin-1, cp1252, utf-16, ...")
+    seed: int = setting(1337, "seed of the document order and the split", low=0, high=2**63 - 1)
+    shard_tokens: int = setting(
+        10**9, "tokens per file; a larger split is written to several files", low=10**4, high=10**13
+    )
+    field: str = setting("text", "field or column of .jsonl, .parquet and hf:NAME that holds the text", group="Text")
+    encoding: str = setting("utf-8", "encoding of plain text, as Python names it: latin-1, cp1252, utf-16, ...")
     errors: str = setting(
         "strict",
-        "bytes that are not text in that encoding: strict refuses them, replace makes each U+FFFD",
+        "invalid bytes: strict refuses them, replace turns each into U+FFFD",
         choices=("strict", "replace"),
     )
-    drop_duplicates: bool = setting(False, "of documents that are equal byte for byte, take one")
+    drop_duplicates: bool = setting(False, "keep one of each set of identical documents")
     memory: int = setting(
-        1024, "megabytes that may be used, by all processes together", low=256, high=10**8, group="Machine"
+        1024, "memory limit of all processes together, in megabytes", low=256, high=10**8, group="Machine"
     )
     workers: int | str = setting(
         "auto",
-        "processes beside the first; auto: one a core, as far as memory allows; 0: none",
+        "worker processes; auto: one per core, as memory allows; 0: none",
         int,
         low=0,
         high=10**4,
         auto=True,
     )
-    trial: bool = setting(True, "train for up to 3 seconds, to estimate how long a run will take")
+    trial: bool = setting(True, "train for up to 3 seconds to estimate how long a run will take")
 
     def problems(self):
         """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""

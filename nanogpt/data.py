@@ -23,7 +23,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from nanogpt import files
-from nanogpt.config import RunFailed, TrainConfig, UserError
+from nanogpt.config import RunFailed, UserError
 
 PIECE = 2**22  # tokens that are looked at in one go
 SCAN_LIMIT = 100_000_000  # tokens that are checked when a split is opened
@@ -137,14 +137,14 @@ class Dataset:
         A target is the token after its input. Where a window is shorter than T + 1, it is filled: with targets
         -1, which no loss counts, after inputs that no counted position sees.
         """
-        ids = np.zeros((len(starts), block_size + 1), dtype=np.int64)
-        for row, start, stop in zip(ids, starts.tolist(), stops.tolist(), strict=True):
+        array = np.zeros((len(starts), block_size + 1), dtype=np.int64)
+        for row, start, stop in zip(array, starts.tolist(), stops.tolist(), strict=True):
             row[: stop - start] = self.tokens[start:stop]
-        self.check(ids)
-        ids, targets = torch.from_numpy(ids), stops - starts - 1
+        self.check(array)
+        ids, targets = torch.from_numpy(array), stops - starts - 1
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].clone(memory_format=torch.contiguous_format)
-        for row in np.flatnonzero(targets < block_size):
-            y[row, max(targets[row], 0) :] = -1
+        for i in np.flatnonzero(targets < block_size):
+            y[i, max(targets[i], 0) :] = -1
         return x, y
 
 
@@ -265,12 +265,13 @@ class Batches:
         self.documents, self.epoch_windows = dataset.documents, epoch_windows(dataset, block_size)
         fitting = len(dataset.tokens) - self.epoch_windows * block_size
         self.offsets = 1 if self.documents else min(block_size, fitting)  # that an epoch can begin at
-        self._block = functools.lru_cache(maxsize=8)(self._block)
+        self._cached = functools.lru_cache(maxsize=8)(self._block)
 
     def get(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows number `first` to `first + size - 1`, on the device: inputs and targets (B=size, T)."""
-        x, y = self.dataset.windows(*self._places(first, size), self.block_size)
-        if self.per_step:
+        starts, stops = self._places(first, size)
+        x, y = self.dataset.windows(starts, stops, self.block_size)
+        if self.per_step and isinstance(self.dataset.tokens, Tokens):
             for start, stop in self._places(first + self.per_step, size).T.tolist():
                 self.dataset.tokens.expect(start, stop)
         return self.dist.to_device(x), self.dist.to_device(y)
@@ -287,12 +288,12 @@ class Batches:
 
         Each target of the step then counts the same.
         """
-        return self.filled(first, size) / self.filled(begin, self.per_step)
+        return self.filled(first, size) / self.filled(begin, self.per_step or size)
 
     def _places(self, first, size):
         """`places` of windows `first` to `first + size - 1`: an array (2, size)."""
         blocks = range(first // AT_ONCE, (first + size - 1) // AT_ONCE + 1)
-        found = [self._block(b)[:, max(0, first - b * AT_ONCE) : first + size - b * AT_ONCE] for b in blocks]
+        found = [self._cached(b)[:, max(0, first - b * AT_ONCE) : first + size - b * AT_ONCE] for b in blocks]
         return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
     def _block(self, block):
@@ -342,7 +343,7 @@ def permutation(i: np.ndarray, n: int, key: np.uint64) -> np.ndarray:
     return i.astype(np.int64)
 
 
-def share_batch(cfg: TrainConfig, world_size: int, micro_batch: int | None = None) -> tuple[int, int]:
+def share_batch(cfg: Any, world_size: int, micro_batch: int | None = None) -> tuple[int, int]:
     """How each process works through its part of the global batch: (micro-steps, sequences in each).
 
     The global batch is gradient_accumulation_steps * batch_size whatever the number of processes. A micro-step

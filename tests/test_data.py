@@ -103,7 +103,7 @@ def test_the_tokens_cannot_be_written_to(make):
 
 @pytest.mark.parametrize("ids", [[0, 100], [-1, 5]])
 def test_an_id_outside_the_vocabulary_is_not_written(make, ids, tmp_path):
-    with pytest.raises(ValueError, match="train: a token id lies outside the vocabulary of 100"):
+    with pytest.raises(ValueError, match="train: a token id is outside the vocabulary of 100"):
         make(ids)
     assert list((tmp_path / "data" / "d").iterdir()) == []
 
@@ -146,7 +146,7 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
     folder = tmp_path / "data" / "novel"
     folder.mkdir(parents=True)
     (folder / "prepare.py").touch()
-    expected = f"--dataset=novel: {folder}/ has no meta.json; python {folder}/prepare.py makes it"
+    expected = f"--dataset=novel: {folder}/ has no meta.json; python {folder}/prepare.py prepares it"
     assert problem(folder) == expected
 
 
@@ -155,17 +155,17 @@ def test_a_mistyped_dataset_names_the_nearest(make):
     (folder.parent / "shakespeare").mkdir()
     (folder.parent / "shakespeare" / "prepare.py").touch()
     mistyped = folder.parent / "shakespear"
-    expected = f"--dataset=shakespear: {mistyped}/ is not there; did you mean shakespeare?"
+    expected = f"--dataset=shakespear: {mistyped}/ does not exist; did you mean shakespeare?"
     assert problem(mistyped) == expected
-    assert problem(folder.parent / "zzzzzz").endswith("is not there; prepared here: d")
+    assert problem(folder.parent / "zzzzzz").endswith("does not exist; prepared datasets: d")
 
 
 def test_a_dataset_that_is_not_sound_is_no_suggestion_for_itself(make):
     folder = make(range(100))
     describe(folder, dtype="int64")
     said = problem(folder)
-    assert said.startswith(f"{folder / 'meta.json'}: does not describe a dataset; for GPT-2's tokens it would be {{")
-    assert "did you mean" not in said and "prepared here" not in said
+    assert said.startswith(f"{folder / 'meta.json'}: does not describe a dataset; for GPT-2 tokens, write {{")
+    assert "did you mean" not in said and "prepared datasets" not in said
     describe(folder, dtype="uint16")
     (folder / "train.bin").unlink()
     assert problem(folder) == f"--dataset=d: {folder / 'train.bin'} is missing"
@@ -176,7 +176,7 @@ def test_old_bins_without_meta_json_can_be_read_once_it_says_what_the_message_sh
     (folder / "meta.json").unlink()
     said = problem(folder)
     assert said.startswith(
-        f"--dataset=d: {folder}/ has no meta.json; for GPT-2's tokens, as the original nanoGPT prepares"
+        f"--dataset=d: {folder}/ has no meta.json; for GPT-2 tokens prepared by the original nanoGPT, write"
     )
     (folder / "meta.json").write_text(said[said.index("{") :])
     dataset = open_dataset(folder)
@@ -188,9 +188,9 @@ def test_old_bins_without_meta_json_can_be_read_once_it_says_what_the_message_sh
 @pytest.mark.parametrize(
     "put, why",
     [
-        (os.mkdir, "is no regular file"),
-        (os.mkfifo, "is no regular file"),
-        (lambda path: os.symlink("/dev/zero", path), "is no regular file"),
+        (os.mkdir, "is not a regular file"),
+        (os.mkfifo, "is not a regular file"),
+        (lambda path: os.symlink("/dev/zero", path), "is not a regular file"),
         (lambda path: os.symlink(path, path), "cannot be read (Too many levels of symbolic links)"),
     ],
     ids=["folder", "FIFO", "device", "circle"],
@@ -205,8 +205,8 @@ def test_what_is_no_file_is_told_in_one_line(make, name, put, why):
 @pytest.mark.parametrize(
     "put, said",
     [
-        (lambda path: path.write_text("x"), "--dataset=e: {}/ is no folder"),
-        (lambda path: path.symlink_to("nowhere"), "--dataset=e: {}/ is not there"),
+        (lambda path: path.write_text("x"), "--dataset=e: {}/ is not a folder"),
+        (lambda path: path.symlink_to("nowhere"), "--dataset=e: {}/ does not exist"),
         (lambda path: path.symlink_to("e"), "{}/meta.json: cannot be read (Too many levels of symbolic links)"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_command_that_makes_a_dataset_is_quoted_for_a_shell(tmp_path):
     folder = tmp_path / "my data" / "d"
     folder.mkdir(parents=True)
     (folder / "prepare.py").touch()
-    assert problem(folder).endswith(f"; python '{folder}/prepare.py' makes it")
+    assert problem(folder).endswith(f"; python '{folder}/prepare.py' prepares it")
 
 
 def test_a_missing_split_is_named(make):
@@ -238,7 +238,7 @@ def test_a_missing_split_is_named(make):
 @pytest.mark.parametrize("n", [0, 1, 4])
 def test_too_few_tokens_for_the_context(make, n):
     folder = make([5] * n)
-    expected = f"{n} tokens are too few for a block_size of 4; at most {max(n - 1, 0)} would do"
+    expected = f"{n} tokens are too few for a block_size of 4; the largest that fits is {max(n - 1, 0)}"
     assert problem(folder).endswith(expected)
 
 
@@ -353,7 +353,7 @@ def test_half_an_id_in_one_of_several_files_is_refused(make):
 
 def test_too_few_tokens_are_counted_over_all_files(make):
     assert len(open_dataset(shard(make(range(5)), 2)).tokens) == 5
-    expected = "train.bin and 1 more: 4 tokens are too few for a block_size of 4; at most 3 would do"
+    expected = "train.bin and 1 more: 4 tokens are too few for a block_size of 4; the largest that fits is 3"
     assert problem(shard(make(range(4)), 2)).endswith(expected)
 
 
@@ -763,7 +763,7 @@ def test_each_target_of_a_step_weighs_the_same_however_its_windows_are_divided(d
 def test_documents_without_a_separator_are_refused(make):
     folder = make(range(100))
     message = problem(folder, documents=True)
-    assert message.startswith(f"--documents=True: {folder / 'meta.json'} names no separator")
+    assert message.startswith(f"--documents=True: {folder / 'meta.json'} has no separator")
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 6), st.integers(1, 6))

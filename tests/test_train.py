@@ -644,7 +644,7 @@ def test_a_resumed_run_tells_each_end_of_an_epoch_once(run, tiny):
 
 
 def test_documents_of_a_dataset_without_a_separator_are_refused(run, tmp_path, capsys):
-    assert "names no separator" in refused(capsys, "--documents=True")
+    assert "has no separator" in refused(capsys, "--documents=True")
     assert not (tmp_path / "out").exists()
 
 

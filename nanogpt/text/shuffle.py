@@ -9,6 +9,7 @@ that are not never come to lie in both splits.
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class Buckets:
 class Bucket:
     """The fragments of a bucket in the order of their keys, as groups of those that have the same key."""
 
-    def __init__(self, path: Path, fragments: np.ndarray, dtype: str) -> None:
+    def __init__(self, path: Path, fragments: np.ndarray, dtype: np.dtype) -> None:
         self.path, self.dtype = path, dtype
         lengths = fragments["tokens"].astype(np.int64)
         order = np.argsort(fragments["key"], kind="stable")  # so the fragments of a document stay in order
@@ -145,9 +146,11 @@ def at_most(which: np.ndarray, lengths: np.ndarray, limit: int) -> list[np.ndarr
 class Sink:
     """Writes the files of one split: `train.bin`, and where it is full, `train-00001.bin` and so on."""
 
-    def __init__(self, folder: str | Path, split: str, dtype: str, shard_tokens: int) -> None:
+    def __init__(self, folder: str | Path, split: str, dtype: str | np.dtype, shard_tokens: int) -> None:
         self.folder, self.split, self.dtype, self.shard = Path(folder), split, np.dtype(dtype), shard_tokens
-        self.names, self.file, self.room, self.tokens, self.documents = [], None, 0, 0, 0
+        self.names: list[str] = []
+        self.file: Any = None
+        self.room = self.tokens = self.documents = 0
 
     def write(self, ids: np.ndarray) -> None:
         """Append ids, over as many files as they take."""

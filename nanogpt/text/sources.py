@@ -109,7 +109,9 @@ def find(
     `target`: the folder that is written to, where nothing is read, or None. `standard_input`: the file that it is copied
     to. `field`: that a .json of JSON lines has. `encoding`: of plain text.
     """
-    sources, notes, problems, seen = [], [], [], set()
+    sources: list[Source] = []
+    notes: list[str] = []
+    problems, seen = [], set()
     encoding = "" if codecs.lookup(encoding).name == "utf-8" else encoding
     for argument in arguments:
         try:
@@ -141,7 +143,7 @@ def find(
 
 def recognise_json(sources: list[Source], field: str) -> list[str]:
     """Have each .json that is JSON lines, as many corpora are, read so. Lines about how .json files are read."""
-    found = {"jsonl": [], "text": []}
+    found: dict[str, list[str]] = {"jsonl": [], "text": []}
     for source in sources:
         if source.kind == "text" and source.path.removesuffix(source.packing).lower().endswith(".json"):
             source.kind = "jsonl" if is_json_lines(source, field) else "text"
@@ -218,7 +220,8 @@ def walk(folder: Path) -> Iterator[Path]:
 
     Each folder is gone through once, whatever links there are to it.
     """
-    waiting, seen = [folder], set()
+    waiting: list[str | Path] = [folder]
+    seen = set()
     for top in waiting:  # which grows meanwhile
         for here, folders, names in os.walk(top, onerror=refuse):
             real = os.path.realpath(here)
@@ -377,14 +380,14 @@ class Recoded:
         data, self.ready = self.ready[:size], self.ready[size:]
         return data
 
-    def undecodable(self, error: UnicodeDecodeError) -> tuple[str, int]:
+    def undecodable(self, error: Any) -> tuple[str, int]:
         """What codecs calls for what cannot be decoded."""
         place = self.taken - len(error.object) + error.start
         self.source.undecodable = self.source.undecodable or (place, f"0x{error.object[error.start]:02x}")
         return "\udcff", error.end
 
 
-def skip(stream: Stream, source: Source, offset: int) -> None:
+def skip(stream: Any, source: Source, offset: int) -> None:
     """Go to `offset` in the unpacked bytes of UTF-8."""
     if source.packing or source.encoding:
         while offset:
@@ -401,7 +404,8 @@ def blocks(
     cut: finds the last place where the bytes of a text can be cut. longest_line: bytes that a line of .jsonl may
     have. folder: for temporary files. Small texts share a block.
     """
-    pending, size, done = [], 0, sum(s.size for s in sources[: start[0]])
+    pending: list = []
+    size, done = 0, sum(s.size for s in sources[: start[0]])
     begin, offset, line = start
     for number, source in enumerate(sources[begin:], begin):
         pieces = read_rows if source.kind in ("rows", "hf") else read_stream
@@ -457,7 +461,8 @@ def text_pieces(stream: Stream, cut: Cut) -> Iterator[bytes]:
 
 def line_pieces(stream: Stream, source: Source, line: int, longest: float) -> Iterator[bytes]:
     """Yield the bytes of whole lines, about a block at a time. UserError where a line is longer than `longest`."""
-    rest, size = [], 0
+    rest: list[bytes] = []
+    size = 0
     while data := stream.read(BLOCK):
         end = data.rfind(b"\n") + 1
         if end:
@@ -707,8 +712,9 @@ def read_whole(sources: list[Source], field: str) -> tuple[list[tuple[int, str]]
 
     UserError with everything in them that is no text.
     """
-    found, problems = [], Problems()
-    for block in blocks(sources, [0, 0, 0], lambda data: 0, field, math.inf, tempfile.gettempdir()):
+    found: list[tuple[int, list[str]]] = []
+    problems = Problems()
+    for block in blocks(sources, [0, 0, 0], lambda data: 0, field, math.inf, Path(tempfile.gettempdir())):
         begin = 0
         for part in block.parts:
             raw = block.data[begin : begin + part[3]]

@@ -43,7 +43,7 @@ class CharTokenizer:
     Raises UserError where `chars` or `unknown` cannot be that.
     """
 
-    def __init__(self, chars: object, unknown: str | None = None, separated: bool = False) -> None:
+    def __init__(self, chars: Any, unknown: str | None = None, separated: bool = False) -> None:
         problem = what_is_wrong_with(chars)
         if not problem and unknown is not None and (not isinstance(unknown, str) or unknown not in chars):
             problem = f"unknown: expected one of the chars, not {repr(unknown)[:40]}"
@@ -56,8 +56,8 @@ class CharTokenizer:
         self.eot = len(self.chars) if separated else None
         self.vocab_size = len(self.chars) + separated
         self.ids = {c: i for i, c in enumerate(self.chars)}
-        self.table = None  # id of each code point, made when it is first used
-        self.of_ascii = None  # the same of ASCII, as bytes, where ids fit into them
+        self.table: np.ndarray | None = None  # id of each code point, made when it is first used
+        self.of_ascii: bytes | None = None  # the same of ASCII, as bytes, where ids fit into them
 
     @classmethod
     def train(cls, text):
@@ -366,7 +366,7 @@ class Stream:
         return text[: len(text) - held]
 
 
-def from_json(d: object) -> "Tokenizer":
+def from_json(d: Any) -> "Tokenizer":
     """The tokenizer that `to_json` described. Raises UserError where `d` describes none."""
     kind = d.get("type") if isinstance(d, dict) else None
     if kind == "char":
@@ -390,10 +390,10 @@ def same(a: dict, b: dict) -> bool:
     """Whether two tokenizers, as JSON, give the same ids to the same tokens. Raises like `from_json`."""
     if a == b:
         return True
-    a, b = from_json(a), from_json(b)
-    if (a.vocab_size, a.eot) != (b.vocab_size, b.eot):
+    x, y = from_json(a), from_json(b)
+    if (x.vocab_size, x.eot) != (y.vocab_size, y.eot):
         return False
-    return all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
+    return all(x.token_bytes(i) == y.token_bytes(i) for i in range(x.vocab_size))
 
 
 def named(name: str) -> tuple[str, int | None]:
@@ -415,7 +415,7 @@ def named(name: str) -> tuple[str, int | None]:
     )
 
 
-def what_is_wrong_with(chars: object) -> str | None:
+def what_is_wrong_with(chars: Any) -> str | None:
     """Why `chars` cannot be a vocabulary of characters, or None."""
     if not isinstance(chars, (list, tuple, str)):
         return f"chars: expected a list of characters, not {type(chars).__name__}"
@@ -462,9 +462,9 @@ def check_id(id: int, vocab_size: int) -> int:
     return int(id)
 
 
-def ranges(chars: object) -> str:
+def ranges(chars: Iterable[str]) -> str:
     """A compact view of a set of characters: `'\\n', ' '-'!', 'a'-'z'`, cut short where it grows long."""
-    runs = []
+    runs: list[list[str]] = []
     for c in sorted(chars):
         if runs and ord(c) == ord(runs[-1][1]) + 1:
             runs[-1][1] = c

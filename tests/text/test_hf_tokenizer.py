@@ -270,7 +270,7 @@ def test_a_dataset_of_another_tokenizer_is_refused_and_the_line_that_is_named_fi
         line = problem(capsys, *command, "--init_from=hf")
         assert line == (
             "error: --dataset=tiny: its tokenizer is not the one of the model in hf; "
-            "nanogpt prepare SOURCE --dataset=NAME --tokenizer=hf makes a dataset that fits"
+            "nanogpt prepare SOURCE --dataset=NAME --tokenizer=hf prepares a matching dataset"
         )
     documents = [f"Document {i}. {REAL[100 * i : 100 * i + 100]}" for i in range(60)]
     Path("a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
@@ -298,7 +298,7 @@ def test_a_run_goes_on_with_its_own_tokenizer_on_other_text(here, capsys):
     other = Path("data/other")
     write_dataset(other, CharTokenizer("0123456789"), [1] * 200, [2] * 100)
     line = problem(capsys, "train", *SMALL, "--dataset=other", "--init_from=out", "--out_dir=tuned")
-    assert line.endswith("nanogpt prepare SOURCE --dataset=NAME --tokenizer=out makes a dataset that fits")
+    assert line.endswith("nanogpt prepare SOURCE --dataset=NAME --tokenizer=out prepares a matching dataset")
     Path("more.txt").write_text("The cat sat by the hill.\nThe hen ran by the barn.\n" * 40)
     assert cli.main(["prepare", "more.txt", "--dataset=more", "--tokenizer=out"]) == 0
     assert cli.main(["train", *SMALL, "--dataset=more", "--init_from=out", "--out_dir=tuned"]) == 0

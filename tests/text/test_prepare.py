@@ -956,7 +956,7 @@ def test_the_printed_command_trains_on_the_dataset_wherever_it_is(here, monkeypa
     assert capfd.readouterr().out.startswith("my data, val split: loss ")
     os.rename("some where", "elsewhere")
     assert cli.main(["eval", "--out_dir=out-my data", "--device=cpu"]) == 2
-    assert "--dataset=my data: some where/data/my data/ is not there" in capfd.readouterr().err
+    assert "--dataset=my data: some where/data/my data/ does not exist" in capfd.readouterr().err
     for named in ([], ["--dataset=my data"]):
         assert cli.main(["eval", "--out_dir=out-my data", "--device=cpu", "--root=elsewhere/data", *named]) == 0
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nanogpt.config import UserError
 from nanogpt.text import sources
+from nanogpt.text.cutting import last_character
 from nanogpt.text.sources import Problems, blocks, explain, find, read_block
-from nanogpt.text.tokenizer import last_character
 
 TEXT = "".join(f"Line {i} of a text with Größe and 世界.\n" for i in range(200))
 
@@ -50,7 +50,7 @@ def documents(found, start=(0, 0, 0), field="text", replace=False, longest=10**6
     """[text of each document], the Problems, and where each block ended."""
     texts, problems, ends = [], Problems(), []
     for block in blocks(found, list(start), last_character, field, longest, "."):
-        got, noted = read_block(block.kind, block.parts, block.data, field, replace)
+        got, noted = read_block(block, field, replace)
         for text, raw, first in got:
             assert replace or raw.decode() == text
             if first:
