@@ -291,7 +291,7 @@ def test_help_end_to_end(start, door):
 
 DOORS = [
     *(["train.py", "--device=cpu"], ["sample.py", "--device=cpu"], ["bench.py", "--device=cpu"], ["model.py"]),
-    *(["-c", f"from nanogpt.{name} import main; main([])"] for name in ("train", "commands.advice", "serve.app")),
+    *(["-c", f"from nanogpt.{name} import main; main([])"] for name in ("train", "commands.advice", "serve.start")),
     ["-m", "pytest", "tests/commands/test_cli.py"],
     *([f"benchmarks/{name}.py"] for name in ("cpu", "sampling", "serving", "time_to_loss")),
 ]
