@@ -155,6 +155,7 @@ class Run:
         """evaluation(run, micro_batch), whose time counts for no step. Raises StopRequested if asked to stop meanwhile."""
         with self.paused():
             self.tick = self.log.counted(self.step, self.stop.check)
+            self.stop.check()  # nothing new is begun if a save has failed, for lack of memory perhaps
             return self.repeat_smaller(evaluation)
 
     def record(self, losses, lr):
