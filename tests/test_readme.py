@@ -99,7 +99,7 @@ RULES = [
     Rule(r"^sh train\.py config/", add(TINY), DONE),
     # serving, each on a free port until the line has been run
     Rule(r"^nanogpt serve ", lambda command: while_served("curl -s $address/health", command), r'"ok"'),
-    Rule(r"^curl ", lambda command: while_served(command.replace("http://127.0.0.1:8000", "$address")), r'"text": "'),
+    Rule(r"^curl ", lambda command: while_served(command.replace("http://127.0.0.1:8000", "$address")), r'"text": ?"'),
     # evaluating
     Rule(r"^nanogpt eval .*--init_from=gpt2", add(" --init_from=tiny-gpt2 --device=cpu"), r"^my\.txt: loss \d+\.\d{6} over"),
     Rule(r"^nanogpt eval .*--per_document", add(" --device=cpu"), r"^books/one\.txt: loss(.*\n)*all 2 documents: loss"),
