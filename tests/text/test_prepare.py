@@ -612,7 +612,7 @@ def test_killed_at_ten_random_moments_it_makes_the_same_bytes(large, args, figur
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_says_how_to_go_on(large, signum, code):
     process = start_and_dwell("a.txt", "--workers=2")
-    for target in [process, *children(process)] if signum == signal.SIGINT else [process]:  # as a terminal does
+    for target in [*children(process), process] if signum == signal.SIGINT else [process]:  # as a terminal does
         target.send_signal(signum)
     out, err = process.communicate()
     assert process.returncode == code
