@@ -199,7 +199,10 @@ class Pool:
         if self.processes:
             for process in list((self.executor._processes or {}).values()):  # public from Python 3.14: kill_workers
                 process.kill()
-            self.executor.shutdown(cancel_futures=True)
+            # A worker that was killed while it wrote a result has left half of it in the pipe, and this waits forever.
+            end = threading.Thread(target=self.executor.shutdown, kwargs=dict(cancel_futures=True), daemon=True)
+            end.start()
+            end.join(timeout=5)
             self.processes = 0
 
 

@@ -494,6 +494,21 @@ def test_workers_get_no_more_blocks_than_they_have_use_for():
         pool.close()
 
 
+def test_closing_the_workers_does_not_wait_for_half_a_result():
+    """A worker that is killed while it writes a result leaves half of it in the pipe."""
+    script = """
+import os
+from nanogpt.config import PrepareConfig
+from nanogpt.text import prepare, sources, workers
+pool = workers.Pool(1, **prepare.worker_settings(PrepareConfig()))
+list(pool.map([sources.Block("text", [[0, 0, 0, 1, True]], b"x", [0, 1, 0], 0)], lambda: "check"))
+pool.executor._result_queue._writer._send(bytes(2))  # of the four that say how long a result is
+pool.close()
+os._exit(0)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=300).returncode == 0
+
+
 def children(process):
     psutil = pytest.importorskip("psutil")
     found = []
