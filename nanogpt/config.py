@@ -1,6 +1,6 @@
-"""The settings: their names, defaults and bounds; config files; the command line; `--help`.
+"""The settings of every command: names, defaults, bounds and help texts.
 
-Everything else receives a finished, checked config. This module knows no other and never imports torch.
+run/settings.py parses the command line and config files. This module imports no other one, and never torch.
 """
 
 import codecs
@@ -18,10 +18,10 @@ LARGEST_BATCH = 10**7  # sequences in an iteration
 
 
 class UserError(ValueError):
-    """What a user can mend: one line a problem, exit code 2, no traceback."""
+    """An error that the user can fix: one line per problem, exit code 2, no traceback."""
 
     exit_code = 2
-    second_hand = False  # whether another process knows the reason, and reports it
+    second_hand = False  # whether another process reports the reason
 
     def __init__(self, *problems):
         super().__init__("\n".join(problems))
@@ -29,12 +29,12 @@ class UserError(ValueError):
 
 
 def installs(extra):
-    """The command that installs an extra of pyproject.toml, as README.md has it: pinned, so that torch stays."""
+    """The command that installs an extra of pyproject.toml, as in README.md: with pinned versions, so torch stays."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
 
 
 class RunFailed(UserError):
-    """A run that cannot go on through no fault of its settings: a full disk, a sick model."""
+    """A run that cannot go on for a reason other than its settings, such as a full disk or a diverged model."""
 
     exit_code = 1
 
@@ -42,11 +42,11 @@ class RunFailed(UserError):
 def setting(
     default, help, kind=None, *, low=None, above=None, high=None, choices=None, auto=False, path=False, group=None
 ):
-    """A dataclass field with what the parser and `--help` need.
+    """A dataclass field with the metadata that the parser and `--help` need.
 
-    The type is that of the default unless `kind` says otherwise; `low <= value <= high`, `value > above`;
-    `auto`: the word `auto` is allowed too; `path`: it names a file or folder, and may be empty only if that is the
-    default; `group`: the heading that begins here in `--help`.
+    kind: its type, by default that of `default`. low, above, high: bounds, low <= value <= high and value > above.
+    auto: whether the word `auto` is allowed too. path: whether it names a file or folder; it may be empty only if
+    the default is. group: a heading that begins here in `--help`.
     """
     meta = dict(help=help, kind=kind or type(default), low=low, above=above, high=high)
     path = path and ("may be empty" if default == "" else "not empty")
@@ -57,38 +57,34 @@ def setting(
 class TrainConfig:
     """Settings of `train.py`."""
 
-    auto_batch = False  # whether batch_size was `auto`; its number then says how many sequences an iteration has
+    auto_batch = False  # whether batch_size was `auto`; the number then only fixes the sequences per iteration
 
-    out_dir: str = setting(
-        "out", "folder for checkpoints, metrics.jsonl and the picture of the losses", path=True, group="Run"
-    )
-    eval_interval: int = setting(2000, "evaluate (and save) every so many iterations", low=1, high=MANY)
-    log_interval: int = setting(1, "print a line every so many iterations", low=1, high=MANY)
-    eval_iters: int = setting(200, "batches of each split in an evaluation; always the same ones", low=1, high=10**6)
-    eval_only: bool = setting(False, "evaluate once, print the exact validation loss, and end")
+    out_dir: str = setting("out", "folder for checkpoints, metrics.jsonl and the loss curve", path=True, group="Run")
+    eval_interval: int = setting(2000, "iterations from one evaluation, and checkpoint, to the next", low=1, high=MANY)
+    log_interval: int = setting(1, "iterations from one printed line to the next", low=1, high=MANY)
+    eval_iters: int = setting(200, "batches of each split in an evaluation, the same ones each time", low=1, high=10**6)
+    eval_only: bool = setting(False, "evaluate once, print the exact validation loss, and exit")
     always_save_checkpoint: bool = setting(
-        True, "False: a checkpoint whose val loss is no improvement gives way to the next one"
+        True, "False: only checkpoints that improve the validation loss count as recent ones to keep"
     )
-    keep_checkpoints: int = setting(2, "the so many newest checkpoints are kept, and the best", low=1, high=10**6)
+    keep_checkpoints: int = setting(2, "number of recent checkpoints to keep, besides the best one", low=1, high=10**6)
     patience: int = setting(
-        0, "end the run when so many evaluations in a row were no improvement; 0: never", low=0, high=10**6
+        0, "stop after this many evaluations in a row without improvement; 0: never", low=0, high=10**6
     )
     init_from: str = setting(
         "scratch",
-        "scratch, resume, auto (resume if there is something to resume), a GPT-2 name, or a folder",
+        "scratch, resume, auto (resume if there is a checkpoint, else scratch), a GPT-2 name, or a folder",
         path=True,
     )
     wandb_log: bool = setting(False, "log to Weights & Biases", group="Weights & Biases")
-    wandb_project: str = setting("owt", "its project")
-    wandb_run_name: str = setting("gpt2", "its run name")
-    dataset: str = setting("openwebtext", "a folder in data/ with train.bin, val.bin and meta.json", group="Data")
+    wandb_project: str = setting("owt", "project name")
+    wandb_run_name: str = setting("gpt2", "run name")
+    dataset: str = setting("openwebtext", "folder in data/ with train.bin, val.bin and meta.json", group="Data")
     root: str = setting("data", "the folder that holds the datasets", path=True)
-    gradient_accumulation_steps: int = setting(
-        40, "micro-batches in an iteration, over all processes", low=1, high=10**6
-    )
+    gradient_accumulation_steps: int = setting(40, "micro-batches per iteration, over all processes", low=1, high=10**6)
     batch_size: int | str = setting(
         12,
-        "sequences in a micro-batch; auto: as many as fit the memory, and in an iteration as many as without",
+        "sequences per micro-batch; auto: as many as fit in memory, with the same number per iteration",
         auto=True,
         low=1,
         high=10**6,
@@ -96,63 +92,61 @@ class TrainConfig:
     block_size: int = setting(1024, "context length, in tokens", low=1, high=10**7)
     sampling: str = setting(
         "epochs",
-        "epochs: every window once before one comes again; random: from anywhere",
+        "epochs: each window once per epoch; random: windows from anywhere",
         choices=("epochs", "random"),
     )
-    documents: bool = setting(False, "windows begin where documents begin, and hold tokens of one document each")
+    documents: bool = setting(False, "start windows at the beginning of documents, with one document in each")
     architecture: str = setting(
         "gpt2",
-        "gpt2 (the classic one) or qwen3 (the modern one, which learns faster)",
+        "gpt2 (classic) or qwen3 (modern, learns faster)",
         choices=("gpt2", "qwen3"),
         group="Model",
     )
     n_layer: int = setting(12, "transformer blocks", low=1, high=10**4)
-    n_head: int = setting(12, "attention heads in a block", low=1, high=10**4)
+    n_head: int = setting(12, "attention heads per block", low=1, high=10**4)
     n_embd: int = setting(768, "channels; a multiple of n_head", low=1, high=10**6)
     dropout: float = setting(0.0, "0 for pretraining; 0.1 and more for finetuning and small data", low=0.0, high=1.0)
     bias: bool = setting(
-        False, "biases in linear layers and layer norms, as GPT-2 has them; without is a bit better and faster"
+        False, "use biases in linear layers and layer norms, as GPT-2 does; False is a bit better and faster"
     )
     optimizer: str = setting(
         "adamw",
-        "adamw, or muon: Muon for the matrices of the blocks, AdamW for the rest",
+        "adamw, or muon: Muon for the blocks' matrices, AdamW for the rest",
         choices=("adamw", "muon"),
         group="Optimizer",
     )
-    learning_rate: float = setting(6e-4, "the highest learning rate, AdamW's", above=0.0)
-    muon_lr: float = setting(0.02, "Muon's highest learning rate; it rises and falls with AdamW's", above=0.0)
+    learning_rate: float = setting(6e-4, "peak learning rate of AdamW", above=0.0)
+    muon_lr: float = setting(0.02, "peak learning rate of Muon; follows the same schedule", above=0.0)
     muon_momentum: float = setting(
-        0.95, "Muon's momentum; less for runs of a few hundred iterations", low=0.0, high=1.0
+        0.95, "momentum of Muon; less for runs of a few hundred iterations", low=0.0, high=1.0
     )
-    max_iters: int = setting(600000, "optimizer updates in the whole run", low=0, high=MANY)
-    weight_decay: float = setting(1e-1, "on matrices and embeddings only", low=0.0)
-    beta1: float = setting(0.9, "AdamW's decay of the mean", low=0.0, high=1.0)
-    beta2: float = setting(0.95, "AdamW's decay of the mean square", low=0.0, high=1.0)
-    grad_clip: float = setting(1.0, "clip the gradient's norm to this; 0.0 turns it off", low=0.0)
-    skip_spikes: bool = setting(False, "leave out an update whose loss is far above the recent ones")
-    decay_lr: bool = setting(True, "warm up and decay; otherwise the rate is constant", group="Learning rate schedule")
+    max_iters: int = setting(600000, "optimizer updates in total", low=0, high=MANY)
+    weight_decay: float = setting(1e-1, "weight decay of matrices and embeddings", low=0.0)
+    beta1: float = setting(0.9, "decay rate of AdamW's first moment", low=0.0, high=1.0)
+    beta2: float = setting(0.95, "decay rate of AdamW's second moment", low=0.0, high=1.0)
+    grad_clip: float = setting(1.0, "maximum norm of the gradient; 0.0: no clipping", low=0.0)
+    skip_spikes: bool = setting(False, "skip updates whose loss is far above the recent ones")
+    decay_lr: bool = setting(True, "warm up and decay; False: constant", group="Learning rate schedule")
     lr_schedule: str = setting(
-        "cosine", "cosine, or linear: constant, then straight down to min_lr", choices=("cosine", "linear")
+        "cosine", "cosine, or linear: constant, then a linear decay to min_lr", choices=("cosine", "linear")
     )
-    cooldown_frac: float = setting(0.6, "linear: the share of the iterations in which it falls", above=0.0, high=1.0)
+    cooldown_frac: float = setting(0.6, "linear: fraction of the iterations in which it decays", above=0.0, high=1.0)
     warmup_iters: int = setting(2000, "iterations of linear warm-up", low=0, high=MANY)
-    lr_decay_iters: int = setting(600000, "iteration at which min_lr is reached; about max_iters", low=0, high=MANY)
-    min_lr: float = setting(6e-5, "the lowest learning rate; about learning_rate / 10", low=0.0)
+    lr_decay_iters: int = setting(600000, "iteration at which min_lr is reached; usually max_iters", low=0, high=MANY)
+    min_lr: float = setting(6e-5, "final learning rate; usually learning_rate / 10", low=0.0)
     backend: str = setting(
-        "auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
+        "auto", "torch.distributed backend: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
-    dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
+    dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
-    deterministic: bool = setting(
-        False, "the same bits every time on a GPU too, at some cost in speed; CPUs need it not"
-    )
+    deterministic: bool = setting(False, "bit-identical results on GPUs too, at some cost in speed; CPUs always are")
     seed: int | str = setting(
-        1337, "of the initialisation, the batches and dropout", int, low=0, high=2**63 - 1, auto=True
+        1337, "seed of the initialization, the batches and dropout", int, low=0, high=2**63 - 1, auto=True
     )
 
     def problems(self):
-        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        """Yield what is wrong with combinations of settings: (the settings, the first one to blame; the problem)."""
         if self.n_embd % self.n_head:
             yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {self.n_head}"
         elif self.architecture == "qwen3" and self.n_embd % (2 * self.n_head):
@@ -176,11 +170,11 @@ class TrainConfig:
 
 @dataclass
 class BenchConfig(TrainConfig):
-    """Settings of `bench.py`: those of a training run, of which it measures some iterations."""
+    """Settings of `bench.py`: those of the training run whose iterations it measures."""
 
     iters: int = setting(20, "iterations to measure", low=1, high=10**6, group="Benchmark")
-    warmup: int = setting(5, "iterations before them", low=0, high=10**6)
-    vocab_size: int = setting(65, "of the model and the random tokens; 50304 for GPT-2's", low=1, high=2**31 - 1)
+    warmup: int = setting(5, "iterations before those", low=0, high=10**6)
+    vocab_size: int = setting(65, "vocabulary of the model and the random tokens; GPT-2: 50304", low=1, high=2**31 - 1)
 
 
 @dataclass
@@ -192,20 +186,20 @@ class TextConfig:
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
     max_new_tokens: int = setting(500, "length of a text, in tokens", low=1, high=10**9, group="Text")
-    temperature: float = setting(0.8, "below 1 is tamer, above 1 wilder, 0 always takes the likeliest token", low=0.0)
-    top_k: int = setting(200, "choose among the so many likeliest tokens only; 0 among all", low=0, high=2**31 - 1)
-    top_p: float = setting(1.0, "among the likeliest that together have this probability", above=0.0, high=1.0)
-    min_p: float = setting(0.0, "among those at least so likely, relative to the likeliest", low=0.0, high=1.0)
-    stop: str = setting("", "end a text where this appears (\\n is a new line); several are separated by |")
-    seed: int | str = setting(1337, "of the choice of tokens", int, low=0, high=2**63 - 1, auto=True, group="System")
+    temperature: float = setting(0.8, "below 1: less random; above 1: more; 0: always the likeliest token", low=0.0)
+    top_k: int = setting(200, "sample from the k likeliest tokens; 0: from all", low=0, high=2**31 - 1)
+    top_p: float = setting(1.0, "sample from the likeliest tokens whose probabilities add up to p", above=0.0, high=1.0)
+    min_p: float = setting(0.0, "sample from tokens at least p times as likely as the likeliest", low=0.0, high=1.0)
+    stop: str = setting("", "string that ends a text (\\n is a newline); separate several by |")
+    seed: int | str = setting(1337, "seed of the sampling", int, low=0, high=2**63 - 1, auto=True, group="System")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
-    dtype: str = setting("auto", "of the weights and products", choices=DTYPES, auto=True)
+    dtype: str = setting("auto", "number format of weights and matrix products", choices=DTYPES, auto=True)
     int8: bool | str = setting(
-        "auto", "weights of a byte each, on CPUs; auto: where a large model writes faster so", bool, auto=True
+        "auto", "8-bit weights, on CPUs; auto: if a large model is faster with them", bool, auto=True
     )
 
     def problems(self):
-        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
         if self.int8 is True and self.dtype not in ("auto", "float32"):
             yield ("int8", "dtype"), f"works in float32 beside it, and dtype is {self.dtype}"
 
@@ -218,12 +212,8 @@ class TextConfig:
 class SampleConfig(TextConfig):
     """Settings of `sample.py`."""
 
-    start: str = setting(
-        "\n", "what the text begins with (\\n is a new line), or FILE:prompt.txt", group="Several texts"
-    )
-    num_samples: int = setting(
-        10, "texts to write; the first has the seed, the second the next one, ...", low=1, high=10**6
-    )
+    start: str = setting("\n", "beginning of the text (\\n is a newline), or FILE:prompt.txt", group="Several texts")
+    num_samples: int = setting(10, "texts to write; text i uses seed + i, counted from 0", low=1, high=10**6)
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
 
 
@@ -240,15 +230,15 @@ class ExportConfig:
         "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
-    to: str = setting("", "folder to write, which must not exist yet or be empty", path=True, group="Result")
+    to: str = setting("", "folder to write; it must be empty or not exist yet", path=True, group="Result")
 
     def problems(self):
-        """What no setting shows alone: nothing here."""
+        """No combination of these settings is wrong."""
         return ()
 
 
 def unescaped(text):
-    """Text as typed in a shell, where \\n stands for a new line and \\t for a tab."""
+    """Text as typed in a shell: \\n becomes a newline, \\t a tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
@@ -262,36 +252,36 @@ class EvalConfig:
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
     text: str = setting(
         "",
-        "what nanogpt prepare reads: a file, a folder, 'a glob*', hf:NAME, or - for standard input",
+        "any source of nanogpt prepare: a file, a folder, 'a glob*', hf:NAME, or - (standard input)",
         path=True,
         group="Text",
     )
-    field: str = setting("text", "the field or column with the text, of .jsonl, .parquet and hf:NAME")
-    encoding: str = setting("utf-8", "of plain text, by its name in Python: latin-1, cp1252, utf-16, ...")
-    dataset: str = setting("", "instead of a text a folder in data/; with neither, the one it was trained on")
+    field: str = setting("text", "field or column of .jsonl, .parquet and hf:NAME that holds the text")
+    encoding: str = setting("utf-8", "encoding of plain text, as Python names it: latin-1, cp1252, utf-16, ...")
+    dataset: str = setting("", "folder in data/ to evaluate on instead of a text; default: the model's own dataset")
     root: str = setting("data", "the folder that holds the datasets", path=True)
-    split: str = setting("val", "of the dataset", choices=("train", "val"))
+    split: str = setting("val", "split of the dataset", choices=("train", "val"))
     per_document: bool = setting(
-        False, "a line for each document (a file, a line of .jsonl, ...), and no context from others"
+        False, "report each document (a file, a line of .jsonl, ...) on its own, with no context from others"
     )
     block_size: int | str = setting(
-        "auto", "context in tokens; auto is the model's own", int, low=1, high=10**7, auto=True, group="Windows"
+        "auto", "context in tokens; auto: the model's own", int, low=1, high=10**7, auto=True, group="Windows"
     )
     stride: int | str = setting(
         "auto",
-        "tokens from one window to the next; auto is block_size, fewer give each token more context",
+        "tokens from one window to the next; auto: block_size; fewer give each token more context",
         int,
         low=1,
         high=10**7,
         auto=True,
     )
     batch_size: int = setting(12, "windows at a time", low=1, high=10**6, group="System")
-    backend: str = setting("auto", "of torch.distributed: nccl or gloo", choices=("nccl", "gloo"), auto=True)
+    backend: str = setting("auto", "torch.distributed backend: nccl or gloo", choices=("nccl", "gloo"), auto=True)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
-    dtype: str = setting("auto", "of the matrix products; the weights stay float32", choices=DTYPES, auto=True)
+    dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
 
     def problems(self):
-        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
         if self.text and self.dataset:
             yield ("dataset", "text"), "either a text or a dataset can be evaluated on, and --text is given too"
         if self.dataset and not is_name(self.dataset):
@@ -347,7 +337,7 @@ class PrepareConfig:
     trial: bool = setting(True, "train for up to 3 seconds to estimate how long a run will take")
 
     def problems(self):
-        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
         if self.dataset and not is_name(self.dataset):
             yield ("dataset",), NOT_A_NAME
         if why := not_an_encoding(self.encoding):
@@ -361,17 +351,17 @@ NOT_A_NAME = (
 
 
 def is_name(dataset):
-    """Whether this can be the name of a folder in data/, and of nothing outside it."""
+    """Whether this can be the name of a folder in data/, and nothing outside it."""
     return is_path(dataset) and dataset[0] not in ".-" and dataset == Path(dataset).name
 
 
 def not_an_encoding(name):
-    """What is wrong with the name of an encoding, or None: it must decode any text, piece by piece."""
+    """What is wrong with the name of an encoding, or None. It must be able to decode text piece by piece."""
     try:
         b"a".decode(name, "replace")
         codecs.getincrementaldecoder(name)("surrogateescape").decode(b"a")
         return None
-    except (LookupError, ValueError):  # there is no such codec, or it is not one of bytes and text, or not of all text
+    except (LookupError, ValueError):  # no such codec, or it does not decode bytes to text
         pass
     pairs = encodings.aliases.aliases.items()
     known = sorted({k for pair in pairs for k in pair if not pair[1].endswith(("_codec", "rot_13"))})
@@ -414,7 +404,7 @@ class ServeConfig:
     )
 
     def problems(self):
-        """What no setting shows alone: (the settings it takes, the first of them to blame; what is wrong)."""
+        """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
         if self.allow_origin not in ("", "*") and not re.fullmatch(r"https?://[^/\s?#]+", self.allow_origin):
             yield ("allow_origin",), "must be an origin such as https://example.org, without a path, or *"
         if self.int8 is True and self.dtype not in ("auto", "float32"):
@@ -423,13 +413,13 @@ class ServeConfig:
 
 def nearest(name, known):
     """'; did you mean X?' for a mistyped name, or nothing."""
-    known = [k for k in known if k != name]  # what was given, and failed, is no suggestion
+    known = [k for k in known if k != name]  # never suggest what was given
     close = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def is_utf8(text):
-    """Whether no part of it stands for bytes that are not UTF-8, as surrogates do in an argument; JSON holds none."""
+    """Whether this can be encoded as UTF-8: it holds no surrogates, which stand for other bytes in an argument."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 

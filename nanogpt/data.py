@@ -1,9 +1,9 @@
 """Token files and the batches drawn from them.
 
-A dataset is a folder with `train.bin` and `val.bin`, streams of token ids, and `meta.json`, which says how
-wide an id is and which tokenizer wrote it; a long stream may lie in several files. Windows of tokens are numbered, and
-where one lies is a pure function of the seed and its number: the only state is how many have been read, so a resumed
-run or another number of processes reads the same tokens in the same order. docs/batches.md says which.
+A dataset is a folder with `train.bin` and `val.bin`, streams of token ids, and `meta.json`, which has the dtype of
+the ids and the tokenizer; a long stream may be split into several files. Windows of tokens are numbered, and the
+position of a window is a pure function of the seed and its number. The only state is the number of windows read, so a
+resumed run or another number of processes reads the same tokens in the same order. docs/batches.md has the details.
 Shapes: B sequences of T tokens.
 """
 
@@ -25,18 +25,18 @@ from numpy.typing import ArrayLike
 from nanogpt import files
 from nanogpt.config import RunFailed, UserError
 
-PIECE = 2**22  # tokens that are looked at in one go
+PIECE = 2**22  # tokens that are read at a time
 SCAN_LIMIT = 100_000_000  # tokens that are checked when a split is opened
-SAMPLE = 2**20  # of each piece, for the fingerprint
-AT_ONCE = 256  # windows whose places are found in one go: hardly more work than finding one
+SAMPLE = 2**20  # tokens of each piece that the fingerprint covers
+AT_ONCE = 256  # windows whose positions are computed at a time, at hardly more cost than one
 
 
 class Tokens:
-    """The ids of a split: one stream, in however many files. A slice of it is read when it is asked for.
+    """The ids of a split: one stream, in one or several files. Slices are read from disk on demand.
 
-    Nothing is kept in memory. Mapped files are not either, but what was read of them counts as the process's own,
-    and grows to the size of the files; reading at an offset is faster besides (benchmarks/batches.py), and where a
-    file has been cut short meanwhile, an error instead of a crash.
+    The files are not mapped into memory: pages read from a mapping count as the process's own memory, which would grow
+    to the size of the files, and a file that is truncated meanwhile would crash the process instead of raising an
+    error. Reading at an offset is faster, too (benchmarks/batches.py).
     """
 
     def __init__(self, paths: Sequence[Path], dtype: str) -> None:
@@ -56,8 +56,8 @@ class Tokens:
         return self.begins[-1]
 
     def __getitem__(self, span: slice) -> np.ndarray:
-        """The ids of a slice, read-only. Raises RunFailed where a file no longer holds them."""
-        assert span.step is None, "the ids of a slice lie side by side"
+        """The ids of a slice, read-only. Raises RunFailed if a file no longer holds them."""
+        assert span.step is None, "slices are contiguous"
         start, stop, _ = span.indices(len(self))
         parts = []
         for i, first, last in self._files(start, stop):
@@ -68,14 +68,14 @@ class Tokens:
         return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self.dtype)
 
     def expect(self, start: int, stop: int) -> None:
-        """Have the system fetch these ids from the disk meanwhile, where it can do so."""
+        """Ask the operating system, if it supports that, to read these ids from disk in the background."""
         if hasattr(os, "posix_fadvise"):
             for i, first, last in self._files(start, stop):
                 first, size = first * self.dtype.itemsize, (last - first) * self.dtype.itemsize
                 os.posix_fadvise(self.handles[i], first, size, os.POSIX_FADV_WILLNEED)
 
     def _files(self, start, stop):
-        """Yield (file, first, last) for the ids that each file has of a span, counted from its own beginning."""
+        """Yield (file, first, last) for each file's part of a span; first and last count from the beginning of the file."""
         while start < stop:
             i = bisect.bisect_right(self.begins, start) - 1
             end = min(stop, self.begins[i + 1], start + PIECE)
@@ -84,19 +84,19 @@ class Tokens:
 
 
 def read_at(handle: int, size: int, offset: int) -> bytes:
-    """`size` bytes of an open file from `offset` on."""
+    """`size` bytes of an open file, starting at `offset`."""
     if hasattr(os, "pread"):
         return os.pread(handle, size, offset)
-    os.lseek(handle, offset, os.SEEK_SET)  # Windows; one thread reads there
+    os.lseek(handle, offset, os.SEEK_SET)  # Windows, where only one thread reads
     return os.read(handle, size)
 
 
 class Dataset:
-    """One split of a dataset: its tokens, and how large its vocabulary is.
+    """One split of a dataset: its tokens and the size of its vocabulary.
 
-    tokens: `Tokens`, or an array of ids. separator: the id that stands before every document, or None. path: names the
-    tokens in messages. tokenizer_json: describes the tokenizer that wrote them. Only ids that are read are known to lie
-    inside the vocabulary. `documents` is set if windows are to begin where documents begin.
+    tokens: `Tokens`, or an array of ids, which are checked against the vocabulary when they are read. separator: the id
+    before every document, or None. path: names the tokens in messages. tokenizer_json: describes the tokenizer.
+    `documents` is set if windows start at the beginning of documents.
     """
 
     def __init__(
@@ -113,9 +113,9 @@ class Dataset:
         self.fingerprint: str | None = None
 
     def scan(self) -> None:
-        """Check the ids of a small split, and of a large one SCAN_LIMIT from all over it. Batches check their own.
+        """Check the ids of a small split, or SCAN_LIMIT ids from all over a large one, and set the fingerprint.
 
-        Of what is looked at anyway, the first SAMPLE ids of each piece are the fingerprint.
+        The fingerprint covers the first SAMPLE ids of each piece that is read. Batches check their own ids.
         """
         pieces, digest = -(-len(self.tokens) // PIECE), 0
         for i in np.linspace(0, pieces - 1, min(pieces, -(-SCAN_LIMIT // PIECE)), dtype=np.int64).tolist():
@@ -125,7 +125,7 @@ class Dataset:
         self.fingerprint = f"{len(self.tokens)} tokens, CRC-32 {digest:08x}"
 
     def check(self, ids: np.ndarray) -> None:
-        """Raise UserError where an id lies outside the vocabulary; an embedding would read past its end."""
+        """Raise UserError if an id is outside the vocabulary, for which an embedding would read past its end."""
         if ids.max() >= self.vocab_size:
             raise UserError(
                 f"{self.path}: token id {ids.max()} lies outside the vocabulary of {self.vocab_size}; prepare it again"
@@ -134,8 +134,8 @@ class Dataset:
     def windows(self, starts: np.ndarray, stops: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets (B, T), int64, of the windows tokens[start:stop], each of at most T + 1 ids.
 
-        A target is the token after its input. Where a window is shorter than T + 1, it is filled: with targets
-        -1, which no loss counts, after inputs that no counted position sees.
+        A target is the token after its input. A window shorter than T + 1 is padded: targets are -1, which losses
+        ignore, and the padding of the inputs is after all positions that count.
         """
         array = np.zeros((len(starts), block_size + 1), dtype=np.int64)
         for row, start, stop in zip(array, starts.tolist(), stops.tolist(), strict=True):
@@ -149,7 +149,7 @@ class Dataset:
 
 
 def find_documents(tokens: Tokens | np.ndarray, separator: int) -> np.ndarray:
-    """The places at which documents begin: the first token, each separator, and at the end the last token."""
+    """The positions at which documents begin: 0 and each separator; then the position of the last token."""
     n = len(tokens)
     found = [np.flatnonzero(tokens[i : i + PIECE] == separator) + i for i in range(0, n, PIECE)]
     begins = np.concatenate([*found, [n - 1]])
@@ -157,15 +157,15 @@ def find_documents(tokens: Tokens | np.ndarray, separator: int) -> np.ndarray:
 
 
 class Documents:
-    """The windows that documents are cut into: none holds tokens of two documents.
+    """The windows of documents; no window has tokens of two documents.
 
-    Document i begins at token `begins[i]` and ends before `begins[i + 1]`; where `shared`, it ends with that token,
-    so that the last target of a document is the next one's separator, as the model has to learn where to end. Its
-    windows lie end to end from its beginning: each of its tokens but the first is a target in one of them. Only the
-    last one may have fewer than `block_size` targets. With a `stride` a window begins so many tokens after the one
-    before, and its first block_size - stride targets are those of the one before.
+    Document i begins at token `begins[i]` and ends before `begins[i + 1]`, or, if `shared`, with that token: then its
+    last target is the next document's separator, from which the model learns where to end. Its windows follow each
+    other from its beginning, so that each of its tokens but the first is a target in one window, and only the last
+    window may have fewer than `block_size` targets. With a `stride`, each window begins that many tokens after the
+    previous one and repeats its last block_size - stride targets.
 
-    Takes 16 bytes of memory a document.
+    Takes 16 bytes of memory per document.
     """
 
     def __init__(self, begins: ArrayLike, block_size: int, stride: int | None = None, shared: bool = False) -> None:
@@ -176,26 +176,26 @@ class Documents:
         self.firsts = np.concatenate([[0], np.cumsum(counts)])  # the number of each document's first window
 
     def __len__(self):
-        """How many windows there are."""
+        """Number of windows."""
         return int(self.firsts[-1])
 
     def filled(self) -> float:
-        """The share of all positions that have a target."""
+        """Fraction of positions that have a target."""
         return int(self._targets().sum()) / (len(self) * self.block_size)
 
     def _targets(self):
         return np.maximum(np.diff(self.begins) - 1 + self.shared, 0)
 
     def which(self, numbers: np.ndarray) -> np.ndarray:
-        """The documents that these windows lie in."""
+        """The documents of these windows."""
         return np.searchsorted(self.firsts, numbers, side="right") - 1
 
     def repeated(self, numbers: np.ndarray) -> np.ndarray:
-        """How many of the first targets of each of these windows are those of the window before as well."""
+        """How many of the first targets of each of these windows are also targets of the window before it."""
         return np.where(numbers > self.firsts[self.which(numbers)], self.block_size - self.stride, 0)
 
     def windows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where these windows lie: arrays (starts, stops), so that tokens[start:stop] is one of them."""
+        """The positions of these windows: arrays (starts, stops); tokens[start:stop] is a window."""
         i = self.which(numbers)
         starts = self.begins[i] + (numbers - self.firsts[i]) * self.stride
         return starts, np.minimum(starts + self.block_size + 1, self.begins[i + 1] + self.shared)
@@ -206,11 +206,11 @@ SHIFTS = np.array([30, 27, 31], dtype=np.uint64)
 
 
 def hash64(seed: int, stream: int, counters: ArrayLike) -> np.ndarray:
-    """Random uint64s, one for each counter: SplitMix64's output function (Steele et al. 2014, figure 20).
+    """Random uint64s, one per counter: SplitMix64's output function (Steele et al. 2014, figure 20).
 
-    A pure function, the same on every machine and with every version of every library.
+    A pure function, which does not depend on the machine or on the version of any library.
     """
-    z = np.atleast_1d(np.asarray(counters, dtype=np.uint64)) * MIX[0]  # arrays wrap around, as they should here
+    z = np.atleast_1d(np.asarray(counters, dtype=np.uint64)) * MIX[0]  # arrays wrap around, as intended
     for key in (seed, stream):
         z = splitmix(z ^ splitmix(np.array([key], dtype=np.uint64) + MIX[0]))
     return z.reshape(np.shape(counters))
@@ -223,31 +223,31 @@ def splitmix(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> SHIFTS[2])
 
 
-STREAMS = {"train": 0, "eval train": 1, "eval val": 2, "dropout": 3}  # draws that have nothing to do with each other
+STREAMS = {"train": 0, "eval train": 1, "eval val": 2, "dropout": 3}  # independent random streams
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of dropout in one step on one process: a pure function of its arguments, like the batches."""
+    """The seed of dropout for one step on one rank: a pure function, like the batches."""
     return int(hash64(seed, STREAMS["dropout"], step * 2**16 + rank) >> np.uint64(1))
 
 
 def epoch_windows(dataset: Dataset, block_size: int) -> int:
-    """How many windows of the dataset an epoch has; without documents, whatever the epoch's offset."""
+    """Number of windows in an epoch; without documents, it is the same for every offset of an epoch."""
     if dataset.documents:
         return len(dataset.documents)
     return max(1, (len(dataset.tokens) - block_size) // block_size)
 
 
 class Batches:
-    """The windows of a dataset, in a random order: each epoch has every one once.
+    """The windows of a dataset in random order, each of them once per epoch.
 
-    `stream` names the sequence. Window number w of it is the same whatever the batch size, the step it falls into,
-    or the process that reads it. Windows lie end to end, and each epoch begins at another offset; or, where the
-    dataset has `documents`, they are those of its documents. With sampling="random" each is drawn anew: T tokens
-    from anywhere, or any window of any document. `epoch_windows` is the number of windows that an epoch has.
+    stream: the name of the sequence. Its window number w does not depend on the batch size, the step that reads it, or
+    the rank. Windows follow each other in the data, starting at another offset in each epoch; if the dataset has
+    `documents`, they are the windows of its documents. With sampling="random", each window is drawn independently: T
+    tokens from anywhere, or any window of any document. `epoch_windows` is the number of windows in an epoch.
 
-    `per_step`: how many windows a step takes, over all processes, where windows are taken step by step. Those that
-    this process is going to read one step later are then fetched from the disk meanwhile.
+    per_step: windows per step, over all processes, or None if they are not read step by step. If it is given, the
+    windows that this process reads one step later are prefetched from disk.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class Batches:
         self._cached = functools.lru_cache(maxsize=8)(self._block)
 
     def get(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows number `first` to `first + size - 1`, on the device: inputs and targets (B=size, T)."""
+        """Inputs and targets (B=size, T) of windows `first` to `first + size - 1`, on the device."""
         starts, stops = self._places(first, size)
         x, y = self.dataset.windows(starts, stops, self.block_size)
         if self.per_step and isinstance(self.dataset.tokens, Tokens):
@@ -277,16 +277,16 @@ class Batches:
         return self.dist.to_device(x), self.dist.to_device(y)
 
     def filled(self, first: int, size: int) -> float:
-        """The share of positions in these windows that have a target: 1.0 but for documents' last windows."""
+        """Fraction of positions in these windows that have a target: 1.0 except for the last windows of documents."""
         if not self.documents:
             return 1.0
         starts, stops = self._places(first, size)
         return int((stops - starts - 1).sum()) / (size * self.block_size)
 
     def weight(self, first: int, size: int, begin: int) -> float:
-        """What the mean loss of these windows counts in the step that begins with window number `begin`.
+        """The weight of the mean loss of these windows in the step that begins with window number `begin`.
 
-        Each target of the step then counts the same.
+        With these weights, all targets of the step count the same.
         """
         return self.filled(first, size) / self.filled(begin, self.per_step or size)
 
@@ -300,7 +300,7 @@ class Batches:
         return np.stack(self.places(np.arange(block * AT_ONCE, (block + 1) * AT_ONCE)))
 
     def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where the windows of these numbers lie: arrays (starts, stops), so that tokens[start:stop] is one."""
+        """The positions of the windows with these numbers: arrays (starts, stops); tokens[start:stop] is a window."""
         T, n = self.block_size, len(self.dataset.tokens)
         if self.sampling == "random":
             choices = len(self.documents) if self.documents else n - T

@@ -15,7 +15,7 @@ from nanogpt.data import Documents, largest_divisor
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients within this context."""
+    """Context without dropout and gradients."""
     was_training = model.training
     model.eval()
     try:
@@ -50,7 +50,7 @@ def losses(run, micro_batch: int) -> dict[str, float]:
                     x, y = batches.get(window, B)
                     with dist.autocast():
                         total += run.model(x, y)[1] * batches.filled(window, B)
-            filled = batches.filled(0, cfg.eval_iters * cfg.batch_size)  # so that each target counts the same
+            filled = batches.filled(0, cfg.eval_iters * cfg.batch_size)  # all targets count the same
             result[split] = dist.sum([total.item()])[0] / (cfg.eval_iters * (cfg.batch_size // B) * filled)
     return result
 
@@ -76,10 +76,10 @@ def exact(
 ) -> dict:
     """The loss over a whole split, in which each token is predicted once, from windows laid end to end.
 
-    cfg: has `block_size` and `batch_size`; micro_batch: at most so many sequences at a time. token_bytes: the UTF-8
-    length of each token id, or None. layout: the `data.Documents` that are cut into windows; by default the dataset's
-    own, or, if it has none, the whole split as one document. tick: is called before each batch and may raise. what: a
-    label for the progress bar.
+    cfg: has `block_size` and `batch_size`. token_bytes: the UTF-8 length of each token id, or None. micro_batch:
+    maximum number of sequences at a time. tick: called before each batch; may raise. layout: the `data.Documents` to
+    read; by default the dataset's own, or, if it has none, the whole split as one document. what: the label of the
+    progress bar.
 
     Returns a dict with `loss` (nats per token), `tokens`, `perplexity` and, with token_bytes, `bits_per_byte`. If
     `each`, `documents` is a list of such dicts, with None for a document that has no token to predict. There is no

@@ -1,6 +1,6 @@
-"""Files: written whole or not at all, read only if they are regular files, and locked against other processes.
+"""Files: atomic writes, reads of regular files only, and locks against other processes.
 
-What is in them is the callers' business. All errors are OSErrors.
+The callers know what the files hold. All errors are OSErrors.
 """
 
 import errno
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def open_regular(path):
-    """A descriptor to read the regular file at `path`. OSError on anything else: a pipe or device could block for ever."""
+    """A descriptor to read the regular file at `path`. OSError for anything else: a pipe or device could block forever."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     return _only_regular(handle, path)
 
@@ -30,7 +30,7 @@ def _only_regular(handle, path):
 
 
 def identity(path):
-    """What tells a file or folder, or an open one by its number, from what may take its place; None if it is gone."""
+    """(device, inode) of a file or folder, given its path or descriptor; None if it is gone."""
     try:
         found = os.stat(path)
     except OSError:
@@ -53,7 +53,7 @@ def append_to(path):
 
 
 def create(path, mode="xb", buffering=-1):
-    """A new file at `path`, open to write. What had that name is removed first: a symbolic link is not followed."""
+    """A new file at `path`, open for writing. An existing one is removed first, so a symbolic link is not followed."""
     Path(path).unlink(missing_ok=True)
     return open(path, mode, buffering)
 
@@ -70,7 +70,7 @@ def sync(file):
 
 
 def write(path, data):
-    """Write bytes to `path`, durably: it holds what it held before, or all of them, at every moment."""
+    """Atomic, durable write: at every moment, `path` has its previous contents or all of `data`."""
     new = temporary(Path(path))
     try:
         with create(new) as f:
@@ -88,7 +88,7 @@ def write_json(path, value):
 
 
 def flush(path):
-    """Force a file, or the names in a folder, to disk. Nothing is done for folders on systems that cannot."""
+    """Force a file, or the names in a folder, to disk. Does nothing for folders on systems that cannot."""
     if not hasattr(os, "O_DIRECTORY") and os.path.isdir(path):
         return
     handle = os.open(path, os.O_RDONLY)
@@ -106,16 +106,16 @@ REMOVED = "it was removed or replaced during the run"
 
 
 class Lock:
-    """A file that at most one process has locked. The lock ends with its process, however that ends.
+    """A lock file, held by one process at a time. The lock ends with its process, however that ends.
 
-    Where the system or the file system has no locks, everybody gets it. As a context, it is released at the end.
+    If the system or the file system has no locks, every process gets it. A context manager releases it at its end.
     """
 
     def __init__(self, path):
         self.path, self.handle, self.signed = Path(path), None, False
 
     def take(self, create=True):
-        """Lock it, or raise BlockingIOError, which names the process that has it. Without `create`, only if it exists."""
+        """Lock it, or raise BlockingIOError, which names the holder. Without `create`, a missing file is not locked."""
         if self.handle is not None:
             return
         flags = os.O_RDWR | (os.O_CREAT if create else 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -140,7 +140,7 @@ class Lock:
         self.handle = handle
 
     def sign(self):
-        """Write down which process has it."""
+        """Write this process's id and host into it."""
         self.signed = True
         os.ftruncate(self.handle, 0)
         os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -152,7 +152,7 @@ class Lock:
         self.release()
 
     def release(self):
-        """Let another process have it."""
+        """Release the lock."""
         if self.handle is not None:
             with suppress(OSError):
                 if self.signed:

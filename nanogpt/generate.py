@@ -34,16 +34,16 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0,
 
 @dataclass(frozen=True)
 class Options:
-    """How a text goes on, and when it ends."""
+    """How a text is continued, and when it ends."""
 
     max_new_tokens: int = 16
     temperature: float = 1.0  # divides the logits; 0 takes the likeliest token
-    top_k: int = 0  # choose among the k likeliest, exactly k where several tie (Fan et al. 2018); 0: among all
+    top_k: int = 0  # sample from the k likeliest, exactly k even if several tie (Fan et al. 2018); 0: from all
     top_p: float = 1.0  # among the likeliest that together have this probability (Holtzman et al. 2020)
     min_p: float = 0.0  # among those at least so likely, relative to the likeliest (Nguyen et al. 2024)
     seed: int = 0
     stop: frozenset = frozenset()  # token ids that end the text
-    logprobs: int | None = None  # report log-probabilities: that of the token, and of so many of the likeliest
+    logprobs: int | None = None  # report the log-probabilities of the token and of this many of the likeliest
 
     @classmethod
     def of(cls, cfg, **others):
@@ -52,7 +52,7 @@ class Options:
         return cls(**{name: getattr(cfg, name) for name in names} | others)
 
     def candidates(self, V):
-        """How many of the likeliest of V tokens have to be found: 1 where that decides, 0 where none has to."""
+        """How many of the likeliest of V tokens `sample` has to find; 1 for the likeliest token, 0 for no limit."""
         if self.temperature == 0 or self.top_k == 1:
             return 1
         if 0 < self.top_k < V:
@@ -89,9 +89,9 @@ class Token(NamedTuple):
 
     row: "Row"
     id: int
-    logprob: float | None  # the model's own, at temperature 1 and without limits; None where it was not asked for
-    likeliest: tuple  # ((id, logprob), ...), of as many as were asked for
-    finish: str | None  # "stop" or "length" where the text ends here, which frees the row
+    logprob: float | None  # at temperature 1 and without limits; None if it was not asked for
+    likeliest: tuple  # ((id, logprob), ...) of the likeliest tokens that were asked for
+    finish: str | None  # "stop" or "length" if the text ends here, which frees the row
 
 
 @dataclass(eq=False)
@@ -115,16 +115,16 @@ class Row:
 
 
 class Engine:
-    """Continues up to `rows` texts together. For one thread; sets the model to eval.
+    """Continues up to `rows` texts as a batch. Not thread-safe; sets the model to eval mode.
 
-    vocab_size: ids from it on are never chosen. length: the most tokens that a text will have, where that is
-    known: the cache is no longer than it need be. chunk: the most tokens of prompts that one step encodes, so
-    that a long prompt does not hold up the other rows for long; None is no limit. fast: the model, compiled, for
-    the steps of one token, which all have the same shape then: they read the whole cache, however little is in it.
+    vocab_size: larger ids are never sampled. length: the maximum length of a text in tokens, if it is known, which
+    limits the size of the cache. chunk: the maximum number of prompt tokens that a step encodes, so that a long prompt
+    does not delay the other rows; None: no limit. fast: the compiled model, for steps of one token. They always read
+    the whole cache, so that their shapes do not change.
 
-    A text longer than the context: rotary models (`qwen3`) go on, each token sees the last block_size ones. Models
-    with learned positions (`gpt2`) begin again when the context is full, from its second half: a new token sees
-    between block_size / 2 and block_size of those before it. Of a prompt, they see the last block_size tokens.
+    A text may become longer than the context. In rotary models (`qwen3`), each token attends to the last block_size
+    tokens. Models with learned positions (`gpt2`) encode the second half of the context again when it is full, so that
+    a new token attends to between block_size / 2 and block_size tokens. They see the last block_size tokens of a prompt.
     """
 
     def __init__(self, model, rows, vocab_size=None, length=None, chunk=None, fast=None):
@@ -139,13 +139,13 @@ class Engine:
 
     @property
     def free(self):
-        """How many rows can be added."""
+        """Number of rows that can be added."""
         return self.capacity - len(self.rows)
 
     def add(self, ids, options, n=1):
-        """Begin n texts that continue `ids`, which are encoded once: a list of Rows. Row i has the seed + i.
+        """Add n texts that continue `ids`, which are encoded once. Returns their Rows; row i uses seed + i.
 
-        Raises ValueError where there is no room, no sound prompt, or nothing to write.
+        Raises ValueError if there is no room, the prompt is empty or has unknown ids, or no token is asked for.
         """
         ids = list(ids)
         if not ids or options.max_new_tokens < 1 or not 1 <= n <= self.free:
@@ -164,29 +164,29 @@ class Engine:
         return rows
 
     def remove(self, row):
-        """Give up a text, in whatever state it is. The others do not notice."""
+        """Remove a text in any state. The other texts are not affected."""
         if row.index < 0:
             return
         heirs = [other for other in self.rows if other.leader is row]
         for heir in heirs:
             heir.leader = heirs[0]
-        if heirs:  # the prompt was not encoded yet: another begins with it anew
+        if heirs:  # the prompt was not encoded yet: another row encodes it from its beginning
             heirs[0].leader, heirs[0].pending = None, heirs[0].ids[-self.context :]
         last = self.rows.pop()
-        if last is not row:  # its place goes to the last one, so that those in use lie side by side
+        if last is not row:  # the last row takes its place, so that the rows in use stay contiguous
             self.cache.copy(last.index, row.index, min(last.length, self.context))
             self.rows[row.index], last.index = last, row.index
         row.index = -1
 
     def park(self, row):
-        """Take a text out of the batch, in whatever state it is, to be gone on with by `resume`."""
+        """Take a text in any state out of the batch; `resume` continues it."""
         if row.leader:  # nothing of its prompt is encoded yet
             row.leader, row.pending = None, row.ids[-self.context :]
         row.parked = self.cache.take(row.index, min(row.length, self.context))
         self.remove(row)
 
     def resume(self, row):
-        """Give a parked text a place again: it goes on as if it had never left. Raises ValueError where there is none."""
+        """Put a parked text back into the batch, where it continues unchanged. Raises ValueError if there is no room."""
         if not self.free:
             raise ValueError("there is no room for a parked row")
         row.index = len(self.rows)
@@ -196,9 +196,9 @@ class Engine:
 
     @torch.inference_mode()
     def step(self):
-        """Encode some of the prompts that wait, then write: a Token for each row whose prompt is encoded.
+        """Encode some of the waiting prompts, then sample. Returns a Token for each row whose prompt is encoded.
 
-        A row whose text ends with that token has left when this returns.
+        A row whose text ends with its token is removed.
         """
         for row in self.rows:
             if self.window and row.length == self.context:
@@ -222,7 +222,7 @@ class Engine:
         return tokens
 
     def _prompts(self):
-        """What is encoded next: rows that wait for it, alike so that one pass does it, and how many tokens of each."""
+        """The rows to encode in the next forward pass, which have the same shape, and the number of tokens of each."""
         waiting = [row for row in self.rows if row.pending and not (row.writes and len(row.pending) == 1)]
         if not waiting:
             return [], 0
@@ -231,9 +231,9 @@ class Engine:
         return alike[: max(1, self.chunk // T)], T
 
     def _run(self, rows, T=None):
-        """Encode T pending tokens of each row: the logits (B, V) that follow. Without T, one token of each."""
+        """Encode T pending tokens of each row, or one if T is None. Returns the logits (B, V) of the next token."""
         beside, model, whole = rows, self.model, False
-        if T is None:  # the cache is read where it lies, so those that lie between them are computed too, for nothing
+        if T is None:  # rows in between are computed too, so that the cache is read without a copy
             beside, model, whole = self.rows[: rows[-1].index + 1], self.fast, self.fast is not self.model
         idx = torch.tensor([(row.pending or [0])[: T or 1] for row in beside], device=self.device)
         view = KVCacheView(self.cache, [row.index for row in beside], [row.length for row in beside], T or 1, whole)
@@ -244,7 +244,7 @@ class Engine:
         return logits if len(beside) == len(rows) else logits[[row.index for row in rows]]
 
     def _share(self, leader):
-        """Copy what the leader has encoded to the rows that wait for it: these rows."""
+        """Copy the prompt that the leader has encoded to the rows that wait for it. Returns these rows."""
         rows = [row for row in self.rows if row.leader is leader]
         for row in rows:
             self.cache.copy(leader.index, row.index, leader.length)
@@ -253,7 +253,7 @@ class Engine:
 
     def _choose(self, rows, logits):
         """A Token for each row, from its logits (B, V)."""
-        alike = {}  # those that take the same path through `sample`, which is their own whoever else is there
+        alike = {}  # rows that `sample` treats alike, so that a row's token does not depend on the other rows
         for i, row in enumerate(rows):
             alike.setdefault(row.options.candidates(logits.shape[-1]), []).append(i)
         ids = [0] * len(rows)
@@ -283,7 +283,7 @@ class Engine:
         }
 
     def _take(self, row, id, logprob, likeliest):
-        """Append a token to a row: the Token."""
+        """Append a token to a row. Returns the Token."""
         row.ids.append(id)
         row.new += 1
         row.pending = [id]
@@ -292,7 +292,7 @@ class Engine:
 
 
 class KVCache:
-    """The keys and values of the tokens that each row has seen, allocated once: (layers, rows, S, H, D) each."""
+    """The keys and values of each row's tokens, allocated once: (layers, rows, S, H, D) each."""
 
     def __init__(self, config, rows, size, like):
         shape = (config.n_layer, rows, size, config.n_head, config.n_embd // config.n_head)
@@ -306,11 +306,11 @@ class KVCache:
             kept[:, target, :length] = kept[:, source, :length]
 
     def take(self, row, length):
-        """A copy of the beginning of a row: keys and values."""
+        """Copies of the keys and values of the first `length` tokens of a row."""
         return tuple(kept[:, row, :length].clone() for kept in (self.keys, self.values))
 
     def put(self, row, taken):
-        """Make what `take` has returned the beginning of a row."""
+        """Write keys and values that `take` returned to the beginning of a row."""
         for kept, values in zip((self.keys, self.values), taken, strict=True):
             kept[:, row, : values.shape[1]] = values
 
@@ -318,9 +318,9 @@ class KVCache:
 class KVCacheView:
     """The rows of a KVCache that one forward pass continues.
 
-    rows: their numbers. lengths: how many tokens each has seen; all the same if T > 1. T: how many new tokens each
-    gets. In a row longer than the cache, a new token takes the place of the oldest. whole: read the whole cache,
-    and not only the beginning that is in use.
+    rows: their indices. lengths: the number of tokens in each; all equal if T > 1. T: the number of new tokens per row.
+    If a row is longer than the cache, a new token overwrites the oldest. whole: whether to read the whole cache, and
+    not only the part that is in use.
     """
 
     def __init__(self, cache, rows, lengths, T, whole=False):
@@ -331,12 +331,12 @@ class KVCacheView:
         end = cache.size if whole else min(max(lengths) + T, cache.size)
         in_order = rows == list(range(len(rows)))
         self.seen = (slice(len(rows)) if in_order else self.rows, slice(end))  # slices are read without a copy
-        self.mask = None  # (B, 1, T, end): the places that a new token sees
+        self.mask = None  # (B, 1, T, end): the positions that a new token attends to
         if whole or T > 1 or min(lengths) + 1 < end:
             self.mask = (torch.arange(end, device=device) <= self.positions[..., None])[:, None]
 
     def update(self, layer, k, v):
-        """Store the keys and values (B, T, H, D) of new tokens; (k, v, mask) of all that `kernels.attention` has to see."""
+        """Store the keys and values (B, T, H, D) of new tokens. Returns the (k, v, mask) for `kernels.attention`."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (rows, S, H, D)
         at = self.rows[:, None], self.places
         keys[at], values[at] = k, v

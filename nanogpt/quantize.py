@@ -1,4 +1,4 @@
-"""Weights of one byte each, to write on a CPU: reading the weights is what takes the time there.
+"""8-bit weights, to generate text on a CPU, where the time goes into reading the weights.
 
 Shapes: M inputs of K channels each, N outputs.
 """
@@ -10,20 +10,20 @@ from torch import nn
 
 from nanogpt.config import UserError
 
-LARGE = 100e6  # parameters; smaller models fit the caches, and are fast enough
-FASTER = 1.5  # so many times, or the original weights are kept
-CANNOT = RuntimeError, AttributeError, NotImplementedError  # what an operation raises that a build of PyTorch lacks
-MOST, SHIFT = 63, 64  # an input's parts are whole numbers from -MOST to MOST, and SHIFT makes them positive
+LARGE = 100e6  # parameters; smaller models fit in the CPU's caches and are fast enough
+FASTER = 1.5  # the least speedup for which 8-bit weights are used
+CANNOT = RuntimeError, AttributeError, NotImplementedError  # raised by operations that a build of PyTorch lacks
+MOST, SHIFT = 63, 64  # parts of an input are integers from -MOST to MOST; SHIFT makes them positive
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with its weights rounded to whole numbers from -127 to 127, each output with its own scale.
+    """A linear layer with weights rounded to integers from -127 to 127, with a scale per output.
 
-    Its inputs are hardly rounded: single ones are many times larger than the others in trained models, and with
-    one byte for each, the others would be lost (Dettmers et al. 2022, LLM.int8(), section 3). So each is the sum
-    of a coarse number and a fine one, as two rows of one product of whole numbers. These have 7 bits, shifted to be
-    positive: CPUs without AVX-512 add products of bytes in pairs, in 16 bits, which 127 * 127 + 127 * 127 fits and
-    products of 8 bits do not. So the product is exact on every CPU.
+    Its inputs keep 14 bits: trained models have single inputs that are many times larger than the others, which would
+    be lost in 8 bits (Dettmers et al. 2022, LLM.int8(), section 3). So each input is the sum of a coarse and a fine
+    number, two rows of one integer product. These have 7 bits, shifted to be positive, since CPUs without AVX-512 add
+    products of bytes in pairs, in 16 bits: 127 * 127 + 127 * 127 fits, products of 8 bits overflow. So the integer
+    product is exact on every CPU.
     """
 
     def __init__(self, linear):
@@ -31,14 +31,14 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # (N)
         rounded = (weight / scale[:, None]).round().to(torch.int8)
-        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)  # in the order that the processor likes
+        self.packed = torch.ops.onednn.qlinear_prepack(rounded, None)  # in the layout of the CPU's kernels
         self.scale = scale
         self.ones, self.zeros = torch.ones_like(scale), torch.zeros(len(scale), dtype=torch.int64)
         self.unshift = -SHIFT * rounded.sum(dim=1, dtype=torch.int32).float()  # (N)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, x):
-        """x (..., K) times the weights: each row as two of 7 bits, a coarse one and a fine one for what it leaves."""
+        """x (..., K) times the weights; each row of x becomes a coarse one and, for the remainder, a fine one."""
         shape, x = x.shape, x.flatten(0, -2)  # (M, K)
         scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30).div_(MOST)
         x = x / scale
@@ -52,13 +52,13 @@ class Int8Linear(nn.Module):
         return y.view(*shape[:-1], -1)
 
     def product(self, x):
-        """x (2 M, K), of uint8, less SHIFT, times the whole numbers of the weights: (2 M, N), whole too, in float32."""
+        """(x - SHIFT) times the integer weights, for x (2 M, K) of uint8: (2 M, N), integers in float32."""
         weight = self.packed, self.ones, self.zeros, self.unshift
         return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, *weight, 1.0, 0, torch.float32, "none", [], "")
 
 
 def quantize(model):
-    """Make all linear layers of a GPT Int8Linear, in place. It can write and be evaluated then, and not be trained."""
+    """Replace all linear layers of a GPT by Int8Linear, in place. It can then no longer be trained."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
@@ -67,7 +67,7 @@ def quantize(model):
 
 
 def made_ready(model, cfg, dist):
-    """The model as `device`, `dtype` and `int8` want it for writing. UserError where int8 cannot be had."""
+    """The model on its device, in the `dtype` or `int8` of the settings, for inference. UserError if int8 is impossible."""
     model = model.to(dist.device, dist.dtype).eval()
     if cfg.int8 is True and dist.device.type != "cpu":
         raise UserError(f"--int8=True: works on CPUs alone, and the device is {dist.device.type}; --device=cpu")
@@ -86,10 +86,10 @@ def made_ready(model, cfg, dist):
 
 @torch.inference_mode()
 def require_exact():
-    """Raise one of CANNOT unless products in int8 are right here, also for the largest numbers."""
+    """Raise one of CANNOT unless int8 products are right on this machine, also for the largest numbers."""
     layer = nn.Linear(256, 16, bias=False)
     layer.weight.data = torch.ones(16, 256) - 2 * (torch.arange(16) % 2)[:, None]
-    for rows in (1, 16):  # there are kernels for each
+    for rows in (1, 16):  # which use different kernels
         x = torch.ones(rows, 256) - 2 * (torch.arange(rows) % 3 == 1)[:, None]
         if not torch.allclose(Int8Linear(layer)(x), layer(x), rtol=1e-3):
             raise RuntimeError("its products are wrong on this CPU")
@@ -97,7 +97,7 @@ def require_exact():
 
 @torch.inference_mode()
 def choose(model, cfg):
-    """Whether the model writes faster in int8 on this CPU, tried on its largest layer, and why."""
+    """(whether int8 is faster on this CPU, measured on the model's largest layer; the reason)."""
     if cfg.dtype != "auto":
         return False, f"dtype is {cfg.dtype}"
     if model.num_params() < LARGE:

@@ -49,7 +49,7 @@ class Served:
         self.host, port = self.address.removeprefix("http://").rsplit(":", 1)
         self.port = int(port)
 
-    def ask(self, method, path, body=None, timeout=120, **headers):
+    def ask(self, method, path, body=None, timeout=600, **headers):
         """(status, headers, body) of a request of its own connection."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -63,7 +63,7 @@ class Served:
         finally:
             connection.close()
 
-    def complete(self, timeout=120, **body):
+    def complete(self, timeout=600, **body):
         """The JSON of a completion that must succeed."""
         status, _, answer = self.ask("POST", "/v1/completions", {"prompt": "abc", "temperature": 0} | body, timeout)
         assert status == 200, answer
@@ -84,7 +84,7 @@ class Served:
         text = self.ask("GET", "/metrics")[2].decode()
         return float(re.search(rf"^nanogpt_{re.escape(name)} (\S+)$", text, re.M)[1])
 
-    def until(self, name, value, timeout=60):
+    def until(self, name, value, timeout=600):
         """Return when a figure has this value."""
         end = time.monotonic() + timeout
         while (found := self.metric(name)) != value:
@@ -103,7 +103,7 @@ class Served:
         sock.sendall(head.encode() + b"\r\n\r\n" + raw)
         return sock
 
-    def exchange(self, raw, timeout=60):
+    def exchange(self, raw, timeout=600):
         """All that comes back for these bytes until the connection is closed."""
         with socket.create_connection((self.host, self.port), timeout=timeout) as sock:
             sock.sendall(raw)

@@ -85,7 +85,7 @@ def write_tokenizer(folder, described):
 def run_door(tmp_path):
     """Run a front door in tmp_path as a person would: run_door("train.py", "--device=cpu", RANK="0")."""
 
-    def run(script, *args, timeout=300, **env):
+    def run(script, *args, timeout=600, **env):
         command = [sys.executable, str(ROOT / script), *map(str, args)]
         return subprocess.run(
             command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=timeout
@@ -129,7 +129,7 @@ def losses(out_dir="out"):
 def torchrun(processes, *args, cwd, program=ROOT / "train.py"):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [str(program), *SMALL, *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 def ending(out_dir="out"):
@@ -185,7 +185,7 @@ class Door:
     def printed(self):
         return self.log.read_text()
 
-    def wait_for(self, pattern, timeout=120):
+    def wait_for(self, pattern, timeout=600):
         """Return when a line that matches has been printed."""
         end = time.monotonic() + timeout
         while not re.search(pattern, self.printed, re.M):
@@ -195,7 +195,7 @@ class Door:
     def send(self, signum):
         os.kill(self.process.pid, signum)
 
-    def end(self, timeout=120):
+    def end(self, timeout=600):
         """Its exit code: negative where a signal killed it."""
         self.process.join(timeout)
         if self.process.is_alive():

@@ -35,7 +35,7 @@ def train(tree, out, *args):
     """Train in a copy of the repository; what was printed, and the records of metrics.jsonl."""
     root = [] if any(a.startswith("--root=") for a in args) else [f"--root={tree.parent}/data"]
     command = [sys.executable, "train.py", *SMALL, *root, f"--out_dir={out}", *args]
-    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120, env=environment(tree))
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=600, env=environment(tree))
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, metrics(out)
 
@@ -126,7 +126,7 @@ def test_a_dataset(place):
     tree = patched(place, "A dataset")
     (tree / "program.py").write_text("print('hello')\n" * 300)
     command = [sys.executable, "data/python/prepare.py", "program.py", "--trial=False"]
-    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120, env=environment(tree))
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=600, env=environment(tree))
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads((tree / "data/python/meta.json").read_text())["vocab_size"] == 257
     _, records = train(tree, place / "out-python", *MODERN, "--root=data", "--dataset=python")
@@ -148,7 +148,7 @@ def test_an_architecture(place, plain):
         "--num_samples=2",
         "--max_new_tokens=24",
     ]
-    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=120, env=environment(tree))
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, timeout=600, env=environment(tree))
     assert result.returncode == 0 and result.stdout.count("---------------") >= 2, result.stdout + result.stderr
     before = place / "out-before"
     shutil.copytree(plain[0], before)

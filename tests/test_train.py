@@ -78,7 +78,7 @@ def test_a_run_outlives_its_output(tiny, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert ((tmp_path / "code").read_text(), done.stdout, done.stderr) == ("0\n", "", "")
     assert list(losses(tmp_path / "out")) == list(range(1, 9)) and metrics(tmp_path / "out")[-1]["exact_loss"] > 0

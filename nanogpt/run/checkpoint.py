@@ -45,24 +45,24 @@ class Checkpoint:
 
     folder: Path
     step: int
-    state: dict  # where the run stood: train.TrainState
+    state: dict  # the fields of a run.TrainState
     model_config: dict
     tokenizer: dict
     settings: dict
     scaler: dict
     data: dict = field(default_factory=dict)  # the fingerprint of each split; earlier checkpoints have none
-    in_memory: tuple | None = None  # model's and optimizer's tensors, where they come from another format
+    in_memory: tuple | None = None  # the tensors of model and optimizer, if they come from another format
 
     @property
     def val_loss(self):
-        """The estimate at this very step, or infinity where none was made or it is no number."""
+        """The validation loss estimated at this step; infinity if none was estimated or it is not a number."""
         losses = self.state["losses"]
         return losses["val"] if losses and not math.isnan(losses["val"]) else math.inf
 
     def saw(self, data, settings):
-        """Whether its run had this data (fingerprints by split), read as these settings say: only then losses compare.
+        """Whether its run read this data in the same way; only then can losses be compared.
 
-        Where no fingerprint is known, as in earlier checkpoints, the dataset's name decides.
+        data: {split: fingerprint}. Without fingerprints, as in earlier checkpoints, the dataset's name decides.
         """
         if known := self.data.keys() & data.keys():
             same = all(self.data[split] == data[split] for split in known)
@@ -75,27 +75,27 @@ class Checkpoint:
         return self.in_memory[0] if self.in_memory else _tensors(self.folder / "model.safetensors")
 
     def optimizer_tensors(self):
-        """{'exp_avg.NAME': tensor, ...}, as `optim.state_tensors` gave them, and what else the run remembers."""
+        """The tensors of `optim.state_tensors`, and the health of the run: {'exp_avg.NAME': tensor, ...}."""
         return self.in_memory[1] if self.in_memory else _tensors(self.folder / "optimizer.safetensors")
 
 
 class Writer:
     """Writes checkpoints in the background from a copy in memory, one at a time.
 
-    A write that fails is kept in `failure`, a RunFailed, and no further one is begun.
+    keep, always: see `clean`. fail: called with a RunFailed if a write fails; no further one is begun.
+    newest: (step, folder) of the newest checkpoint, if there is one.
     """
 
-    def __init__(self, out_dir, keep, always, folder=None, step=None):
-        self.out_dir, self.keep, self.always = Path(out_dir), keep, always
-        self.folder = folder  # of the newest checkpoint
-        self.step = step if folder else None  # its step, or that of the one being written
-        self.copies, self.thread, self.failure = {}, None, None
+    def __init__(self, out_dir, keep, always, fail, newest=(None, None)):
+        self.out_dir, self.keep, self.always, self.fail = Path(out_dir), keep, always, fail
+        self.step, self.folder = newest  # the step is that of the checkpoint being written, while one is
+        self.copies, self.thread, self.failed = {}, None, False
         self.place = files.identity(out_dir)
 
     def save(self, model_tensors, other_tensors, info):
-        """Copy the tensors, then write them with `info` (a dict for JSON) while the caller goes on."""
+        """Copy the tensors, then write them and `info` (a dict for JSON) in the background."""
         self.wait()
-        if self.failure:
+        if self.failed:
             return
         self.step = info["step"]
         try:
@@ -103,13 +103,13 @@ class Writer:
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
                 raise
-            self.failure = self._failed(e)
+            self._failed(e)
             return
         self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
         self.thread.start()
 
     def _copy(self, group, tensors):
-        """CPU copies, in memory that is kept from one save to the next: fresh pages cost more than the copying."""
+        """CPU copies, in memory that is reused by each save: new pages cost more than the copying."""
         kept = self.copies.setdefault(group, {})
         for name, tensor in tensors.items():
             if name not in kept:
@@ -123,36 +123,36 @@ class Writer:
                 raise OSError(errno.ESTALE, files.REMOVED)
             self.folder = write(self.out_dir, model_tensors, other_tensors, info)
             clean(self.out_dir, self.keep, self.always)
-        except Exception as e:  # whatever it is, the run must hear of it
-            self.failure = self._failed(e)
+        except Exception as e:  # of any kind: the run must learn of it
+            self._failed(e)
 
     def _failed(self, error):
-        """What to tell about an error while the checkpoint of `self.step` was being made."""
+        """Report an error that occurred while the checkpoint of `self.step` was being made."""
+        self.failed = True
         reason, room = getattr(error, "strerror", None) or str(error) or type(error).__name__, "room on the disk"
         if out_of_memory(error):
             reason, room = "out of memory", "more memory"
         then = "there is no checkpoint before it"
         if self.folder and Path(self.folder).exists():
             then = f"the checkpoints before it are as they were; with {room}, --init_from=resume goes on"
-        return RunFailed(
-            f"{self.out_dir}/checkpoints: step {self.step} could not be saved ({reason}); the run stops, and {then}"
-        )
+        line = f"{self.out_dir}/checkpoints: step {self.step} could not be saved ({reason}); the run stops, and {then}"
+        self.fail(RunFailed(line))
 
     def last(self):
-        """The folder of the newest checkpoint, when nothing is being written any more; None where there is none."""
+        """Wait until nothing is being written; returns the folder of the newest checkpoint, or None."""
         if self.thread:
             self.thread.join()
         return self.folder
 
     def wait(self):
-        """Return when nothing is being written any more."""
+        """Wait until nothing is being written."""
         if self.thread:
             self.thread.join()
             self.thread = None
 
 
 def write(out_dir, model_tensors, other_tensors, info):
-    """Write one checkpoint, durably, and return its folder. Raises OSError or SafetensorError, leaving none."""
+    """Write a checkpoint durably and return its folder. On OSError or SafetensorError, nothing is left behind."""
     parent = Path(out_dir) / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     for stale in parent.glob(".*.tmp"):
@@ -180,16 +180,16 @@ def write(out_dir, model_tensors, other_tensors, info):
 
 
 def clean(out_dir, keep, always):
-    """Remove all checkpoints but the newest, the `keep` newest, and the best on the data of the newest.
+    """Remove all checkpoints but the newest one, the `keep` newest, and the best on the data of the newest.
 
-    Where not `always`, those that were no improvement do not count among the `keep` newest.
+    Unless `always` is set, only improvements count among the `keep` newest.
     """
     found = []
     for folder in _folders(out_dir):
         try:
             found.append(read(folder))
         except UserError:
-            continue  # damaged: neither counted nor touched
+            continue  # damaged: not counted, and left alone
     counted = [c for c in found if always or c.state["improved"]]
     comparable = [c for c in found if c.saw(found[-1].data, found[-1].settings)]
     kept = {c.folder for c in [found[-1], *counted[-keep:], min(comparable, key=lambda c: (c.val_loss, c.step))]}
@@ -199,16 +199,16 @@ def clean(out_dir, keep, always):
 
 
 def remove(folder):
-    """Remove a checkpoint; where that is cut short, none is left that looks complete."""
+    """Remove a checkpoint. If that is interrupted, nothing that looks complete is left."""
     stale = folder.with_name(f".{folder.name}.tmp")
     os.rename(folder, stale)
     shutil.rmtree(stale)
 
 
 def newest(out_dir, say=print):
-    """The newest sound Checkpoint in `out_dir`, or None where there is none at all.
+    """The newest sound Checkpoint in `out_dir`, or None if there are no checkpoints.
 
-    A damaged one is named by `say`, and the one before it taken. Raises UserError where all are damaged.
+    Damaged ones are reported by `say` and skipped. Raises UserError if all are damaged.
     """
     return _first_sound(out_dir, list(reversed(_folders(out_dir))), say)
 
@@ -248,7 +248,7 @@ def _first_sound(out_dir, folders, say):
 
 
 def damage(folder):
-    """What is wrong with the checkpoint in `folder`, found by reading every byte; None where it is sound."""
+    """What is wrong with the checkpoint in `folder`, found by reading every byte; None if it is sound."""
     try:
         listed = _manifest(folder)["files"]
         present = {p.name for p in Path(folder).iterdir()}
@@ -267,7 +267,7 @@ def damage(folder):
 
 
 def read(folder):
-    """The Checkpoint in `folder`, its tensors not yet. Raises UserError where it cannot be read."""
+    """The Checkpoint in `folder`, without its tensors. Raises UserError if it cannot be read."""
     folder = Path(folder)
     try:
         _manifest(folder)
@@ -282,7 +282,7 @@ def read(folder):
 
 
 def _check(checkpoint):
-    """Raise TypeError, ValueError or KeyError where what others rely on is missing or of another type."""
+    """Raise TypeError, ValueError or KeyError if a field that others rely on is missing or of another type."""
     kinds = dict(step=int, state=dict, model_config=dict, tokenizer=dict, settings=dict, scaler=dict, data=dict)
     held = [(name, getattr(checkpoint, name), kind) for name, kind in kinds.items()]
     if not any(type(value) is not kind for _, value, kind in held):
@@ -296,7 +296,7 @@ def _check(checkpoint):
 
 
 def _manifest(folder):
-    """The checked contents of `manifest.json`. Raises UserError where it is not what `write` wrote."""
+    """The contents of `manifest.json`. Raises UserError if they are not as `write` writes them."""
     try:
         manifest = json.loads(files.read(Path(folder) / "manifest.json"))
         known = manifest["format"] == FORMAT
@@ -312,7 +312,7 @@ def _manifest(folder):
 
 
 def load_model(checkpoint, dropout=0.0):
-    """The checkpoint's GPT with its weights, on the CPU. UserError where they do not fit each other."""
+    """The checkpoint's GPT with its weights, on the CPU. Raises UserError if they do not fit each other."""
     tensors = checkpoint.model_tensors()
     try:
         model_config = GPTConfig(**checkpoint.model_config | {"dropout": dropout})
@@ -339,7 +339,7 @@ def check_out_dir(out_dir):
 
 
 def is_run(out_dir):
-    """Whether a run wrote what is in `out_dir`: its settings or a checkpoint are there."""
+    """Whether `out_dir` is a run's folder: it holds a run's settings or a checkpoint."""
     return is_settings(Path(out_dir) / "config.json") or bool(_folders(out_dir))
 
 
@@ -352,9 +352,9 @@ def is_settings(path):
 
 
 def set_aside(out_dir):
-    """Move an earlier run in `out_dir` into a dated folder inside it. Returns that folder, or None if there was none.
+    """Move an earlier run in `out_dir` to a dated folder in it. Returns that folder, or None if there was no run.
 
-    Only for a folder that `check_out_dir` accepts: what no run wrote stays where it is.
+    Files that no run wrote stay where they are. Call `check_out_dir` first.
     """
     out_dir = Path(out_dir)
     present = [out_dir / n for n in RUN_FILES if os.path.lexists(out_dir / n)]
@@ -370,18 +370,18 @@ def set_aside(out_dir):
 
 
 def write_settings(out_dir, settings, sources, **more):
-    """Write the resolved settings, where each came from, and what `more` is known, to `out_dir/config.json`."""
+    """Write the resolved settings, their sources, and `more` to `out_dir/config.json`."""
     write_json(Path(out_dir) / "config.json", {"settings": settings, "sources": sources} | more)
 
 
 def _folders(out_dir):
-    """The checkpoints in `out_dir`, oldest first. A folder by such a name was complete when it got it."""
+    """The checkpoints in `out_dir`, oldest first. A folder gets such a name only when it is complete."""
     found = [(NAME.fullmatch(p.name), p) for p in (Path(out_dir) / "checkpoints").glob("step-*")]
     return [p for _, p in sorted(((int(m[1]), int(m[2] or 1)), p) for m, p in found if m)]
 
 
 def _free_name(parent, step):
-    """step-00000250, or step-00000250-2 where that exists: a folder cannot be replaced in one instant."""
+    """step-00000250, or step-00000250-2 if that exists, since a folder cannot be replaced atomically."""
     taken = [int(m[2] or 1) for p in parent.glob("step-*") if (m := NAME.fullmatch(p.name)) and int(m[1]) == step]
     return parent / (f"step-{step:08d}" + (f"-{max(taken) + 1}" if taken else ""))
 

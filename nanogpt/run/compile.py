@@ -1,4 +1,4 @@
-"""torch.compile: whether it pays, a trial before the run depends on it, and the fallback if it fails."""
+"""torch.compile: whether it is worth its time, a trial before the run, and a fallback if it fails."""
 
 import logging
 import math
@@ -12,11 +12,11 @@ from nanogpt.run.device import Say, out_of_memory
 from nanogpt.run.distributed import Dist
 from nanogpt.step import forward_backward
 
-COMPILE_PAYS = {"cuda": 60, "cpu": 600}  # seconds of training from which on; docs/speed.md has the figures
+COMPILE_PAYS = {"cuda": 60, "cpu": 600}  # worth it from this many seconds of training on: see docs/speed.md
 
 
 def choose_compile(cfg: Any, device: torch.device, say: Say, seconds: float) -> bool:
-    """Whether to compile a run of about `seconds`: `cfg.compile`, or, for `auto`, whether it pays on this device."""
+    """Whether to compile a run of about `seconds`: `cfg.compile`, or with `auto`, whether it is worth it on this device."""
     if cfg.compile != "auto":
         return cfg.compile
     least = COMPILE_PAYS.get(device.type, math.inf)
@@ -39,7 +39,7 @@ def compiled(
 ) -> Any:
     """The compiled model, with the same weights, or the model itself if `cfg.compile` is off or compilation fails.
 
-    eval_shape, train_shape: (B, T) of a batch to try a forward pass, and a forward and backward pass, on; without
+    eval_shape, train_shape: the (B, T) with which to try a forward pass, and a forward and backward pass; without
     eval_shape nothing is tried. seconds: estimated training time. Raises if the trial runs out of memory.
     """
     if not choose_compile(cfg, dist.device, dist.say, seconds):
@@ -66,7 +66,7 @@ def compiled(
 def try_out(
     fast: Any, model: GPT, dist: Dist, eval_shape: tuple[int, int], train_shape: tuple[int, int] | None
 ) -> None:
-    """Compile the graphs that a run needs. The targets are another tensor than idx, or that would be specialized on."""
+    """Compile the graphs that a run needs. If the targets were the same tensor as idx, compilation would rely on it."""
     try:
         if train_shape:
             idx = torch.zeros(train_shape, dtype=torch.int64, device=dist.device)
@@ -81,7 +81,7 @@ def try_out(
 
 
 class CompileErrors(logging.Filter):
-    """Lets parts that fail to compile run uncompiled, and keeps the reasons instead of logging pages of them."""
+    """Lets parts that fail to compile run uncompiled, and records the reasons instead of logging pages of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class CompileErrors(logging.Filter):
         logging.getLogger("torch._dynamo.convert_frame").addFilter(self)
 
     def note(self, error: object) -> None:
-        """Keep an error's first line; after the trial, print the first of them."""
+        """Record an error's first line; after the trial, print the first of them."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         self.reasons.append(lines[0] if lines else type(error).__name__)
         if self.say and len(self.reasons) == 1:

@@ -1,6 +1,6 @@
-"""The device of a process: which one, its number format, and what to set for it before a model runs.
+"""The device of a process, its number format, and PyTorch's global options for it.
 
-Each `auto` is announced in one line with its reason. operand_dtype is the only rule on how a CPU computes in bfloat16.
+Each `auto` is announced in one line with its reason. `operand_dtype` alone decides how a CPU computes in bfloat16.
 """
 
 import ctypes

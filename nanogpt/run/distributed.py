@@ -36,6 +36,7 @@ class Dist:
     world_size: int = 1
     out: TextIO = sys.stdout  # where `say` prints
     host_group: Any = None  # connects the hosts; their devices go on meanwhile
+    failure: Exception | None = None  # what this process failed at, until all processes know: see `fail`
 
     @property
     def is_main(self) -> bool:
@@ -108,17 +109,25 @@ class Dist:
         td.all_reduce(tensor, op=td.ReduceOp.MAX, group=self.host_group)
         return int(tensor)
 
+    def fail(self, failure: Exception) -> None:
+        """Record what this process failed at where it must not raise: in a thread, or between collective operations.
+
+        The first failure counts. All processes stop at the next `Stop.agree`, and raise at the next `agree`.
+        """
+        self.failure = self.failure or failure
+
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """If one process fails within this context, all fail at its end: it with its own error, the others with its reason.
+        """If a process fails within this context, or has failed before it (`fail`), all processes raise at its end.
 
-        There must be no collective operation within.
+        The process that failed raises its own error; the others raise RunFailed with its rank and reason. There must
+        be no collective operation within the context.
         """
-        failure = None
         try:
             yield
         except Exception as e:
-            failure = e
+            self.fail(e)
+        failure = self.failure
         if self.max(int(failure is not None)):
             reasons: list[str | None] = [None] * self.world_size
             if self.world_size > 1:

@@ -1,4 +1,4 @@
-"""Is the run well? Decided on the device, step by step, so that a sick update is never applied and nobody waits.
+"""The health of a run: each step is judged on the device, so that a bad update is never applied and nothing waits.
 
 Shapes: scalars are tensors of no dimension; `recent` holds the losses of the last RECENT sound steps.
 """
@@ -9,25 +9,25 @@ import torch
 
 from nanogpt.config import RunFailed
 
-RECENT = 64  # steps that a loss is compared with
-REFRESH = 8  # steps between two looks at all of them
-FAR = 6.0  # standard deviations above their mean that make it a spike
-PATIENCE = 100  # skipped steps in a row that float16's loss scaling may take to find its scale
+RECENT = 64  # number of steps that a loss is compared with
+REFRESH = 8  # steps from one computation of the limit to the next
+FAR = 6.0  # standard deviations above their mean from which on a loss is a spike
+PATIENCE = 100  # steps in a row that may be skipped while float16's loss scaling finds its scale
 
 
 class Health:
-    """Judges each step by its loss and gradient norm. `state` is all it remembers, by name."""
+    """Judges each step by its loss and gradient norm. `state` holds all of its state, {name: tensor}."""
 
     def __init__(self, cfg, device):
         self.skip_spikes = cfg.skip_spikes
-        recent = torch.full((RECENT,), math.inf, device=device)  # infinite until filled, and then nothing is a spike
+        recent = torch.full((RECENT,), math.inf, device=device)  # while any is infinite, no loss is a spike
         self.state = {"health.recent": recent, "health.limit": recent.mean()}
 
     def judge(self, step, loss, grad_norm):
         """(skip, spike) of a step, each a tensor holding 0 or 1.
 
-        skip: loss or norm is not finite, or it is a spike and those are to be skipped; the update must not be
-        applied. spike: the loss lies far above the recent ones.
+        skip: the update must not be applied, because the loss or the norm is not finite, or because of a spike if
+        those are to be skipped. spike: the loss is far above the recent ones.
         """
         recent, limit = self.state["health.recent"], self.state["health.limit"]
         sound = torch.isfinite(loss + grad_norm)
@@ -42,7 +42,7 @@ class Health:
 
 
 class Watch:
-    """Reads on the host what `Health` found, counts spikes, and ends a sick run."""
+    """Checks on the host what `Health` found: counts spikes, and stops a diverged run."""
 
     def __init__(self, cfg, dist, state, writer):
         self.cfg, self.state, self.writer = cfg, state, writer
@@ -50,7 +50,7 @@ class Watch:
         self.skipped_in_a_row = 0
 
     def check(self, step, metrics):
-        """Take note of a step's metrics {name: number}. Raises RunFailed if the run cannot go on."""
+        """Check a step's metrics {name: number}. Raises RunFailed if the run cannot go on."""
         loss, grad_norm = metrics["loss"], metrics["grad_norm"]
         self.state.spikes += int(metrics["spike"])
         finite = all(abs(x) < math.inf for x in (loss, grad_norm))  # nan compares false

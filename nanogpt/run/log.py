@@ -1,4 +1,4 @@
-"""What a run reports: lines, a progress bar, metrics.jsonl and W&B. What it is about to do is said before it begins."""
+"""What a run reports: lines on standard output, a progress bar, metrics.jsonl, W&B."""
 
 import errno
 import itertools
@@ -20,13 +20,13 @@ from nanogpt.run.records import drop_after
 from nanogpt.run.speed import PLAUSIBLE, device_peak, expected_seconds, peak_beside, takes_hours
 from nanogpt.run.trackers import one_line
 
-SILENCE = 6.0  # seconds without a line before the first iteration's, after which one says what the run is doing
+SILENCE = 6.0  # seconds without a line, before the first iteration is reported, after which one says what goes on
 
 
 class Progress:
-    """What is being done, said when there has been no line for SILENCE seconds, then for twice as long, and so on.
+    """Prints what the run is doing after SILENCE seconds without a line, then after twice as long, and so on.
 
-    A thread of its own says it, since a single batch may take minutes. `ended` is set when it is no longer needed.
+    It uses a thread, since a single batch may take minutes. Set `ended` to stop it.
     """
 
     def __init__(self, say):
@@ -35,7 +35,7 @@ class Progress:
         self.thread = threading.Thread(target=self._watch, args=(say,), daemon=True)
 
     def at(self, doing):
-        """What is being done from now on, in words."""
+        """Set the words for what the run does from now on."""
         self.doing = doing
         if not self.thread.ident:
             self.thread.start()
@@ -45,14 +45,14 @@ class Progress:
         while not self.ended.wait(max(self.said + silence - time.perf_counter(), 0)):
             if time.perf_counter() >= self.said + silence:
                 silence *= 2
-                with suppress(OSError, ValueError):  # nobody reads: the run's own next line meets that too
+                with suppress(OSError, ValueError):  # nobody reads: the run's next line handles that
                     say(f"after {time.perf_counter() - self.began:.0f} s: {self.doing}")
 
 
 class Log:
     """Reports a run: on the main process alone, and to files only if something is trained.
 
-    A write that fails is kept in `failure`, a RunFailed, until all processes have agreed to stop.
+    A write that fails is recorded by `dist.fail`, as a RunFailed.
     """
 
     def __init__(self, run, *, tokens_per_iter, flops_per_iter, peak):
@@ -60,12 +60,12 @@ class Log:
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
         self.epoch_windows, self.per_step = run.batches.epoch_windows, run.batches.per_step
         cfg, dist, state = run.cfg, run.dist, run.state
-        self.windows_before = state.windows - state.step * self.per_step  # 0, but in a run that had another batch
-        self.measurements = 3  # of the peak, that may still be made and bring nothing
+        self.windows_before = state.windows - state.step * self.per_step  # 0 unless the batch size has changed
+        self.measurements = 3  # how many more measurements of the peak may bring nothing
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
-        self.file = self.bar = self.failure = None
+        self.file = self.bar = None
         self.progress = Progress(self.say)
-        self.iteration = state.step + 1  # the one that comes next
+        self.iteration = state.step + 1  # the next one
         if not dist.is_main or cfg.eval_only:
             return
         path = Path(cfg.out_dir) / "metrics.jsonl"
@@ -86,13 +86,13 @@ class Log:
             self.dist.say(line)
 
     def seconds_ahead(self, layers):
-        """`expected_seconds` of the rest of the run; 0 on other processes than the main one, so that a sum is its own."""
+        """`expected_seconds` of the rest of the run on the main process; 0 on the others."""
         if not self.dist.is_main or not math.isfinite(self.peak):
             return 0.0
         return expected_seconds(self.cfg.max_iters - self.state.step, self.flops_per_iter, self.peak, layers)
 
     def begins(self, step):
-        """Update number `step` begins."""
+        """Report that update number `step` begins."""
         self.iteration = step
         if self.bar:
             self.bar.update(step - 1 - self.bar.n)
@@ -113,7 +113,7 @@ class Log:
         self._end_of_epoch(step)
 
     def counted(self, step, check):
-        """`check`, for an evaluation at this step to call before each batch, with a note of how far it is."""
+        """A function for an evaluation at this step to call before each batch: it counts them and calls `check`."""
         numbers = itertools.count(1)
 
         def tick():
@@ -127,7 +127,7 @@ class Log:
         return (self.windows_before + step * self.per_step) / self.epoch_windows
 
     def _end_of_epoch(self, step):
-        """Say that an epoch has ended in this step, unless they are so short that the steps' own lines say enough."""
+        """Report the end of an epoch, unless epochs are shorter than the interval between lines."""
         epoch = int(self._epoch(step))
         longer_than_a_line = self.cfg.log_interval * self.per_step <= self.epoch_windows
         if self.cfg.sampling == "epochs" and longer_than_a_line and epoch > int(self._epoch(step - 1)):
@@ -146,7 +146,7 @@ class Log:
         self.last_step, self.seconds, self.mark = step, 0.0, time.perf_counter()
         rate, mfu = self.tokens_per_iter / seconds, flops / self.peak if flops <= self.peak else None
         epoch, loss, grad_norm = self._epoch(step), metrics["loss"], metrics["grad_norm"]
-        share = "" if mfu is None else f"mfu {mfu * 100:.2f}%, "  # no figure rather than a wrong one
+        share = "" if mfu is None else f"mfu {mfu * 100:.2f}%, "  # none rather than a wrong one
         self.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {share}"
             f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}, epoch {epoch:.2f}"
@@ -157,7 +157,7 @@ class Log:
 
     @contextmanager
     def paused(self):
-        """The time spent within counts for no step."""
+        """Context whose time is excluded from the time of steps."""
         self.seconds += time.perf_counter() - self.mark
         yield
         self.mark = time.perf_counter()
@@ -188,7 +188,8 @@ class Log:
                 self.file.write(json.dumps(values) + "\n")
             except OSError as e:
                 rest = "" if e.errno == errno.ESTALE else "; its checkpoints are safe"
-                self.failure = RunFailed(f"{self.file.name}: cannot be written to ({e.strerror}); the run stops{rest}")
+                line = f"{self.file.name}: cannot be written to ({e.strerror}); the run stops{rest}"
+                self.dist.fail(RunFailed(line))
 
     def _send(self, step, values):
         try:
@@ -198,7 +199,7 @@ class Log:
             self.wandb = None
 
     def close(self):
-        """Close what is open, and draw the picture of the losses."""
+        """Close what is open, and draw the loss curves."""
         self.progress.ended.set()
         if self.bar:
             self.bar.close()
@@ -212,33 +213,33 @@ class Log:
             try:
                 self.file.close()
                 self.say(draw_losses(self.cfg.out_dir))
-            except Exception as e:  # a picture that cannot be drawn ends no run
+            except Exception as e:  # a missing picture is no reason to fail
                 self.say(f"no picture of the losses: {e}")
 
 
 class Unread:
-    """Metrics of steps that are still on the device, so that a GPU never waits for the host."""
+    """Metrics of steps that the host has not read yet, so that a GPU never waits for the host."""
 
     def __init__(self, dist, log_interval):
         self.on_cpu, self.log_interval, self.steps = dist.device.type == "cpu", log_interval, []
 
     def add(self, step, lr, metrics):
-        """Add a step's metrics {name: scalar}. Returns those that have been read meanwhile, as `read` does.
+        """Add a step's metrics {name: scalar}. Returns the steps that it has read, in the form of `read`.
 
-        A step is read when the next one has been given to the device; on a CPU, which has nothing to overlap, at once.
+        A step is read after the next one has been queued on the device; on a CPU, at once.
         """
         found = []
         if self.steps and (self.steps[-1][0] % self.log_interval == 0 or len(self.steps) == 100):
             found = self.read()
         numbers, done = torch.stack(list(metrics.values())), None
-        if numbers.is_cuda:  # copied to the host as soon as this step, and not the next one too, is done
+        if numbers.is_cuda:  # copied as soon as this step is done, without waiting for the next one
             numbers, done = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
             done.record()
         self.steps.append((step, lr, list(metrics), numbers, done))
         return found + self.read() if self.on_cpu and step % self.log_interval == 0 else found
 
     def read(self):
-        """All steps that were added, as [(step, lr, {name: number}), ...], at the price of waiting for the last one."""
+        """Wait for all steps that were added and return them: [(step, lr, {name: number}), ...]."""
         steps, self.steps = self.steps, []
         if not steps:
             return []
@@ -252,7 +253,7 @@ class Unread:
 
 
 def start_log(run):
-    """Say what is about to be trained, and open its Log. Raises RunFailed if it cannot be written."""
+    """Announce what will be trained, and open the Log. Raises RunFailed if it cannot be written."""
     cfg, dist = run.cfg, run.dist
     micro_steps, size = data.share_batch(cfg, dist.world_size, run.state.micro_batch)
     tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size

@@ -1,6 +1,6 @@
-"""How many sequences are worked on at a time: as many as the settings say, or fit the memory. The iteration stays the same.
+"""The size of micro-batches: batch_size, or what fits in memory. The tokens of an iteration stay the same.
 
-`repeat_smaller` is around whatever may run out of memory in the loop; `choose_micro_batch` tries before it begins.
+`choose_micro_batch` tries sizes before the run; `repeat_smaller` repeats what ran out of memory during it.
 """
 
 import math
@@ -18,17 +18,17 @@ from nanogpt.run.device import out_of_memory
 from nanogpt.run.settings import check_bounds
 from nanogpt.step import forward_backward
 
-SPARE = 0.2  # of a CPU's free memory is left for others
-MORE = 0.2  # of the sequences are tried in addition with `auto`: another allocator, or the next step, may need more
-LATER = 32 * 2**20  # bytes that are left for what a run takes later on: stacks of threads, libraries
-TO_USE = 4  # bytes a parameter: its float32
-TO_TRAIN = defaultdict(lambda: 16, muon=12)  # with its gradient and the optimizer's moments: two, and one of Muon's
+SPARE = 0.2  # fraction of a CPU's free memory to leave free
+MORE = 0.2  # `auto` tries this fraction more sequences, since another allocator, or a later step, may need more memory
+LATER = 32 * 2**20  # bytes to leave for what a run allocates later: stacks of threads, libraries
+TO_USE = 4  # bytes per parameter: its float32
+TO_TRAIN = defaultdict(lambda: 16, muon=12)  # plus its gradient and the optimizer's moments: two of AdamW, one of Muon
 
 
 def check_size(model_config, source, each=TO_USE, device=None):
-    """Refuse a model that the bounds of the settings exclude, or that cannot fit the memory, before it is built.
+    """Raise UserError, before a model is built, if its shape is out of bounds or it cannot fit in memory.
 
-    source: what an error names. each: bytes a parameter, at the least. device: of its tensors, or the main memory.
+    source: named in errors. each: the least bytes per parameter. device: whose memory counts; None: main memory.
     """
     check_bounds(BenchConfig, vars(model_config), source)
     params, others = numbers_held(model_config)
@@ -42,10 +42,10 @@ def check_size(model_config, source, each=TO_USE, device=None):
 
 
 def repeat_smaller(work, state, cfg, dist):
-    """work(micro_batch), which works on at most `micro_batch` sequences at a time.
+    """Call work(micro_batch), where micro_batch is the maximum number of sequences to process at a time.
 
-    If the memory runs out in it, it is repeated with half as many, which `state.micro_batch` remembers; until then it
-    must not have changed anything. With several processes the others would wait in vain for this one: RunFailed.
+    If it runs out of memory, halve `state.micro_batch` and call it again; `work` must not have changed anything by
+    then. With several processes, raises RunFailed instead, since the others wait for this one.
     """
     while True:
         micro_batch = state.micro_batch or cfg.batch_size
@@ -55,7 +55,7 @@ def repeat_smaller(work, state, cfg, dist):
             if not out_of_memory(e):
                 raise
             why = f" ({str(e).strip().partition(chr(10))[0]})"
-        give_back(dist.device)  # here, where the error no longer holds on to the tensors of the place it came from
+        give_back(dist.device)  # not in the except clause, where the traceback still refers to the tensors
         if dist.world_size > 1:
             hint = "--batch_size=auto finds how many fit"
             if cfg.auto_batch:
@@ -67,7 +67,7 @@ def repeat_smaller(work, state, cfg, dist):
 
 
 def halved(size, cfg, dist, why=""):
-    """Half as many sequences at a time, or what divides the batch; says so. RunFailed where one is too many."""
+    """Half as many sequences at a time, or what divides the batch. Raises RunFailed if one sequence is too many."""
     if size <= 1:
         raise RunFailed(
             "out of memory with a single sequence at a time; smaller are "
@@ -82,10 +82,10 @@ def halved(size, cfg, dist, why=""):
 
 
 def choose_micro_batch(model, cfg, dist):
-    """How many sequences a process takes at a time, where trying has to tell; None where batch_size does.
+    """The number of sequences that a process processes at a time, found by trial; None if batch_size decides.
 
-    With `batch_size=auto`, the most that fit. Several processes on GPUs try what they are to take: none of them
-    can repeat a step by itself.
+    With `batch_size=auto`, as many as fit. Several processes on GPUs try batch_size beforehand, since none of them
+    can repeat a step alone.
     """
     steps, size = share_batch(cfg, dist.world_size)
     if cfg.auto_batch:
@@ -98,12 +98,12 @@ def choose_micro_batch(model, cfg, dist):
 
 
 def largest_micro_batch(model, n, cfg, dist):
-    """The largest part of this process's n sequences that fits the memory of every process; tried from the least on.
+    """The largest divisor of this process's n sequences that fits in every process's memory, trying from 1 upward.
 
-    What is tried is more than what is taken: see MORE and LATER. A CPU that runs out of memory ends the process, so
-    there the memory that the last trials took says, before the next one, what it will take.
+    Each trial takes more memory than the size needs: see MORE and LATER. A process that exhausts main memory is
+    killed, so on a CPU the memory of the next trial is first predicted from the trials before it.
     """
-    if not fits(model, 1, cfg, dist):  # which loads libraries too, so that the trials to come measure sequences alone
+    if not fits(model, 1, cfg, dist):  # also loads libraries, so that later trials measure only the sequences
         halved(1, cfg, dist)
     size, last, each, peak = 1, 1, 0.0, peak_memory(dist.device)
     for more in divisors(n):
@@ -120,17 +120,17 @@ def largest_micro_batch(model, n, cfg, dist):
 
 
 def later(model, dist):
-    """Bytes that a run takes later on: copies of gradients where several processes average them, and of what is saved."""
+    """Bytes that a run allocates later: gradients that are averaged over processes, and copies for checkpoints."""
     copies = int(dist.world_size > 1) + 3 * (dist.device.type == "cpu")  # a checkpoint is copied to main memory
     return LATER + copies * sum(p.nbytes for p in model.parameters())
 
 
 def fits(model, size, cfg, dist, beside=0):
-    """Whether a forward and a backward pass of `size` sequences fit the memory of every process, with `beside` bytes free."""
+    """Whether a forward and backward pass of `size` sequences, and `beside` bytes, fit in every process's memory."""
     failed = 0
     with dist.agree():
         try:
-            kept = torch.empty(beside, dtype=torch.uint8, device=dist.device)  # on a CPU, address space alone
+            kept = torch.empty(beside, dtype=torch.uint8, device=dist.device)  # on a CPU, only address space
             try_step(model, size, cfg, dist)
             del kept
         except (RuntimeError, MemoryError) as e:
@@ -143,7 +143,7 @@ def fits(model, size, cfg, dist, beside=0):
 
 
 def try_step(model, size, cfg, dist):
-    """The memory of a micro-step that is not the first: gradients are there already."""
+    """Allocate what a micro-step after the first takes: it has gradients already."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     idx = torch.zeros((size, cfg.block_size), dtype=torch.int64, device=dist.device)
@@ -151,7 +151,7 @@ def try_step(model, size, cfg, dist):
 
 
 def give_back(device):
-    """Return what PyTorch keeps for later to a GPU, so that other sizes find room."""
+    """Release GPU memory that PyTorch caches, so that other sizes fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":
@@ -159,7 +159,7 @@ def give_back(device):
 
 
 def peak_memory(device):
-    """The most bytes in use so far: of tensors on a GPU, of this process on a CPU."""
+    """Peak memory in bytes: of tensors on a GPU, of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -173,7 +173,7 @@ def peak_memory(device):
 
 
 def total_memory(device=None):
-    """The bytes of memory that a process may take at the most: of a GPU, or of its share of the main memory."""
+    """Memory in bytes that a process may use at most: all of a GPU, or its share of main memory."""
     if device is not None and device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -185,7 +185,7 @@ def total_memory(device=None):
 
 
 def free_memory():
-    """The bytes of main memory that each of this machine's processes may still take."""
+    """Main memory in bytes that each of this machine's processes may still use."""
     try:
         free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):  # no Linux
@@ -194,9 +194,9 @@ def free_memory():
         limit, used, stat = (
             Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current", "stat")
         )
-        cached = int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])  # files, which give way
+        cached = int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])  # of files, freed on demand
         free = min(free, int(limit) - int(used) + cached)
     except (OSError, TypeError, ValueError):  # no container's limit
         pass
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # without LOCAL_RANK, nobody has looked at it
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # checked only if LOCAL_RANK is set
     return free / (int(processes) if processes.isdigit() and int(processes) else 1)

@@ -1,4 +1,4 @@
-"""The picture of the losses, drawn from metrics.jsonl."""
+"""loss.png, drawn from metrics.jsonl."""
 
 import io
 import math
@@ -10,7 +10,7 @@ from nanogpt.run.records import read_metrics
 
 
 def draw_losses(out_dir):
-    """Draw `loss.png` from `metrics.jsonl`: training and validation loss over the iterations. Returns a line about it."""
+    """Draw training and validation loss over the iterations to `loss.png`. Returns a line for the user."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -31,7 +31,9 @@ def draw_losses(out_dir):
     )
     seen = [r["loss"] for r in steps] + [r[name] for r in evals[1:] for name in ("train_loss", "val_loss")]
     top = 1.05 * max((loss for loss in seen if loss is not None and math.isfinite(loss)), default=math.inf)
-    shown = [r for r in evals if r["val_loss"] <= top]  # without the untrained model: a line down from it is no curve
+    shown = [
+        r for r in evals if r["val_loss"] <= top
+    ]  # without the untrained model, whose loss would flatten the curves
     marks = dict(marker="o", markersize=3.5, linewidth=1.8)
     axes.plot([r["step"] for r in shown], [r["train_loss"] for r in shown], color="#2f6db5", label="train", **marks)
     axes.plot([r["step"] for r in shown], [r["val_loss"] for r in shown], color="#d9662b", label="validation", **marks)

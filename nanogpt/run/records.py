@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line of JSON for each report of a run."""
+"""metrics.jsonl: one JSON object per line, one line per report of a run."""
 
 import json
 import os
@@ -7,9 +7,9 @@ from nanogpt import files
 
 
 def drop_after(path, step, evaluated):
-    """Remove from metrics.jsonl what a run reported after `step`, from where it now goes on.
+    """Remove the records after `step`, from which a run resumes, from metrics.jsonl.
 
-    evaluated: the last step whose evaluation is not going to be repeated.
+    evaluated: the last step whose evaluation is not repeated.
     """
     if not os.path.lexists(path):
         return
@@ -20,7 +20,7 @@ def drop_after(path, step, evaluated):
 
 
 def read_metrics(path):
-    """The records of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """The records of a metrics.jsonl, without a last line that a crash has cut short."""
     records = []
     for line in files.read(path).decode(errors="replace").splitlines():
         try:

@@ -2,9 +2,9 @@
 
 `start.start` makes a Run and closes it.
 
-Failures: whatever may fail on one process alone either happens within `dist.agree()`, at whose end all processes raise,
-or is kept as a RunFailed in `failure` (Writer and Log, which must not raise between collective operations) until the
-next `agree_to_go_on` or `stop.check`, where all processes learn of it; `check_writes` then raises it, again on all.
+Failures: what may fail on one process alone happens within `dist.agree()`, at whose end all processes raise. What must
+not raise there and then (the thread that writes, the log between collective operations) calls `dist.fail`: the loop's
+`agree_to_go_on` then ends it on all processes, and the next `dist.agree()` raises the failure.
 """
 
 import math
@@ -25,18 +25,18 @@ from nanogpt.text import tokenizer
 
 @dataclass
 class TrainState:
-    """Where a run stands: what resuming needs besides tensors."""
+    """The state of a run that is not tensors."""
 
     step: int = 0  # updates done
     evaluated: int = -1  # the step of the last evaluation
-    losses: dict | None = None  # what it found
+    losses: dict | None = None  # its losses
     improved: bool = False  # whether its validation loss was the best so far
     best_val_loss: float | None = None
     best_step: int = 0  # the step at which it was found
     stale: int = 0  # evaluations since then
-    spikes: int = 0  # losses far above the recent ones, so far
-    micro_batch: int | None = None  # the most sequences at a time, if that is not batch_size: see memory.py
-    windows: int = 0  # windows of the training data read so far, which is the number of the next one: see data.py
+    spikes: int = 0  # number of loss spikes so far: see health.py
+    micro_batch: int | None = None  # sequences at a time, if not batch_size: see memory.py
+    windows: int = 0  # windows of the training data read so far: the number of the next one, see data.py
     epoch_windows: int = 0  # windows in an epoch
 
     @classmethod
@@ -57,7 +57,7 @@ class TrainState:
         return state
 
     def note(self, losses):
-        """Take note of an evaluation at this step."""
+        """Record the losses of an evaluation at this step."""
         self.evaluated, self.losses = self.step, losses
         self.improved = losses["val"] < (math.inf if self.best_val_loss is None else self.best_val_loss)
         self.stale = 0 if self.improved else self.stale + 1
@@ -65,14 +65,14 @@ class TrainState:
             self.best_val_loss, self.best_step = losses["val"], self.step
 
     def forget_best(self):
-        """Begin the best loss and the patience anew; an evaluation at this very step is repeated."""
+        """Forget the best loss, so that patience starts anew; an evaluation at this step is repeated."""
         self.best_val_loss, self.best_step, self.stale = None, 0, 0
         self.evaluated = min(self.evaluated, self.step - 1)
 
 
 @dataclass(eq=False)
 class Run:
-    """The experiment: all that it changes, and the data that it reads."""
+    """The experiment: its state and the data that it reads."""
 
     cfg: TrainConfig
     dist: Dist
@@ -86,49 +86,52 @@ class Run:
     wandb: object = None  # the W&B run, on the main process
 
     def __post_init__(self):
-        self.model = self.gpt  # what computes with the parameters: later compiled, and wrapped to average gradients
+        self.model = self.gpt  # the same parameters; later compiled, and wrapped to average gradients
         self.tick = lambda: None  # called before each batch of an evaluation
 
     @property
     def step(self):
-        """Updates done so far."""
+        """Number of updates so far."""
         return self.state.step
 
     def tensors(self):
-        """Everything but the weights, by name; the very tensors that are in use."""
+        """All tensors of the state but the weights, by name; not copies."""
         return optim.state_tensors(self.gpt, self.optimizer) | self.health.state
 
     def fingerprints(self):
-        """What tells the data of each split from other data: {'train': str, 'val': str}."""
+        """The fingerprint of each split's data: {'train': str, 'val': str}."""
         return {split: batches.dataset.fingerprint for split, batches in self.eval_batches.items()}
 
-    # What follows is for a run that `guard` has prepared.
+    # The methods below need `guard` to have been called.
 
     def guard(self, stop, saved_in):
-        """Open the log and the writer of checkpoints. stop: a signals.Stop. saved_in: the checkpoint it goes on from."""
+        """Open the log and the checkpoint writer. stop: a signals.Stop. saved_in: the folder of the resumed checkpoint."""
         cfg, state = self.cfg, self.state
         self.stop = stop
         self.writer = checkpoint.Writer(
-            cfg.out_dir, cfg.keep_checkpoints, cfg.always_save_checkpoint, saved_in, state.step
+            cfg.out_dir,
+            cfg.keep_checkpoints,
+            cfg.always_save_checkpoint,
+            self.dist.fail,
+            (state.step, saved_in) if saved_in else (None, None),
         )
         self.watch = health.Watch(cfg, self.dist, state, self.writer)
         self.unread = log.Unread(self.dist, cfg.log_interval)
         with self.dist.agree():
             self.log = log.start_log(self)
-        stop.failed = lambda: self.writer.failure is not None or self.log.failure is not None
 
     def agree_to_go_on(self):
-        """Whether all processes go on: none was asked to stop, and none failed to write. They all have to ask."""
+        """Whether no process was asked to stop or has failed. A collective operation: all processes must call it."""
         return not self.stop.agree()
 
     def evaluation_is_due(self):
-        """Whether to evaluate at this step; not again if a run goes on that has done so."""
+        """Whether to evaluate at this step; a resumed run does not repeat an evaluation."""
         cfg, step = self.cfg, self.step
         at_interval = step >= cfg.max_iters or step % cfg.eval_interval == 0
         return cfg.eval_only or (at_interval and self.state.evaluated != step)
 
     def is_finished(self):
-        """Whether there is nothing left to train; or, which is said, `patience` evaluations were no improvement."""
+        """Whether nothing is left to train, or the last `patience` evaluations were no improvement."""
         cfg, state = self.cfg, self.state
         if cfg.eval_only or state.step >= cfg.max_iters:
             return True
@@ -141,25 +144,25 @@ class Run:
         return True
 
     def repeat_smaller(self, work):
-        """work(run, micro_batch); if the memory runs out in it, again with half as many sequences at a time."""
+        """Call work(run, micro_batch), and again with a smaller micro_batch if it runs out of memory."""
         return memory.repeat_smaller(partial(work, self), self.state, self.cfg, self.dist)
 
     @contextmanager
     def paused(self):
-        """The time spent within counts for no step."""
+        """Context whose time is excluded from the time of steps."""
         self._take(self.unread.read())
         with self.log.paused():
             yield
 
     def measure(self, evaluation):
-        """evaluation(run, micro_batch), whose time counts for no step. Raises StopRequested if asked to stop meanwhile."""
+        """Call evaluation(run, micro_batch), off the clock. Raises StopRequested if the run is asked to stop meanwhile."""
         with self.paused():
             self.tick = self.log.counted(self.step, self.stop.check)
-            self.stop.check()  # nothing new is begun if a save has failed, for lack of memory perhaps
+            self.stop.check()  # a failed save may mean that memory is short
             return self.repeat_smaller(evaluation)
 
     def record(self, losses, lr):
-        """Take note of the losses {'train': nats, 'val': nats} of an evaluation at this step, and report them."""
+        """Record and report the losses {'train': nats, 'val': nats} of an evaluation at this step."""
         self.state.note(losses)
         self.log.evaluation(self.step, losses, lr)
 
@@ -168,9 +171,9 @@ class Run:
         self.log.exact(self.step, result)
 
     def report(self, lr, metrics):
-        """Report a step by its metrics {name: scalar}, perhaps a few steps later: nobody waits for the device.
+        """Report a step by its metrics {name: scalar}, at once or a few steps later: the host does not wait for them.
 
-        Raises RunFailed if a step turns out to have been sick, on all processes alike.
+        Raises RunFailed, on all processes, if the run has diverged.
         """
         self._take(self.unread.add(self.step, lr, metrics))
         self.log.begins(self.step + 1)
@@ -181,7 +184,7 @@ class Run:
             self.log.step(step, lr, metrics)
 
     def token_bytes(self):
-        """The UTF-8 length of each token id, for bits per byte; None if the tokenizer's package is missing."""
+        """The UTF-8 length of each token, for bits per byte; None if the tokenizer's package is missing."""
         dataset = self.eval_batches["val"].dataset
         try:
             tok = tokenizer.from_json(dataset.tokenizer_json)
@@ -191,7 +194,7 @@ class Run:
         return evaluate.byte_lengths(tok, dataset.separator)
 
     def save(self):
-        """Have the main process copy the run as it stands; it is written in the background.
+        """Copy the state, on the main process, and write it in the background.
 
         An untrained model is saved only if the run was asked to stop.
         """
@@ -213,18 +216,15 @@ class Run:
             self.writer.save(dict(self.gpt.named_parameters()), self.tensors(), info)
 
     def check_writes(self):
-        """Wait for what is being written. Raises RunFailed, on all processes, if something could not be written."""
+        """Wait for what is being written. Raises RunFailed, on all processes, if a write has failed."""
         with self.dist.agree():
             self.writer.wait()
-            for failure in (self.writer.failure, self.log.failure):
-                if failure:
-                    raise failure
 
     def save_and_stop(self):
-        """Save the run unless that has been done, and raise Stopped with a line on how to go on."""
+        """Save the run, if this step is not saved yet, and raise Stopped with a line on how to resume."""
         with self.dist.agree():
-            self._take(self.unread.read())  # a sick step is found before it is saved
-        if self.stop.agreed != signals.FAILED and self.writer.step != self.step:
+            self._take(self.unread.read())  # finds a diverged step before it is saved
+        if self.writer.step != self.step:
             self.save()
         self.check_writes()
         how = (
@@ -235,7 +235,7 @@ class Run:
         raise signals.Stopped(f"stopped at step {self.step}{how}", self.stop.agreed)
 
     def close(self):
-        """Close what is open, whatever has happened."""
+        """Close the log and wait for the writer."""
         try:
             self.log.close()
         finally:

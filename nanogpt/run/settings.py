@@ -17,17 +17,17 @@ from nanogpt.config import UserError, is_path, is_utf8, nearest
 def load(cls, argv, prog, inherit=None):
     """Read config files and `--key=value` arguments into a checked `cls`.
 
-    Files come first, in order; flags override them wherever they stand. A class that has ARGUMENTS takes no files:
-    what is no flag is kept in the result's `arguments`. `inherit`, given the config so far,
-    returns settings for what neither names, and where they are from: a run that goes on keeps its own. The
-    result's `sources` maps each setting that is not at its default to where its value came from. `--help`
-    prints and exits with 0. Raises UserError with every problem found, not the first alone.
+    Files are read in order; flags override them regardless of their position. A class that has ARGUMENTS takes no
+    config files; its arguments that are not flags are in the result's `arguments`. inherit: called with the config so
+    far, returns ({name: value}, source) for settings that neither files nor flags name, as a resumed run has them.
+    The result's `sources` maps each setting that was given to its source. `--help` prints the help and exits with 0.
+    Raises UserError with all problems at once.
     """
     values, sources, problems, failed, names, autos = {}, {}, [], set(), {}, {}
     known = {f.name: f for f in fields(cls)}
 
     def assign(source, shown, name, value):
-        """Take a value, or note why not; `shown` is how a message names it."""
+        """Set a value or record the problem, in which `shown` names it."""
         if name not in known:
             problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
             return
@@ -39,7 +39,7 @@ def load(cls, argv, prog, inherit=None):
             return
         autos.pop(name, None)
         if (name, value) == ("batch_size", "auto"):
-            autos[name] = source  # the number below it stays
+            autos[name] = source  # `values` keeps the number
         else:
             values[name], sources[name] = value, source
 
@@ -59,7 +59,7 @@ def load(cls, argv, prog, inherit=None):
             example = "True" if known[name].metadata["kind"] is bool else "VALUE"
             problems.append(f"{flag}: a setting is written --{name}={example}, with an equals sign and no spaces")
     cfg = cls(**values)
-    asked = dict(autos)  # a run that goes on has no say in that
+    asked = dict(autos)  # not inherited
     if inherit and not problems:
         inherited, source = inherit(cfg)
         for name, value in inherited.items():
@@ -77,7 +77,7 @@ def load(cls, argv, prog, inherit=None):
 
 
 def misfits(cfg, failed):
-    """Yield what no setting shows alone, blamed on the first one it takes; nothing about those that `failed` before."""
+    """Yield a message for each of `cfg.problems()`, except those of settings that have failed already."""
     for names, why in cfg.problems():
         if not failed & set(names):
             name, where = names[0], cfg.sources.get(names[0], "default")
@@ -86,11 +86,11 @@ def misfits(cfg, failed):
 
 
 class _Text(str):
-    """A value as typed on the command line, not yet of any type."""
+    """A value as typed on the command line, not converted yet."""
 
 
 def change(cfg, name, text):
-    """Give a setting of `cfg` the value that was typed. Raises UserError that says what was expected."""
+    """Set a setting of `cfg` to the text that was typed. Raises UserError that says what was expected."""
     meta = {f.name: f.metadata for f in fields(cfg)}[name]
     try:
         setattr(cfg, name, convert(_Text(text), meta))
@@ -99,7 +99,7 @@ def change(cfg, name, text):
 
 
 def check_bounds(cls, values, source):
-    """Raise UserError for each of the values {name: value} that is not what the setting of that name in `cls` may be."""
+    """Raise UserError for the values {name: value} that the settings of these names in `cls` do not allow."""
     problems = []
     for name, meta in ((f.name, f.metadata) for f in fields(cls) if f.name in values):
         try:
@@ -111,10 +111,7 @@ def check_bounds(cls, values, source):
 
 
 def convert(value, meta):
-    """`value` (Python's, or text from the command line) as its setting's type, within its bounds.
-
-    Raises ValueError that says what was expected.
-    """
+    """A value, from Python or the command line, as its setting's type. Raises ValueError that says what was expected."""
     kind, auto = meta["kind"], meta["auto"]
     if auto and isinstance(value, str) and value == "auto":
         return "auto"
@@ -123,7 +120,7 @@ def convert(value, meta):
     if kind is float and type(value) is int:
         value = float(value) if -1e300 < value < 1e300 else math.inf
     if kind is int and type(value) is float and value.is_integer():
-        value = int(value)  # 1e4 is a number of iterations as good as 10000
+        value = int(value)  # so that 1e4 is accepted for 10000
     fits = type(value) is kind
     if fits and kind is not str and kind is not bool:
         low, above, high = meta["low"], meta["above"], meta["high"]
@@ -188,8 +185,8 @@ _ARITHMETIC = {
 def read_config_file(path, names, problems):
     """Yield (line, name, value) for each assignment of the config file at `path`.
 
-    `names` are the values assigned so far, here or in earlier files, and grow as it is read; a name that
-    begins with an underscore is a helper, not a setting. What cannot be read goes to `problems`.
+    names: the values assigned so far, here or in earlier files; updated. A name that begins with an underscore is a
+    variable, not a setting. Problems are appended to `problems`.
     """
     try:
         raw = Path(path).read_bytes()
@@ -231,7 +228,7 @@ def read_config_file(path, names, problems):
 def nearest_file(path):
     """'; did you mean FILE?' for a mistyped path, or nothing."""
     folder = Path(path).parent
-    others = [p.name for p in folder.glob("*.py") if p.name != Path(path).name]  # a link to nothing is there, too
+    others = [p.name for p in folder.glob("*.py") if p.name != Path(path).name]  # including broken links
     close = difflib.get_close_matches(Path(path).name, others, n=1, cutoff=0.5)
     return f"; did you mean {folder / close[0]}?" if close else ""
 
@@ -274,7 +271,7 @@ def _bounded(value):
 
 
 def help_text(cfg, prog):
-    """Every setting with its present value, meaning, type, default, and where the value came from."""
+    """Every setting with its value, meaning, type, default, and the source of the value."""
     if hasattr(cfg, "ARGUMENTS"):
         lines = [f"usage: {prog} {cfg.ARGUMENTS} ... [--key=value ...]", "", "Each setting, with its present value:"]
     else:

@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run at the next safe place, on all processes at once."""
+"""Stopping on request: SIGTERM, SIGINT, SIGUSR1 and SIGHUP stop all processes together at the next safe point."""
 
 import os
 import signal
@@ -7,19 +7,19 @@ from contextlib import contextmanager, suppress
 from nanogpt.config import UserError
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-FAILED = 1000  # agreed on instead of a signal's number
+FAILED = 1000  # stands for a failure where others have a signal's number
 
 
 class StopRequested(Exception):
-    """Ends an evaluation, on all processes at the same batch, since one of them was asked to stop."""
+    """Ends an evaluation on all processes at the same batch, because one of them was asked to stop."""
 
 
 class Interrupted(BaseException):
-    """Ends what may be broken off at once, such as compiling. Not an Exception, so that no fallback catches it."""
+    """Ends what can be aborted at any point, such as compilation. Not an Exception, so that no fallback catches it."""
 
 
 class Stopped(UserError):
-    """The run ended on request, saved. The exit code is a shell's for the signal."""
+    """The run was saved and stopped on request. The exit code is the shell's for the signal."""
 
     def __init__(self, line, signum):
         super().__init__(line)
@@ -31,24 +31,23 @@ class Stop:
 
     def __init__(self, dist):
         self.dist, self.breakable = dist, False
-        self.signum = None  # what this process got
-        self.interrupted = False  # whether SIGINT was among what it got
-        self.agreed = 0  # what they all know of
-        self.failed = lambda: False  # whether this process cannot go on, and all must stop
+        self.signum = None  # the first signal that this process received
+        self.interrupted = False  # whether it received SIGINT
+        self.agreed = 0  # the signal, or FAILED, that all processes know of
 
     def agree(self):
-        """Agree with all processes on whether to stop: whether one was asked to, or failed. They all have to ask."""
-        self.agreed = self.dist.max(FAILED if self.failed() else self.signum or 0)
+        """Whether any process was asked to stop or has failed. A collective operation: all processes must call it."""
+        self.agreed = self.dist.max(FAILED if self.dist.failure else self.signum or 0)
         return self.agreed > 0
 
     def check(self):
-        """Raise StopRequested, on all processes, if they agree to stop. They all have to ask."""
+        """Raise StopRequested on all processes if `agree` is true. A collective operation."""
         if self.agree():
             raise StopRequested
 
     @contextmanager
     def at_once(self):
-        """Within, a request raises Interrupted instead of waiting for a safe place."""
+        """Context in which a signal raises Interrupted at once instead of waiting for a safe point."""
         self.breakable = True
         try:
             if self.signum is not None:
@@ -59,7 +58,7 @@ class Stop:
 
     def _handle(self, signum, frame):
         if signum == signal.SIGINT and self.interrupted:
-            os._exit(130)  # asked twice: at once
+            os._exit(130)  # the second one stops at once
         self.interrupted = self.interrupted or signum == signal.SIGINT
         if self.signum is None:
             self.signum = signum
@@ -74,9 +73,9 @@ class Stop:
 
 @contextmanager
 def stopping(dist):
-    """A Stop that listens to the signals within; afterwards they do what they did before.
+    """Context of a Stop that handles the signals; the previous handlers are restored at its end.
 
-    SIGHUP stays ignored if it was, as under nohup.
+    If SIGHUP is ignored, as under nohup, it stays so.
     """
     stop = Stop(dist)
     ignored = {s for s in SIGNALS if s.name == "SIGHUP" and signal.getsignal(s) == signal.SIG_IGN}

@@ -1,4 +1,4 @@
-"""How fast this machine is: peaks, the rate of a model's matrix products, and what they say about a run's length."""
+"""The speed of this machine: peak rates, the rate of a model's matrix products, and estimates of a run's length."""
 
 import math
 import re
@@ -9,8 +9,8 @@ from functools import partial
 
 import torch
 
-# Dense peak in TFLOP/s without sparsity, bfloat16 (float16 where the chip has no bfloat16), from the vendors' datasheets.
-# The first name that is part of the device's counts.
+# Dense peak in TFLOP/s, bfloat16 (float16 if the chip has no bfloat16), from the vendors' datasheets.
+# The first name that occurs in the device's name counts.
 PEAK_TFLOPS = {
     "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148, "B200": 2250, "GH200": 989,
     "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "A6000": 155,
@@ -20,7 +20,7 @@ PEAK_TFLOPS = {
 
 
 def device_peak(dist):
-    """The most FLOP/s that the devices of all processes can do at this dtype: from the datasheet where it is known, otherwise measured."""
+    """Peak FLOP/s of the devices of all processes at this dtype: the datasheet's if it is known, otherwise measured."""
     if dist.device.type == "cuda" and dist.dtype != torch.float32:
         name = torch.cuda.get_device_name(dist.device)
         for known, tflops in PEAK_TFLOPS.items():
@@ -38,13 +38,13 @@ def device_peak(dist):
     return rate
 
 
-PLAUSIBLE = 0.9  # of the peak; no model comes so near to that of a large product
+PLAUSIBLE = 0.9  # of the peak of a large product; no model reaches more
 
 
 def peak_beside(flops_rate, peak, dist):
-    """The peak of `device_peak`, measured again if a model comes so near to it that it must have been measured too low.
+    """The peak of `device_peak`, measured again if `flops_rate` is so near to it that it must be too low.
 
-    That happens while another program uses the machine. With a NaN, as on other than the main process, nothing does.
+    A peak is too low if another program used the machine meanwhile. NaN, as on all processes but the main one, stays.
     """
     if flops_rate > PLAUSIBLE * peak:
         again = measured_peak(dist) * dist.world_size
@@ -55,10 +55,10 @@ def peak_beside(flops_rate, peak, dist):
 
 
 def measured_peak(dist):
-    """FLOP/s of a large matrix product on the device: the fastest within a tenth of a second."""
+    """FLOP/s of a large matrix product on the device: the fastest of those that fit in a tenth of a second."""
     n = 1024 if dist.device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=dist.device, dtype=dist.operand_dtype) for _ in range(2))
-    a @ b  # the first one loads the library
+    a @ b  # the first product loads the library
     synchronize(dist.device)
     fastest, end = math.inf, time.perf_counter() + 0.1
     while fastest == math.inf or time.perf_counter() < end:
@@ -71,9 +71,9 @@ def measured_peak(dist):
 
 
 def products_rate(model, dist, tokens, repeats=50):
-    """FLOP/s of the model's matrix products alone, forward and backward, with so many tokens: the yardstick.
+    """FLOP/s of the model's matrix products alone, forward and backward, over this number of tokens.
 
-    Each product has buffers of its own, because in a real iteration none finds its operands in the cache either.
+    Each product has its own buffers, since in a real iteration its operands are not in the CPU's cache either.
     """
     layers = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     new = partial(torch.randn, device=dist.device, dtype=dist.operand_dtype)
@@ -100,21 +100,22 @@ def synchronize(device):
 
 
 def expected_seconds(steps, flops_per_iter, peak, layers):
-    """About how long so many steps take, through so many blocks each: a guess to within a factor of two or so.
+    """Estimated seconds for `steps` iterations, right within a factor of about two.
 
-    Small models reach a third of the device's peak, and no block is done in less than a millisecond.
+    Assumes that models reach a third of the device's peak, and that a block takes a millisecond at least. layers:
+    blocks computed per iteration, over all micro-steps.
     """
     return steps * max(flops_per_iter / peak * 3, layers * 1e-3)
 
 
-HOURS = 2 * 3600.0  # seconds from which on a run is said to be long: the estimate may be twice what it takes
+HOURS = 2 * 3600.0  # seconds from which on a run is called long; the estimate may be twice the true time
 
 
 def takes_hours(cfg, dist, step, flops, peak, micro_steps):
-    """A line about how long the rest of the run takes, and what makes it shorter; None if it is no matter of hours.
+    """A line about the estimated time of the rest of the run, and what would shorten it; None if it takes no hours.
 
-    A rough estimate: `flops` and `peak` are those of an iteration and of the device. An evaluation is a forward pass,
-    a third of the work, over both splits.
+    flops: of an iteration. peak: FLOP/s of the device. An evaluation is a forward pass, a third of the work, over
+    both splits.
     """
     if not math.isfinite(peak):
         return None

@@ -1,6 +1,6 @@
-"""Where a run begins: from scratch, from a checkpoint, or from another project's weights.
+"""The start of a run: from scratch, from a checkpoint, or from another model's weights.
 
-`start` puts together what the functions around it find and check. The loop is in train.py.
+`start` returns a Run for the loop in train.py; the other functions find, check and assemble its parts.
 """
 
 import gc
@@ -20,17 +20,17 @@ from nanogpt.run import checkpoint, compile, distributed, health, memory, signal
 from nanogpt.run.run import Run, TrainState
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 
-# the settings that shape a model's weights: those that are fields of both, in the order of GPTConfig
+# the settings that determine a model's shape: fields of both classes, in the order of GPTConfig
 SHAPE = [f.name for f in fields(GPTConfig) if hasattr(config.TrainConfig, f.name) and f.name != "dropout"]
 
 
 def shape(cfg):
-    """The settings that shape a model's weights, {name: value}."""
+    """The settings that determine a model's shape, {name: value}."""
     return {name: getattr(cfg, name) for name in SHAPE}
 
 
 def settings_to_resume(cfg):
-    """The settings of the run that is to go on, and its folder; none where there is none."""
+    """The settings of the run to resume and the folder of its checkpoint; {} and None if there is none."""
     if cfg.init_from not in ("resume", "auto"):
         return {}, None
     found = checkpoint.peek(cfg.out_dir) or from_nanogpt(cfg.out_dir)
@@ -38,16 +38,16 @@ def settings_to_resume(cfg):
 
 
 def settings_before(found):
-    """The settings of the run that a Checkpoint is of, but those that every start has anew."""
+    """The settings of a Checkpoint's run, except those that are not inherited."""
     new = ["init_from", "out_dir", "eval_only"]
-    if found.in_memory:  # from another project: the machine was another one too
+    if found.in_memory:  # from another project, and so another machine
         new += ["backend", "device", "dtype", "compile"]
     kept = {k: v for k, v in found.settings.items() if k not in new}
     return kept | {name: found.model_config[name] for name in SHAPE}
 
 
 def say_what_differs(cfg, found, dist):
-    """Announce the settings that are not what they were in the run that goes on."""
+    """Announce the settings that differ from those of the run so far."""
     before, now = settings_before(found), asdict(cfg)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changed:
@@ -55,7 +55,7 @@ def say_what_differs(cfg, found, dist):
 
 
 def find_start(cfg, dist):
-    """What `init_from` means: None (from scratch), a Checkpoint, or the name or folder of a pretrained model."""
+    """What `init_from` refers to: None (scratch), a Checkpoint, or the name or folder of a pretrained model."""
     if cfg.init_from == "scratch":
         return None
     found = trained.find(cfg, dist.say, newest=cfg.init_from in ("resume", "auto"))
@@ -74,7 +74,7 @@ def find_start(cfg, dist):
 
 
 def make_model(cfg, found, dataset, dist):
-    """The model that `find_start` found, or a new one, on the device. UserError where it does not fit the settings."""
+    """The model that `find_start` found, or a new one, on the device. UserError if it does not fit the settings."""
     torch.manual_seed(cfg.seed)
     resuming = cfg.init_from in ("resume", "auto")
     if found is None:
@@ -107,7 +107,7 @@ def make_model(cfg, found, dataset, dist):
 
 
 def choose_context(cfg, found, dist):
-    """Where the settings name no context, take the model's own, if that is shorter than the default."""
+    """Use the model's own context if it is shorter than the default and the settings name none."""
     if found is None or found in GPT2_NAMES or "block_size" in cfg.sources:
         return
     of = (
@@ -121,7 +121,7 @@ def choose_context(cfg, found, dist):
 
 
 def keep_shape(cfg, found):
-    """Refuse to resume with another shape or optimizer than the checkpoint's."""
+    """Raise UserError if the shape or the optimizer is not the checkpoint's."""
     had = {name: found.model_config[name] for name in SHAPE} | {"optimizer": found.settings.get("optimizer", "adamw")}
     wrong = [name for name in had if getattr(cfg, name) != had[name]]
     if wrong:
@@ -129,7 +129,7 @@ def keep_shape(cfg, found):
 
 
 def padded(vocab_size, dist):
-    """A large vocabulary, rounded up to a multiple of 64."""
+    """The size of the embedding: a large vocabulary is rounded up to a multiple of 64."""
     size = -(-vocab_size // 64) * 64 if vocab_size > 1024 else vocab_size
     if size != vocab_size:
         dist.say(f"vocabulary: {vocab_size} tokens, padded to {size}, because matrix units like multiples of 64")
@@ -137,7 +137,7 @@ def padded(vocab_size, dist):
 
 
 def restore(run, found, cfg):
-    """Put the run where the checkpoint left it. UserError where that does not fit."""
+    """Restore the run's state from the checkpoint. UserError if it does not fit."""
     try:
         tensors = found.optimizer_tensors()
         for name in run.health.state.keys() & tensors.keys():
@@ -150,7 +150,7 @@ def restore(run, found, cfg):
             run.scaler.load_state_dict(found.scaler)
         settings = asdict(cfg) | found.settings
         batch = int(settings["gradient_accumulation_steps"]) * int(settings["batch_size"])
-        place = {"windows": found.step * batch, "epoch_windows": run.state.epoch_windows}  # of earlier checkpoints
+        place = {"windows": found.step * batch, "epoch_windows": run.state.epoch_windows}  # for earlier checkpoints
         run.state = TrainState.of_json(place | found.state)
         if run.state.step != found.step:
             raise ValueError(f"it is of step {run.state.step}, and the checkpoint of step {found.step}")
@@ -161,7 +161,7 @@ def restore(run, found, cfg):
 
 
 def go_on_in_data(run, found, cfg, dist):
-    """Keep the run's place in its data, or, if they are others than before, begin a new epoch of them."""
+    """Keep the run's position in its data, or begin a new epoch if the data or their order have changed."""
     state, settings, train = run.state, asdict(cfg), run.batches.dataset
     fingerprints = run.fingerprints()
     if not found.saw(fingerprints, settings):
@@ -181,15 +181,15 @@ def go_on_in_data(run, found, cfg, dist):
 
 
 def is_new(name, settings, earlier):
-    """Whether a setting is another than it was earlier, as far as that is known."""
+    """Whether a setting has changed, as far as the earlier value is known."""
     return earlier.get(name, settings[name]) != settings[name]
 
 
 @contextmanager
 def start(cfg, dist):
-    """The Run that the settings describe, for the loop to drive; closed at the end, whatever happens.
+    """Context of a Run as the settings describe it; the log and the writer are closed at its end.
 
-    Raises Stopped, saved, if it was asked to stop, and RunFailed, on all processes, if one of them cannot go on.
+    Raises Stopped, after saving, if the run was asked to stop; RunFailed, on all processes, if one cannot go on.
     """
     with signals.stopping(dist) as stop, files.Lock(Path(cfg.out_dir) / ".lock") as lock:
         run, saved_in = find_run(cfg, dist, lock)
@@ -197,7 +197,7 @@ def start(cfg, dist):
         try:
             with run.paused():
                 run.model = dist.wrap(compile_model(run))
-            gc.freeze()  # what is here stays, and need not be looked through again and again
+            gc.freeze()  # exempt what exists by now from garbage collection: it stays for the whole run
             with suppress(signals.StopRequested):
                 yield run
             if stop.agree():
@@ -209,18 +209,18 @@ def start(cfg, dist):
 
 
 def find_run(cfg, dist, lock):
-    """(the Run that the settings describe, the folder of the checkpoint that it goes on from, or None).
+    """(the Run that the settings describe, the folder of the checkpoint that it resumes or None).
 
     lock: the files.Lock of `out_dir`, which is taken before anything is written.
     """
     distributed.choose_seed(cfg, dist)
-    data.share_batch(cfg, dist.world_size)  # refuses a number of processes that does not divide the batch
+    data.share_batch(cfg, dist.world_size)  # raises if the number of processes does not divide the batch
     trackers.require_wandb(cfg)
     with dist.agree():
         if dist.is_main and not cfg.eval_only:
             checkpoint.check_out_dir(cfg.out_dir)
         if cfg.init_from in ("resume", "auto") and not cfg.eval_only:
-            take(lock, cfg, dist, create=False)  # before it is looked at: another run may be adding to it
+            take(lock, cfg, dist, create=False)  # before the checkpoint is chosen: another run may be adding one
         found = find_start(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         run = make_run(cfg, found, resuming, dist)
@@ -236,7 +236,7 @@ def find_run(cfg, dist, lock):
 
 
 def compile_model(run):
-    """The compiled model, or the model itself if a request to stop comes meanwhile; the loop then sees it first."""
+    """The compiled model, or the model itself if the run is asked to stop meanwhile, which the loop then sees."""
     cfg, dist = run.cfg, run.dist
     micro_steps, _ = data.share_batch(cfg, dist.world_size, run.state.micro_batch)
     seconds = dist.sum([run.log.seconds_ahead(micro_steps * cfg.n_layer)])[0]
@@ -246,7 +246,7 @@ def compile_model(run):
         trained = data.share_batch(cfg, dist.world_size, micro_batch)[1], cfg.block_size
         return compile.compiled(run.gpt, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
 
-    run.log.progress.at("compiling the model (--compile)")  # a matter of an instant if it is not compiled
+    run.log.progress.at("compiling the model (--compile)")  # instantaneous if it is not compiled
     try:
         with run.stop.at_once():
             return run.repeat_smaller(compiled)
@@ -255,7 +255,7 @@ def compile_model(run):
 
 
 def make_run(cfg, found, resuming, dist):
-    """The Run that begins with what `find_start` found."""
+    """The Run that starts from what `find_start` found."""
     if not resuming:
         choose_context(cfg, found, dist)
     splits = ("train", "val")
@@ -285,7 +285,7 @@ def make_run(cfg, found, resuming, dist):
 
 
 def say_what_the_schedule_lacks(cfg, dist):
-    """Warn about a run that ends in its warm-up, or goes on when the learning rate has reached 0."""
+    """Warn if the run ends during its warm-up, or goes on after the learning rate has reached 0."""
     if cfg.eval_only or not cfg.decay_lr:
         return
     if 0 < cfg.max_iters < cfg.warmup_iters:
@@ -302,7 +302,7 @@ def say_what_the_schedule_lacks(cfg, dist):
 
 
 def take(lock, cfg, dist, create):
-    """Lock `out_dir` against other runs, on the main process. UserError names the one that is at work there."""
+    """Lock `out_dir` against other runs, on the main process. UserError names the run that holds the lock."""
     try:
         if dist.is_main:
             lock.take(create)
@@ -315,9 +315,9 @@ def take(lock, cfg, dist, create):
 
 
 def open_out_dir(cfg, dist, resuming, lock):
-    """Make and lock `out_dir`, set an earlier run in it aside, and save the settings; the W&B run, if there is one.
+    """Create and lock `out_dir`, move an earlier run in it aside, and save the settings. Returns the W&B run or None.
 
-    What can fail for reasons of its own, as W&B can, comes first: then the earlier run stays where it is.
+    W&B comes first, since it may fail: then the earlier run stays where it is.
     """
     if not dist.is_main:
         return None

@@ -1,4 +1,4 @@
-"""Weights & Biases, or what stands in for it: started before anything is moved, and gone on with by a resumed run."""
+"""Weights & Biases, or a package that replaces it, such as trackio. A resumed run continues its W&B run."""
 
 import importlib.util
 import json
@@ -14,19 +14,19 @@ from nanogpt.config import UserError, installs
 
 
 def require_wandb(cfg):
-    """Raise UserError where W&B is asked for and not installed."""
+    """Raise UserError if W&B is asked for and not installed."""
     if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb_log=True: wandb is not installed; {installs('wandb')} brings it")
 
 
 def start_wandb(cfg, run_id, say):
-    """A W&B run: the one with this id, or, without an id, a new one. WANDB_MODE=offline keeps it on this machine.
+    """Start the W&B run with this id, or a new one if the id is None. WANDB_MODE=offline keeps it on this machine.
 
-    It is written to `out_dir`, unless WANDB_DIR names another folder. What is installed by the name of wandb may be a
-    stand-in, such as trackio, which takes the folder from the environment alone. Raises UserError if W&B cannot start,
-    after at most half a minute or WANDB_INIT_TIMEOUT, and leaves nothing behind; OSError if `out_dir` cannot be made.
+    It is written to `out_dir`, unless WANDB_DIR names another folder. A replacement such as trackio is installed under
+    the name of wandb and reads the folder from the environment only. Raises UserError, and leaves nothing behind, if
+    W&B cannot start within WANDB_INIT_TIMEOUT, by default 30 seconds; OSError if `out_dir` cannot be created.
     """
-    os.environ.setdefault("WANDB_SILENT", "true")  # it would print a page, and ask for a login at a terminal
+    os.environ.setdefault("WANDB_SILENT", "true")  # otherwise it prints a page, and asks for a login at a terminal
     folder = Path(os.environ.setdefault("WANDB_DIR", str(cfg.out_dir))) / "wandb"
     missing, there = [p for p in (folder, *folder.parents) if not p.exists()], set(folder.glob("*"))
     folder.parent.mkdir(parents=True, exist_ok=True)  # if it is missing, W&B writes elsewhere
@@ -34,7 +34,7 @@ def start_wandb(cfg, run_id, say):
         import wandb
 
         own = {}
-        if hasattr(wandb, "Settings"):  # a stand-in has none
+        if hasattr(wandb, "Settings"):  # replacements have none
             timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", 30))
             own = dict(settings=wandb.Settings(init_timeout=timeout, symlink=False))
         if run_id and "WANDB_RUN_ID" not in os.environ:
@@ -58,7 +58,7 @@ def start_wandb(cfg, run_id, say):
 
 
 def kept_wandb_id(out_dir):
-    """The id of the W&B run that the run in `out_dir` has been logged in, or None."""
+    """The id of the W&B run in which the run in `out_dir` was logged, or None."""
     path = Path(out_dir) / "config.json"
     try:
         found = json.loads(files.read(path))["wandb_run_id"]
@@ -68,5 +68,5 @@ def kept_wandb_id(out_dir):
 
 
 def one_line(error):
-    """What an exception says, on one line of no great length."""
+    """An exception's message on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

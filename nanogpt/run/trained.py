@@ -1,4 +1,4 @@
-"""What `init_from` means, and the trained model and tokenizer that it names."""
+"""Finds and loads the trained model and tokenizer that `init_from` names."""
 
 import unicodedata
 from collections.abc import Callable
@@ -18,23 +18,23 @@ from nanogpt.text import tokenizer
 
 @dataclass
 class Trained:
-    """A model on the CPU, and what is known of it."""
+    """A model on the CPU, its tokenizer, and its origin."""
 
     model: GPT
     tokenizer: Any
     tokenizer_json: dict
-    settings: dict  # the latest settings of the run that trained it; none of a pretrained model
+    settings: dict  # the latest settings of the run that trained it; {} for a pretrained model
     folder: str  # or GPT-2's name
-    checkpoint: Checkpoint | None = None  # that it was read from; None of a pretrained model
+    checkpoint: Checkpoint | None = None  # that it was read from; None for a pretrained model
 
 
 def find(
     cfg: TrainConfig | TextConfig | EvalConfig | ExportConfig | ServeConfig, say: Callable, newest: bool = False
 ) -> Checkpoint | str | None:
-    """What `init_from` names, for all programs: a GPT-2 or a Hugging Face folder as it is, else a Checkpoint.
+    """What `init_from` names: the name of a GPT-2, a folder in Hugging Face's format, or a Checkpoint; else None.
 
-    `resume` and `auto` mean `out_dir`, anything else a folder. Its checkpoint is the best one, or the newest. None if
-    there is none.
+    `resume` and `auto` mean the run in `out_dir`, any other value the run in that folder. Returns its best checkpoint,
+    or its newest one.
     """
     resuming = cfg.init_from in ("resume", "auto")
     if cfg.init_from in GPT2_NAMES or (not resuming and hugging_face.is_hugging_face(cfg.init_from)):
@@ -44,10 +44,10 @@ def find(
 
 
 def load(cfg: TextConfig | EvalConfig | ExportConfig | ServeConfig, dist: Dist) -> Trained:
-    """The Trained that `init_from` names: the best of the run in `out_dir`, a GPT-2, or a folder. Raises UserError if there is none."""
+    """Load the model that `init_from` names (see `find`) and its tokenizer. Raises UserError if there is none."""
     found = find(cfg, dist.say)
     if isinstance(found, str):
-        tokenizer_json = pretrained.read_tokenizer(found)  # first, as it costs little
+        tokenizer_json = pretrained.read_tokenizer(found)  # first, since it is quick
         return with_tokenizer(pretrained.from_pretrained(found), tokenizer_json, {}, found)
     name = "out_dir" if cfg.init_from in ("resume", "auto") else "init_from"
     folder = getattr(cfg, name)
@@ -73,17 +73,17 @@ def with_tokenizer(
 
 
 def known(text: str, tok: Any) -> tuple[str, str | None]:
-    """(a prompt, with accents composed or decomposed as the vocabulary has them; a line about what it lacks, or None)."""
+    """(the prompt, its accents composed or decomposed as in the vocabulary; a line about unknown characters, or None)."""
     if not isinstance(tok, tokenizer.CharTokenizer):
         return text, None
     text = min((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))), key=tok.count_unknown)
-    if tok.unknown is None or not tok.count_unknown(text):  # without a token for unknown characters, they are refused
+    if tok.unknown is None or not tok.count_unknown(text):  # without an unknown token, encoding raises
         return text, None
     return text, f"{tok.about_unknown(text)}; the model sees its token for unknown characters there"
 
 
 def open_tokenizer(tokenizer_json: dict) -> Any:
-    """The tokenizer that a checkpoint describes. Raises UserError if it cannot be made."""
+    """The tokenizer that a checkpoint describes. Raises UserError if it cannot be loaded."""
     try:
         return tokenizer.from_json(tokenizer_json)
     except (ImportError, OSError, ValueError) as e:

@@ -347,7 +347,7 @@ def test_a_report_on_a_full_disk_ends_the_run_with_a_line(make_log):
     log.file.close()
     log.file = open("/dev/full", "w", buffering=1)
     log.step(1, 0.1, SOUND)
-    assert "No space left on device); the run stops; its checkpoints are safe" in str(log.failure)
+    assert "No space left on device); the run stops; its checkpoints are safe" in str(log.dist.failure)
 
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(make_log, dist, monkeypatch):

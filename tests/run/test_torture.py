@@ -364,7 +364,7 @@ def test_the_pause_for_a_save_of_124m_parameters(tmp_path, figure):
         cfg = settings.load(TrainConfig, ["--device=cpu", f"--out_dir={tmp_path}"], "train.py")
         model = GPT(GPTConfig())
         tensors = optim.state_tensors(model, optim.make_optimizer(model, cfg))
-        writer = checkpoint.Writer(tmp_path, 1, True)
+        writer = checkpoint.Writer(tmp_path, 1, True, pytest.fail)
         info = dict(step=0, state={"losses": None, "improved": False}, **REST)
         pauses, blocking = [], []
         for step in (1, 2, 3):

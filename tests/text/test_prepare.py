@@ -506,7 +506,7 @@ pool.executor._result_queue._writer._send(bytes(2))  # of the four that say how 
 pool.close()
 os._exit(0)
 """
-    assert subprocess.run([sys.executable, "-c", script], timeout=300).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], timeout=600).returncode == 0
 
 
 def children(process):
@@ -525,9 +525,9 @@ def test_workers_end_with_the_process_that_started_them_and_load_no_pytorch(larg
     maps = [Path(f"/proc/{p.pid}/maps") for p in started]
     assert not any("libtorch" in path.read_text() for path in maps if path.exists())
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     for p in started:
-        p.wait(timeout=60)
+        p.wait(timeout=600)
 
 
 # -- stopped, and going on
