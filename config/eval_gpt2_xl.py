@@ -2,6 +2,6 @@
 
 init_from = "gpt2-xl"
 eval_only = True
-eval_iters = 500  # many, for a good estimate
+eval_iters = 500  # more than the default, for a precise estimate
 batch_size = 8
 wandb_log = False

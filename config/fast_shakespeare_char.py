@@ -1,5 +1,5 @@
-# The fast way to what train_shakespeare_char.py takes minutes of a GPU for, a validation loss of 1.47: this ends at 1.44.
-# Six minutes on two CPU cores that multiply in bfloat16 (AMX), twice that on others. On GPUs it was not measured yet.
+# The fast recipe: train_shakespeare_char.py reaches a validation loss of 1.47 in minutes on a GPU, this one 1.44.
+# Six minutes on two CPU cores with bfloat16 units (AMX), twice that on others. Not measured on GPUs yet.
 
 out_dir = "out-shakespeare-char"
 eval_interval = 100
@@ -16,12 +16,12 @@ architecture = "qwen3"
 n_layer = 4
 n_head = 4
 n_embd = 256
-dropout = 0.1  # each character is seen four times
+dropout = 0.1  # the run has four epochs
 
 optimizer = "muon"
 muon_lr = 0.03
 muon_momentum = 0.9
-learning_rate = 5e-3  # AdamW's, of the embedding
+learning_rate = 5e-3  # of AdamW, for the embedding
 grad_clip = 0.0
 
 max_iters = 1000
@@ -31,4 +31,4 @@ warmup_iters = 20
 lr_decay_iters = max_iters
 min_lr = 0.0
 
-dtype = "bfloat16"  # of the products; a CPU without units for it takes float32, and says so
+dtype = "bfloat16"  # of matrix products; CPUs without bfloat16 units use float32, and the run says so

@@ -1,4 +1,4 @@
-# Finetune OpenAI's GPT-2 XL on Shakespeare. With less memory: --init_from=gpt2.
+# Finetune OpenAI's GPT-2 XL on Shakespeare. --init_from=gpt2 takes less memory.
 
 init_from = "gpt2-xl"  # the largest; also gpt2, gpt2-medium, gpt2-large
 out_dir = "out-shakespeare"
@@ -11,13 +11,13 @@ wandb_project = "shakespeare"
 wandb_run_name = "ft-gpt2-xl"
 
 dataset = "shakespeare"
-always_save_checkpoint = False  # only what improves on Shakespeare is worth keeping
+always_save_checkpoint = False  # keep only improvements
 
-# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens an iteration;
+# 1 sequence x 32 micro-batches x 1024 tokens = 32,768 tokens per iteration;
 # the training text has 301,966, so 20 iterations are about two epochs
 batch_size = 1
 gradient_accumulation_steps = 32
 max_iters = 20
 
-learning_rate = 3e-5  # constant: finetuning starts where pretraining has ended
+learning_rate = 3e-5  # constant, near the end of pretraining's schedule
 decay_lr = False

@@ -5,7 +5,7 @@ wandb_log = False
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens an iteration, over all GPUs
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens per iteration, over all GPUs
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 40

@@ -1,12 +1,12 @@
 # A character-level GPT on the works of Shakespeare: small, and good for debugging and for learning.
-# Minutes on one GPU. On a laptop without one, config/train_shakespeare_cpu.py is the place to start.
+# It takes minutes on one GPU. On a laptop without one, start with config/train_shakespeare_cpu.py.
 
 out_dir = "out-shakespeare-char"
 eval_interval = 250  # often, because this model overfits
 eval_iters = 200
 log_interval = 10
 
-always_save_checkpoint = False  # it overfits, so only the best is worth keeping
+always_save_checkpoint = False  # it overfits, so keep only improvements
 
 wandb_log = False  # or True on the command line
 wandb_project = "shakespeare-char"
@@ -22,7 +22,7 @@ n_head = 6
 n_embd = 384
 dropout = 0.2
 
-learning_rate = 1e-3  # small networks bear more than large ones
+learning_rate = 1e-3  # small networks tolerate higher rates than large ones
 max_iters = 5000
 lr_decay_iters = max_iters
 min_lr = learning_rate / 10

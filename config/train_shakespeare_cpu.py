@@ -1,8 +1,8 @@
-# The same for a laptop without a GPU: a smaller model, a shorter context, about a minute on two cores.
+# train_shakespeare_char.py for a laptop without a GPU: a smaller model and context, about a minute on two cores.
 
 out_dir = "out-shakespeare-char"
 eval_interval = 250
-eval_iters = 20  # a rougher estimate; the loss at the end is exact
+eval_iters = 20  # a rough estimate; the loss at the end is exact
 log_interval = 10
 
 dataset = "shakespeare_char"
@@ -13,7 +13,7 @@ block_size = 64
 n_layer = 4
 n_head = 4
 n_embd = 128
-dropout = 0.0  # so small a model does not overfit in so short a time
+dropout = 0.0  # the model is too small to overfit in this time
 
 learning_rate = 1e-3
 max_iters = 2000
