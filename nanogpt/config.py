@@ -7,6 +7,7 @@ import codecs
 import difflib
 import encodings.aliases
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +17,8 @@ GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 MANY = 10**11  # iterations; with LARGEST_BATCH, every window of a run has a number of 64 bits
 LARGEST_BATCH = 10**7  # sequences in an iteration
 
+Problem = tuple[tuple[str, ...], str]  # (the settings involved, the first one to blame; what is wrong)
+
 
 class UserError(ValueError):
     """An error that the user can fix: one line per problem, exit code 2, no traceback."""
@@ -23,12 +26,12 @@ class UserError(ValueError):
     exit_code = 2
     second_hand = False  # whether another process reports the reason
 
-    def __init__(self, *problems):
+    def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
 
 
-def installs(extra):
+def installs(extra: str) -> str:
     """The command that installs an extra of pyproject.toml, as in README.md: with pinned versions, so torch stays."""
     return f"pip install -c constraints.txt -e '.[{extra}]'"
 
@@ -53,11 +56,17 @@ def setting(
     return field(default=default, metadata=meta | dict(choices=choices, auto=auto, path=path, group=group))
 
 
-@dataclass
-class TrainConfig:
-    """Settings of `train.py`."""
+class Config:
+    """What `run.settings.load` adds to the settings of a command."""
 
+    sources: dict[str, str] = {}  # {setting: the flag, file or run that set it}
+    arguments: list[str] = []  # arguments that are not flags
     auto_batch = False  # whether batch_size was `auto`; the number then only fixes the sequences per iteration
+
+
+@dataclass
+class TrainConfig(Config):
+    """Settings of `train.py`."""
 
     out_dir: str = setting("out", "folder for checkpoints, metrics.jsonl and the loss curve", path=True, group="Run")
     eval_interval: int = setting(2000, "iterations from one evaluation, and checkpoint, to the next", low=1, high=MANY)
@@ -82,7 +91,7 @@ class TrainConfig:
     dataset: str = setting("openwebtext", "folder in data/ with train.bin, val.bin and meta.json", group="Data")
     root: str = setting("data", "the folder that holds the datasets", path=True)
     gradient_accumulation_steps: int = setting(40, "micro-batches per iteration, over all processes", low=1, high=10**6)
-    batch_size: int | str = setting(
+    batch_size: int = setting(
         12,
         "sequences per micro-batch; auto: as many as fit in memory, with the same number per iteration",
         auto=True,
@@ -141,11 +150,11 @@ class TrainConfig:
     dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
     deterministic: bool = setting(False, "bit-identical results on GPUs too, at some cost in speed; CPUs always are")
-    seed: int | str = setting(
+    seed: int = setting(  # an integer once `choose_seed` has replaced `auto`
         1337, "seed of the initialization, the batches and dropout", int, low=0, high=2**63 - 1, auto=True
     )
 
-    def problems(self):
+    def problems(self) -> Iterable[Problem]:
         """Yield what is wrong with combinations of settings: (the settings, the first one to blame; the problem)."""
         if self.n_embd % self.n_head:
             yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {self.n_head}"
@@ -178,7 +187,7 @@ class BenchConfig(TrainConfig):
 
 
 @dataclass
-class TextConfig:
+class TextConfig(Config):
     """Settings of all programs that write text."""
 
     init_from: str = setting(
@@ -198,12 +207,12 @@ class TextConfig:
         "auto", "8-bit weights, on CPUs; auto: if a large model is faster with them", bool, auto=True
     )
 
-    def problems(self):
+    def problems(self) -> Iterable[Problem]:
         """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
         if self.int8 is True and self.dtype not in ("auto", "float32"):
             yield ("int8", "dtype"), f"works in float32 beside it, and dtype is {self.dtype}"
 
-    def stop_strings(self):
+    def stop_strings(self) -> list[str]:
         """The strings that end a text."""
         return [unescaped(s) for s in self.stop.split("|") if s]
 
@@ -223,7 +232,7 @@ class TalkConfig(TextConfig):
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Config):
     """Settings of `nanogpt export`."""
 
     init_from: str = setting(
@@ -232,18 +241,18 @@ class ExportConfig:
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
     to: str = setting("", "folder to write; it must be empty or not exist yet", path=True, group="Result")
 
-    def problems(self):
+    def problems(self) -> Iterable[Problem]:
         """No combination of these settings is wrong."""
         return ()
 
 
-def unescaped(text):
+def unescaped(text: str) -> str:
     """Text as typed in a shell: \\n becomes a newline, \\t a tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Config):
     """Settings of `nanogpt eval`."""
 
     init_from: str = setting(
@@ -280,7 +289,7 @@ class EvalConfig:
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
     dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
 
-    def problems(self):
+    def problems(self) -> Iterable[Problem]:
         """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
         if self.text and self.dataset:
             yield ("dataset", "text"), "either a text or a dataset can be evaluated on, and --text is given too"
@@ -290,12 +299,12 @@ class EvalConfig:
             yield ("encoding",), why
         if self.init_from in GPT2_NAMES and not self.text and not self.dataset:
             yield ("init_from", "text", "dataset"), "--text=FILE or --dataset=NAME says what to evaluate it on"
-        if "auto" not in (self.stride, self.block_size) and self.stride > self.block_size:
+        if isinstance(self.stride, int) and isinstance(self.block_size, int) and self.stride > self.block_size:
             yield ("stride", "block_size"), f"must not exceed block_size, which is {self.block_size}"
 
 
 @dataclass
-class PrepareConfig:
+class PrepareConfig(Config):
     """Settings of `nanogpt prepare`; `arguments` holds its SOURCEs."""
 
     ARGUMENTS: ClassVar = "SOURCE"
@@ -336,7 +345,7 @@ class PrepareConfig:
     )
     trial: bool = setting(True, "train for up to 3 seconds to estimate how long a run will take")
 
-    def problems(self):
+    def problems(self) -> Iterable[Problem]:
         """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
         if self.dataset and not is_name(self.dataset):
             yield ("dataset",), NOT_A_NAME
@@ -350,12 +359,12 @@ NOT_A_NAME = (
 )
 
 
-def is_name(dataset):
+def is_name(dataset: str) -> bool:
     """Whether this can be the name of a folder in data/, and nothing outside it."""
     return is_path(dataset) and dataset[0] not in ".-" and dataset == Path(dataset).name
 
 
-def not_an_encoding(name):
+def not_an_encoding(name: str) -> str | None:
     """What is wrong with the name of an encoding, or None. It must be able to decode text piece by piece."""
     try:
         b"a".decode(name, "replace")
@@ -369,7 +378,7 @@ def not_an_encoding(name):
 
 
 @dataclass
-class ServeConfig:
+class ServeConfig(Config):
     """Settings of `nanogpt serve`."""
 
     init_from: str = setting(
@@ -403,7 +412,7 @@ class ServeConfig:
         "auto", "8-bit weights, on CPUs; auto: if a large model is faster with them", bool, auto=True
     )
 
-    def problems(self):
+    def problems(self) -> Iterable[Problem]:
         """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
         if self.allow_origin not in ("", "*") and not re.fullmatch(r"https?://[^/\s?#]+", self.allow_origin):
             yield ("allow_origin",), "must be an origin such as https://example.org, without a path, or *"
@@ -411,19 +420,19 @@ class ServeConfig:
             yield ("int8", "dtype"), f"works in float32 beside it, and dtype is {self.dtype}"
 
 
-def nearest(name, known):
+def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for a mistyped name, or nothing."""
     known = [k for k in known if k != name]  # never suggest what was given
     close = difflib.get_close_matches(name.replace("-", "_").lower(), known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def is_utf8(text):
+def is_utf8(text: str) -> bool:
     """Whether this can be encoded as UTF-8: it holds no surrogates, which stand for other bytes in an argument."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
-def is_path(text):
+def is_path(text: str) -> bool:
     """Whether a file or folder can have this path."""
     if not is_utf8(text) or "\0" in text:
         return False

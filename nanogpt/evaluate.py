@@ -29,8 +29,8 @@ def losses(run, micro_batch: int) -> dict[str, float]:
     """Mean loss over the first `eval_iters` batches of each of the run's splits: {'train': nats, 'val': nats}.
 
     Always the same batches, so that evaluations can be compared. Each rank takes every world_size-th batch, at most
-    `micro_batch` sequences at a time. A split with no more windows than that is read once as a whole: its loss is then
-    `exact`, and costs less than the estimate. run.tick() is called before each batch and may raise.
+    `micro_batch` sequences at a time. A split of at most eval_iters * batch_size windows is read once as a whole: its
+    loss is then `exact`, and costs less than the estimate. run.tick() is called before each batch and may raise.
     """
     cfg, dist, result = run.cfg, run.dist, {}
     B = largest_divisor(cfg.batch_size, micro_batch)
@@ -99,6 +99,7 @@ def exact(
             with dist.autocast():
                 logits, loss = model(dist.to_device(x), dist.to_device(y))
             counts = (y >= 0).sum(1).numpy()
+            # the mean loss of the batch, spread over its windows by their targets, or that of each window
             nats = window_nats(logits, dist.to_device(y)) if each else loss.item() * counts
             lengths = np.zeros(B) if token_bytes is None else np.where(y >= 0, token_bytes[y.numpy()], 0).sum(1)
             rows = layout.which(mine) if each else np.zeros(len(mine), dtype=np.int64)

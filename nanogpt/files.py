@@ -11,15 +11,16 @@ import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any, TextIO
 
 
-def open_regular(path):
+def open_regular(path: Path | str) -> int:
     """A descriptor to read the regular file at `path`. OSError for anything else: a pipe or device could block forever."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     return _only_regular(handle, path)
 
 
-def _only_regular(handle, path):
+def _only_regular(handle: int, path: Path | str) -> int:
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
         return handle
@@ -29,7 +30,7 @@ def _only_regular(handle, path):
     raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
-def identity(path):
+def identity(path: Path | str | int) -> tuple[int, int] | None:
     """(device, inode) of a file or folder, given its path or descriptor; None if it is gone."""
     try:
         found = os.stat(path)
@@ -38,13 +39,13 @@ def identity(path):
     return found.st_dev, found.st_ino
 
 
-def read(path):
+def read(path: Path | str) -> bytes:
     """The bytes of the regular file at `path`."""
     with open(open_regular(path), "rb") as f:
         return f.read()
 
 
-def append_to(path):
+def append_to(path: Path | str) -> TextIO:
     """The regular file at `path`, or a new one, opened to append lines of text; a symbolic link is not followed."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -52,24 +53,24 @@ def append_to(path):
     return open(path, "a", buffering=1, encoding="utf-8", opener=lambda *_: handle)  # so its name is the path
 
 
-def create(path, mode="xb", buffering=-1):
+def create(path: Path | str, mode: str = "xb", buffering: int = -1) -> IO:
     """A new file at `path`, open for writing. An existing one is removed first, so a symbolic link is not followed."""
     Path(path).unlink(missing_ok=True)
     return open(path, mode, buffering)
 
 
-def temporary(path):
+def temporary(path: Path) -> Path:
     """The name beside `path` under which this process writes it."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
-def sync(file):
+def sync(file: IO) -> None:
     """Force what was written to an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
-def write(path, data):
+def write(path: Path | str, data: bytes) -> None:
     """Atomic, durable write: at every moment, `path` has its previous contents or all of `data`."""
     new = temporary(Path(path))
     try:
@@ -82,12 +83,12 @@ def write(path, data):
             new.unlink(missing_ok=True)
 
 
-def write_json(path, value):
+def write_json(path: Path | str, value: Any) -> None:
     """`write` of a value as JSON."""
     write(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def flush(path):
+def flush(path: Path | str) -> None:
     """Force a file, or the names in a folder, to disk. Does nothing for folders on systems that cannot."""
     if not hasattr(os, "O_DIRECTORY") and os.path.isdir(path):
         return
@@ -111,10 +112,11 @@ class Lock:
     If the system or the file system has no locks, every process gets it. A context manager releases it at its end.
     """
 
-    def __init__(self, path):
-        self.path, self.handle, self.signed = Path(path), None, False
+    def __init__(self, path: Path | str) -> None:
+        self.path, self.signed = Path(path), False
+        self.handle: int | None = None  # the open file, while the lock is held
 
-    def take(self, create=True):
+    def take(self, create: bool = True) -> None:
         """Lock it, or raise BlockingIOError, which names the holder. Without `create`, a missing file is not locked."""
         if self.handle is not None:
             return
@@ -139,19 +141,20 @@ class Lock:
             pass  # some network file systems
         self.handle = handle
 
-    def sign(self):
+    def sign(self) -> None:
         """Write this process's id and host into it."""
+        assert self.handle is not None, "the lock is not held"
         self.signed = True
         os.ftruncate(self.handle, 0)
         os.pwrite(self.handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
-    def __enter__(self):
+    def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         self.release()
 
-    def release(self):
+    def release(self) -> None:
         """Release the lock."""
         if self.handle is not None:
             with suppress(OSError):

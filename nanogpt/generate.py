@@ -1,18 +1,32 @@
-"""Writing with a model: token ids in, token ids out.
+"""Text generation: token ids in, token ids out.
 
-`generate` is all that a script needs. `Engine`, under it, writes many texts together, each as if it were alone; they
-may come and go at any time. Shapes: B rows (texts), T tokens, S places of a row in the cache, V entries in the
-vocabulary, H heads, D channels of a head.
+`generate` is all that a script needs. `Engine`, which it uses, generates many texts as a batch, each as it would be
+alone; texts can be added and removed at any time. Shapes: B rows (texts), T tokens, S positions of a row in the cache,
+V vocabulary, H heads, D channels of a head.
 """
 
 import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from nanogpt.model import GPT, GPTConfig
 
 
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=1.0, min_p=0.0, seed=None, vocab_size=None):
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    vocab_size: int | None = None,
+) -> Iterator[Tensor]:
     """Yield `max_new_tokens` new tokens one by one, each (B, 1), that continue `idx` (B, T).
 
     seed: row i draws from seed + i, whatever the other rows are; None takes one from PyTorch's own generator.
@@ -46,12 +60,12 @@ class Options:
     logprobs: int | None = None  # report the log-probabilities of the token and of this many of the likeliest
 
     @classmethod
-    def of(cls, cfg, **others):
-        """The Options that the settings of a program mean."""
+    def of(cls, cfg: Any, **others: Any) -> "Options":
+        """The Options of a program's settings."""
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
         return cls(**{name: getattr(cfg, name) for name in names} | others)
 
-    def candidates(self, V):
+    def candidates(self, V: int) -> int:
         """How many of the likeliest of V tokens `sample` has to find; 1 for the likeliest token, 0 for no limit."""
         if self.temperature == 0 or self.top_k == 1:
             return 1
@@ -60,27 +74,28 @@ class Options:
         return V if self.top_p < 1 else 0
 
 
-def sample(logits, k, temperature, top_p, min_p, uniform):
-    """One token id (B) for each row of logits (B, V).
+def sample(logits: Tensor, k: int, temperature: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    """Sample one token id (B) for each row of logits (B, V) by inverse transform sampling.
 
-    k: `Options.candidates`. temperature, top_p, min_p: (B, 1) each. uniform: (B, 1), random numbers in [0, 1), of
-    which each row has its own: what it gets depends on no other row. The tokens lie side by side on a line, each
-    as wide as it is likely, and the one under the point `uniform` of the line is taken.
+    k, `Options.candidates`: 1 takes the likeliest token, 0 samples from all tokens without sorting them, and any other k
+    samples from the k likeliest. temperature, top_p, min_p: (B, 1) each. uniform: (B, 1), a random number in [0, 1) of
+    each row, so that its token does not depend on the other rows.
     """
     if k == 1:
         return logits.argmax(dim=-1)
     logits = logits.float()
     if k:
-        logits, ids = logits.topk(k, dim=-1)  # likeliest first: what each limit allows is a beginning of the line
-    width = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()  # so that no temperature overflows
+        logits, ids = logits.topk(k, dim=-1)  # likeliest first, so that top_p and min_p keep a prefix
+    # p divided by the largest p; subtracting the largest logit keeps exp() from overflowing at any temperature
+    p = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()
     if not k:
-        width = width.where(width >= min_p, 0.0)
-    ends = width.cumsum(dim=-1, dtype=torch.float64)
-    length = ends[:, -1:]
+        p = p.where(p >= min_p, 0.0)
+    ends = p.cumsum(dim=-1, dtype=torch.float64)
+    total = ends[:, -1:]
     if k:
-        allowed = (ends - width < top_p * length) & (width >= min_p)
-        length = ends.gather(-1, allowed.sum(dim=-1, keepdim=True).clamp(min=1) - 1)
-    choice = torch.searchsorted(ends, uniform * length, right=True).clamp(max=ends.shape[-1] - 1)
+        kept = (ends - p < top_p * total) & (p >= min_p)  # ends - p: the probability before a token
+        total = ends.gather(-1, kept.sum(dim=-1, keepdim=True).clamp(min=1) - 1)
+    choice = torch.searchsorted(ends, uniform * total, right=True).clamp(max=ends.shape[-1] - 1)
     return (ids.gather(-1, choice) if k else choice)[:, 0]
 
 
@@ -96,22 +111,22 @@ class Token(NamedTuple):
 
 @dataclass(eq=False)
 class Row:
-    """A text that an Engine writes."""
+    """A text that an Engine generates."""
 
     options: Options
     ids: list  # its tokens so far, from the beginning of the prompt
     random: random.Random
-    index: int  # its place in the engine; -1 when it has left
+    index: int  # its place in the engine; -1 after it was removed
     pending: list = field(default_factory=list)  # tokens that are not in the cache yet
     length: int = 0  # tokens that are
     leader: "Row | None" = None  # the row that encodes the prompt for this one too
     new: int = 0  # tokens written
-    parked: tuple = ()  # its keys and values, while it has no place
+    parked: tuple = ()  # its keys and values, while it is parked
 
     @property
-    def writes(self):
-        """Whether it has begun to write, and its last token alone may be pending."""
-        return self.new > 0 and self.length > 0
+    def decodes(self) -> bool:
+        """Whether only its newest token is missing in the cache: no prompt or window is being encoded."""
+        return self.new > 0 and self.length > 0 and len(self.pending) == 1
 
 
 class Engine:
@@ -127,22 +142,33 @@ class Engine:
     a new token attends to between block_size / 2 and block_size tokens. They see the last block_size tokens of a prompt.
     """
 
-    def __init__(self, model, rows, vocab_size=None, length=None, chunk=None, fast=None):
+    def __init__(
+        self,
+        model: GPT,
+        rows: int,
+        vocab_size: int | None = None,
+        length: int | None = None,
+        chunk: int | None = None,
+        fast: Any = None,
+    ) -> None:
         config = model.config
         self.model, self.vocab_size, self.chunk = model.eval(), vocab_size or config.vocab_size, chunk or 2**62
         self.fast = self.model if fast is None else fast
-        self.device = model.transformer.wte.weight.device
+        weight: Tensor = model.transformer["wte"].weight  # type: ignore[assignment]
+        self.device = weight.device
         self.context = config.block_size
+        # tokens that are encoded again when the context is full; rotary models overwrite the oldest instead
         self.window = None if model.rotary else max(1, config.block_size // 2)
-        self.cache = KVCache(config, rows, min(length or self.context, self.context), model.transformer.wte.weight)
-        self.capacity, self.rows = rows, []
+        self.cache = KVCache(config, rows, min(length or self.context, self.context), weight)
+        self.capacity = rows
+        self.rows: list[Row] = []
 
     @property
-    def free(self):
+    def free(self) -> int:
         """Number of rows that can be added."""
         return self.capacity - len(self.rows)
 
-    def add(self, ids, options, n=1):
+    def add(self, ids: Sequence[int], options: Options, n: int = 1) -> list[Row]:
         """Add n texts that continue `ids`, which are encoded once. Returns their Rows; row i uses seed + i.
 
         Raises ValueError if there is no room, the prompt is empty or has unknown ids, or no token is asked for.
@@ -163,7 +189,7 @@ class Engine:
         self.rows += rows
         return rows
 
-    def remove(self, row):
+    def remove(self, row: Row) -> None:
         """Remove a text in any state. The other texts are not affected."""
         if row.index < 0:
             return
@@ -178,14 +204,14 @@ class Engine:
             self.rows[row.index], last.index = last, row.index
         row.index = -1
 
-    def park(self, row):
+    def park(self, row: Row) -> None:
         """Take a text in any state out of the batch; `resume` continues it."""
         if row.leader:  # nothing of its prompt is encoded yet
             row.leader, row.pending = None, row.ids[-self.context :]
         row.parked = self.cache.take(row.index, min(row.length, self.context))
         self.remove(row)
 
-    def resume(self, row):
+    def resume(self, row: Row) -> None:
         """Put a parked text back into the batch, where it continues unchanged. Raises ValueError if there is no room."""
         if not self.free:
             raise ValueError("there is no room for a parked row")
@@ -195,7 +221,7 @@ class Engine:
         row.parked = ()
 
     @torch.inference_mode()
-    def step(self):
+    def step(self) -> list[Token]:
         """Encode some of the waiting prompts, then sample. Returns a Token for each row whose prompt is encoded.
 
         A row whose text ends with its token is removed.
@@ -204,10 +230,10 @@ class Engine:
             if self.window and row.length == self.context:
                 row.length, row.pending = 0, row.ids[-self.window :]
         ready, logits = [], []
-        rows = [row for row in self.rows if row.writes and len(row.pending) == 1]
+        rows = [row for row in self.rows if row.decodes]
         if rows:
             ready += rows
-            logits.append(self._run(rows))
+            logits.append(self._run(rows, decode=True))
         rows, T = self._prompts()
         if rows:
             found = self._run(rows, T)
@@ -217,33 +243,39 @@ class Engine:
                     ready += family
                     logits.append(found[i].expand(len(family), -1))
         tokens = self._choose(ready, torch.cat(logits)) if ready else []
-        for row in [token.row for token in reversed(tokens) if token.finish]:
+        for row in [token.row for token in reversed(tokens) if token.finish]:  # from the end, so that fewer are moved
             self.remove(row)
         return tokens
 
-    def _prompts(self):
+    def _prompts(self) -> tuple[list[Row], int]:
         """The rows to encode in the next forward pass, which have the same shape, and the number of tokens of each."""
-        waiting = [row for row in self.rows if row.pending and not (row.writes and len(row.pending) == 1)]
+        waiting = [row for row in self.rows if row.pending and not row.decodes]
         if not waiting:
             return [], 0
         T = min(len(waiting[0].pending), self.chunk)
         alike = [r for r in waiting if r.length == waiting[0].length and min(len(r.pending), self.chunk) == T]
         return alike[: max(1, self.chunk // T)], T
 
-    def _run(self, rows, T=None):
-        """Encode T pending tokens of each row, or one if T is None. Returns the logits (B, V) of the next token."""
-        beside, model, whole = rows, self.model, False
-        if T is None:  # rows in between are computed too, so that the cache is read without a copy
-            beside, model, whole = self.rows[: rows[-1].index + 1], self.fast, self.fast is not self.model
-        idx = torch.tensor([(row.pending or [0])[: T or 1] for row in beside], device=self.device)
-        view = KVCacheView(self.cache, [row.index for row in beside], [row.length for row in beside], T or 1, whole)
+    def _run(self, rows: list[Row], T: int = 1, decode: bool = False) -> Tensor:
+        """Encode T pending tokens of each row. Returns the logits (B, V) of the next token.
+
+        decode: whether they are the newest tokens of their rows, for which `fast` is used.
+        """
+        batch, model = rows, self.model
+        if decode:
+            # All rows up to the last one, since a contiguous part of the cache is read without a copy. The results of
+            # rows in between are not used, and the rows overwrite what they have written to the cache later on.
+            batch, model = self.rows[: rows[-1].index + 1], self.fast
+        idx = torch.tensor([(row.pending or [0])[:T] for row in batch], device=self.device)
+        indices, lengths = [row.index for row in batch], [row.length for row in batch]
+        view = KVCacheView(self.cache, indices, lengths, T, whole=model is not self.model)
         logits = model(idx, kv_cache=view)[0][:, -1, : self.vocab_size]
         for row in rows:
-            row.length += T or 1
-            del row.pending[: T or 1]
-        return logits if len(beside) == len(rows) else logits[[row.index for row in rows]]
+            row.length += T
+            del row.pending[:T]
+        return logits if len(batch) == len(rows) else logits[[row.index for row in rows]]
 
-    def _share(self, leader):
+    def _share(self, leader: Row) -> list[Row]:
         """Copy the prompt that the leader has encoded to the rows that wait for it. Returns these rows."""
         rows = [row for row in self.rows if row.leader is leader]
         for row in rows:
@@ -251,38 +283,41 @@ class Engine:
             row.leader, row.length = None, leader.length
         return rows
 
-    def _choose(self, rows, logits):
+    def _choose(self, rows: list[Row], logits: Tensor) -> list[Token]:
         """A Token for each row, from its logits (B, V)."""
-        alike = {}  # rows that `sample` treats alike, so that a row's token does not depend on the other rows
+        alike: dict[
+            int, list[int]
+        ] = {}  # rows that `sample` treats alike, so that a row's token does not depend on the other rows
         for i, row in enumerate(rows):
             alike.setdefault(row.options.candidates(logits.shape[-1]), []).append(i)
         ids = [0] * len(rows)
         for k, members in alike.items():
-            own = [(o.temperature, o.top_p, o.min_p) for o in (rows[i].options for i in members)]
-            own = torch.tensor(own, device=self.device).split(1, dim=1)  # (B, 1) each
-            uniform = [[rows[i].random.random()] for i in members]
-            uniform = torch.tensor(uniform, dtype=torch.float64, device=self.device)
-            chosen = sample(logits if len(alike) == 1 else logits[members], k, *own, uniform)
+            limits = [(o.temperature, o.top_p, o.min_p) for o in (rows[i].options for i in members)]
+            temperature, top_p, min_p = torch.tensor(limits, device=self.device).split(1, dim=1)  # (B, 1) each
+            drawn = [[rows[i].random.random()] for i in members]
+            uniform = torch.tensor(drawn, dtype=torch.float64, device=self.device)
+            some = logits if len(alike) == 1 else logits[members]
+            chosen = sample(some, k, temperature, top_p, min_p, uniform)
             for i, id in zip(members, chosen.tolist(), strict=True):
                 ids[i] = id
         reports = self._logprobs(rows, ids, logits)
         return [self._take(row, ids[i], *reports.get(i, (None, ()))) for i, row in enumerate(rows)]
 
-    def _logprobs(self, rows, ids, logits):
+    def _logprobs(self, rows: list[Row], ids: list[int], logits: Tensor) -> dict:
         """{place in rows: (log-probability of its id, ((id, log-probability) of the likeliest, ...))}."""
-        asked = [i for i, row in enumerate(rows) if row.options.logprobs is not None]
+        asked = {i: row.options.logprobs for i, row in enumerate(rows) if row.options.logprobs is not None}
         if not asked:
             return {}
-        logprobs = logits[asked].float().log_softmax(dim=-1)
-        values, likeliest = logprobs.topk(min(max(rows[i].options.logprobs for i in asked), logprobs.shape[-1]))
+        logprobs = logits[list(asked)].float().log_softmax(dim=-1)
+        values, likeliest = logprobs.topk(min(max(asked.values()), logprobs.shape[-1]))
         own = logprobs.gather(-1, torch.tensor([[ids[i]] for i in asked], device=self.device))[:, 0]
         pairs = [tuple(zip(*both, strict=True)) for both in zip(likeliest.tolist(), values.tolist(), strict=True)]
         return {
-            i: (logprob, best[: rows[i].options.logprobs])
-            for i, logprob, best in zip(asked, own.tolist(), pairs, strict=True)
+            i: (logprob, best[:most])
+            for (i, most), logprob, best in zip(asked.items(), own.tolist(), pairs, strict=True)
         }
 
-    def _take(self, row, id, logprob, likeliest):
+    def _take(self, row: Row, id: int, logprob: float | None, likeliest: tuple) -> Token:
         """Append a token to a row. Returns the Token."""
         row.ids.append(id)
         row.new += 1
@@ -294,22 +329,22 @@ class Engine:
 class KVCache:
     """The keys and values of each row's tokens, allocated once: (layers, rows, S, H, D) each."""
 
-    def __init__(self, config, rows, size, like):
+    def __init__(self, config: GPTConfig, rows: int, size: int, like: Tensor) -> None:
         shape = (config.n_layer, rows, size, config.n_head, config.n_embd // config.n_head)
         self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
         self.size = size
 
-    def copy(self, source, target, length):
+    def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of row `source` to row `target`."""
         for kept in (self.keys, self.values):
             kept[:, target, :length] = kept[:, source, :length]
 
-    def take(self, row, length):
+    def take(self, row: int, length: int) -> tuple:
         """Copies of the keys and values of the first `length` tokens of a row."""
         return tuple(kept[:, row, :length].clone() for kept in (self.keys, self.values))
 
-    def put(self, row, taken):
+    def put(self, row: int, taken: tuple) -> None:
         """Write keys and values that `take` returned to the beginning of a row."""
         for kept, values in zip((self.keys, self.values), taken, strict=True):
             kept[:, row, : values.shape[1]] = values
@@ -323,7 +358,7 @@ class KVCacheView:
     not only the part that is in use.
     """
 
-    def __init__(self, cache, rows, lengths, T, whole=False):
+    def __init__(self, cache: KVCache, rows: list[int], lengths: list[int], T: int, whole: bool = False) -> None:
         device = cache.keys.device
         self.cache, self.first = cache, max(lengths) == 0
         self.positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(T, device=device)  # (B, T)
@@ -331,11 +366,13 @@ class KVCacheView:
         end = cache.size if whole else min(max(lengths) + T, cache.size)
         in_order = rows == list(range(len(rows)))
         self.seen = (slice(len(rows)) if in_order else self.rows, slice(end))  # slices are read without a copy
-        self.mask = None  # (B, 1, T, end): the positions that a new token attends to
+        # (B, 1, T, end): the positions that a new token attends to; None if it attends to all that are read. In a row
+        # longer than the cache, every position is at least `end`, so it attends to the whole cache.
+        self.mask = None
         if whole or T > 1 or min(lengths) + 1 < end:
             self.mask = (torch.arange(end, device=device) <= self.positions[..., None])[:, None]
 
-    def update(self, layer, k, v):
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store the keys and values (B, T, H, D) of new tokens. Returns the (k, v, mask) for `kernels.attention`."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (rows, S, H, D)
         at = self.rows[:, None], self.places

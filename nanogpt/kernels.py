@@ -1,7 +1,8 @@
-"""Operations of the model that have two forms: PyTorch's own, and a faster one for CPUs with the same results.
+"""Operations of the model that have two forms: PyTorch's own, and a faster one for CPUs that computes the same function.
 
-The model calls these functions, and the device of the tensors decides which form runs. `tests/test_kernels.py` compares
-the forms. Shapes: B batch, T queries, S keys, H heads, D channels of a head.
+The model calls these functions. The form depends on the device, for attention also on the number format of products, and
+for the norm on whether the model is being compiled. `tests/test_kernels.py` compares the forms.
+Shapes: B batch, T queries, S keys, H heads, D channels of a head.
 """
 
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """For each query, the mean of the values weighted by softmax(q . k / sqrt(D)): (B, T, H, D).
 
-    q: (B, T, H, D). k, v: (B, S, H, D), or fewer heads, each for several of q's. mask: booleans that broadcast to (B, H, T, S), True for a key that a query
-    sees. Without a mask, query t of several sees keys 0 to t, and a single query sees all keys.
+    q: (B, T, H, D). k, v: (B, S, H, D), or with fewer heads that divide H; then each serves several heads of q. mask:
+    booleans that broadcast to (B, H, T, S), True for a key that a query attends to. Without a mask, query t of several
+    attends to keys 0 to t, and a single query to all keys.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T or S, D)
     causal = mask is None and q.shape[2] > 1
@@ -37,8 +39,9 @@ multiplies_in_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defin
 class Float32Attention(torch.autograd.Function):
     """Attention in float32 while all other products are in bfloat16.
 
-    PyTorch's fused attention consists of many tiny products, and each looks up its bfloat16 kernel anew, which makes it
-    ten times slower.
+    PyTorch's fused attention consists of many tiny products, and looking up the bfloat16 kernel for each of them makes it
+    ten times slower. This is an autograd function so that its backward pass is in float32, too: `forward` records the
+    graph of the fused attention alone, and `backward` differentiates it.
     """
 
     @staticmethod
@@ -58,7 +61,7 @@ class Float32Attention(torch.autograd.Function):
 
 @contextmanager
 def float32_products():
-    """Exact products within the context, whatever `torch.set_float32_matmul_precision` says outside."""
+    """Context of float32 products, regardless of `torch.set_float32_matmul_precision` outside."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -89,17 +92,17 @@ class CPURMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         y, scale = ctx.saved_tensors
-        radial = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.shape[-1])  # the part that only changes the length
-        return torch.addcmul(grad, y, radial).mul_(scale), None
+        coefficient = torch.linalg.vecdot(grad, y).unsqueeze(-1).div_(-y.shape[-1])  # of y = x s
+        return torch.addcmul(grad, y, coefficient).mul_(scale), None  # dx = s (g - y (g . y) / D)
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`, on CPUs with a faster source of randomness: one byte an element, so p is rounded to n/256."""
+    """`nn.Dropout`, on CPUs with faster random numbers: one byte per element, so p is rounded to n/256."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0 or x.device.type != "cpu":
             return super().forward(x)
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        dropped = min(255, round(self.p * 256))  # byte values of 256
+        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)  # 64 random bits each
+        dropped = min(255, round(self.p * 256))  # bytes below this are dropped; something is always kept
         kept = words.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
         return x * (kept * (256 / (256 - dropped)))

@@ -46,8 +46,8 @@ EPS = 1e-6  # of Qwen3's norms
 ROPE_THETA = 10000.0  # the base of the rotary frequencies
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and the tokens before it."""
+class CausalSelfAttention(nn.Module):  # a new kind also needs a case in GPT._init_weights and in numbers_held
+    """Multi-head attention in which a token attends to itself and the tokens before it."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -92,16 +92,16 @@ class Rotary(nn.Module):
         super().__init__()
         D = config.n_embd // config.n_head
         frequencies = ROPE_THETA ** (-torch.arange(0, D, 2) / D)  # (D/2)
-        angles = torch.arange(config.block_size).outer(frequencies)  # (T, D/2)
-        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1), persistent=False)  # (T, D)
-        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)
+        angles = torch.arange(config.block_size).outer(frequencies)  # (block_size, D/2)
+        self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)  # signed
 
     def forward(self, T: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions 0 to T - 1, the same for all heads: (T, 1, D) each."""
         return self.cos[:T, None], self.sin[:T, None]
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for any positions (B, T), even beyond the context: (B, T, 1, D) each."""
+        """cos and sin for positions (B, T), which generation takes beyond the context: (B, T, 1, D) each."""
         D = self.cos.shape[-1]
         frequencies = ROPE_THETA ** (-torch.arange(0, D, 2, device=positions.device) / D)
         angles = positions[..., None, None] * frequencies  # (B, T, 1, D/2)
@@ -110,7 +110,7 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of channels i and i + D/2 of x (B, T, H, D) by its angle."""
+    """Rotate each pair of channels i and i + D/2 of x (B, T, H, D) by its angle: rolling by D/2 swaps the two."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
@@ -187,8 +187,8 @@ class GPT(nn.Module):
     """A decoder-only transformer whose output layer is tied to the token embedding.
 
     `gpt2`: learned positions, layer norms, GELU. Radford et al. 2019, "Language Models are Unsupervised Multitask
-    Learners", section 2.3. `qwen3`: RoPE, RMS norms without gains, normalised queries and keys, SwiGLU.
-    Yang et al. 2025, "Qwen3 Technical Report", section 2.
+    Learners", section 2.3. `qwen3`: RoPE, RMS norms, normalised queries and keys, SwiGLU. Yang et al. 2025, "Qwen3
+    Technical Report", section 2; simplified: no gains, as many heads for keys as for queries, RoPE base 10,000.
     """
 
     def __init__(self, config: GPTConfig):
@@ -199,7 +199,7 @@ class GPT(nn.Module):
         self.transformer["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
         if not modern:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer["drop"] = (Dropout if modern else nn.Dropout)(config.dropout)
+        self.transformer["drop"] = (Dropout if modern else nn.Dropout)(config.dropout)  # gpt2 keeps PyTorch's draws
         self.transformer["h"] = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.transformer["ln_f"] = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
         self.rotary = Rotary(config) if modern else None
@@ -210,8 +210,8 @@ class GPT(nn.Module):
     def _init_weights(self, module):
         """Normal with standard deviation 0.02, as in GPT-2, and less in layers that write to the residual stream.
 
-        Modern blocks begin as the identity (Zhang et al. 2019, Fixup). Their layers that read the normalised stream
-        halve its standard deviation: at 768 channels that is about 0.02 too.
+        Modern blocks begin as the identity: their output layers are zero (Zhang et al. 2019, Fixup). Their other layers
+        have 0.5 / sqrt(n_embd), 0.018 at 768 channels. `apply` visits children first, so blocks' cases come last.
         """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)

@@ -1,10 +1,29 @@
 """The optimizers: AdamW, and Muon for the matrices of the blocks; gradient clipping; their state by parameter name."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from nanogpt.config import TrainConfig
 from nanogpt.model import GPT
+
+
+class Optimizer(Protocol):
+    """What a run needs of an optimizer, besides `_step_supports_amp_scaling` and `found_inf`, which are for float16.
+
+    param_groups: dicts with `params` and `lr`; see `set_lr`. state: {parameter: {name: tensor}}, complete before the
+    first step; it is saved and restored.
+    """
+
+    param_groups: list[dict]
+    state: dict[Tensor, dict[str, Tensor]]
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update the parameters, unless the scalar `skip` on the device is 1."""
+
+    def zero_grad(self) -> None:
+        """Set all gradients to None."""
 
 
 class AdamW:
@@ -80,15 +99,15 @@ class Muon:
 
     def __init__(self, matrices, adamw, lr, momentum, weight_decay, dist=None):
         self.adamw, self.momentum, self.dist = adamw, momentum, dist
-        self.group = {"params": [p for p, _ in matrices], "lr": lr, "weight_decay": weight_decay}
+        self.group = {"params": [p for p, _ in matrices], "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
         self.param_groups = [self.group, *adamw.param_groups]
         buffers = {p: torch.zeros_like(p) for p in self.group["params"]}
         self.state = {p: {"momentum_buffer": buffer} for p, buffer in buffers.items()} | adamw.state
-        self.shapes = {}  # {(rows, columns): [(parameter, its buffer, parts, which of them), ...]}
+        self.by_shape = {}  # {(rows, columns): [(parameter, its buffer, parts, which of them), ...]}
         for p, parts in matrices:
             for i in range(parts):
                 shape = p.shape[0] // parts, p.shape[1]
-                self.shapes.setdefault(shape, []).append((p, buffers[p], parts, i))
+                self.by_shape.setdefault(shape, []).append((p, buffers[p], parts, i))
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
@@ -98,13 +117,13 @@ class Muon:
             if skip.item():  # on a CPU there is nothing to wait for
                 return
             skip = None
-        for shape, matrices in self.shapes.items():
+        for shape, matrices in self.by_shape.items():
             matrices = [m for m in matrices if m[0].grad is not None]
             if matrices:
-                self.update(shape, matrices, skip)
+                self.step_shape(shape, matrices, skip)
         self.adamw.step(skip)
 
-    def update(self, shape: tuple[int, int], matrices: list[tuple], skip: Tensor | None = None) -> None:
+    def step_shape(self, shape: tuple[int, int], matrices: list[tuple], skip: Tensor | None = None) -> None:
         """Update the matrices of one shape, (rows, columns), unless the scalar `skip` is 1."""
         grads = [p.grad.chunk(parts)[i] for p, _, parts, i in matrices]
         buffers = [buffer.chunk(parts)[i] for _, buffer, parts, i in matrices]
@@ -159,7 +178,7 @@ def either(*skips: Tensor | None) -> Tensor | None:
     return torch.stack(given).amax() if given else None
 
 
-def make_optimizer(model: GPT, cfg: TrainConfig, dist=None) -> AdamW | Muon:
+def make_optimizer(model: GPT, cfg: TrainConfig, dist=None) -> Optimizer:
     """AdamW, or Muon for the matrices of the blocks and AdamW for the rest. Biases and norms are not decayed."""
     blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
     params = [p for p in model.parameters() if all(p is not b for b in blocks)]
@@ -170,18 +189,23 @@ def make_optimizer(model: GPT, cfg: TrainConfig, dist=None) -> AdamW | Muon:
     adamw = AdamW(groups, cfg.learning_rate, (cfg.beta1, cfg.beta2))
     if cfg.optimizer == "adamw":
         return adamw
+    if cfg.optimizer != "muon":
+        raise ValueError(f"make_optimizer does not know {cfg.optimizer}")
     fused = {p for name, p in model.named_parameters() if name.endswith("c_attn.weight")}  # queries, keys, values
     matrices = [(p, 3 if p in fused else 1) for p in blocks]
     return Muon(matrices, adamw, cfg.muon_lr, cfg.muon_momentum, cfg.weight_decay, dist)
 
 
-def set_lr(optimizer: AdamW | Muon, lr: float, cfg: TrainConfig) -> float:
-    """Set AdamW's learning rate, which is returned; Muon's keeps its ratio to it."""
+def set_lr(optimizer: Optimizer, lr: float, cfg: TrainConfig) -> None:
+    """Set the learning rate of all groups. One with a `peak_lr` of its own, as Muon's, gets that in the same ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    if isinstance(optimizer, Muon):
-        optimizer.group["lr"] = lr / cfg.learning_rate * cfg.muon_lr
-    return lr
+        group["lr"] = lr / cfg.learning_rate * group["peak_lr"] if "peak_lr" in group else lr
+
+
+def grad_norm(module: torch.nn.Module) -> Tensor:
+    """The norm of all gradients of a module, a scalar on the device."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
 def clip_gradients(model: GPT, max_norm: float) -> Tensor:
@@ -189,20 +213,20 @@ def clip_gradients(model: GPT, max_norm: float) -> Tensor:
 
     Returns the norm before clipping, a scalar on the device, so that the host does not wait for it.
     """
+    norm = grad_norm(model)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if max_norm:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-def state_tensors(model: GPT, optimizer: AdamW | Muon) -> dict[str, Tensor]:
+def state_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as {'exp_avg.NAME': tensor, ...}, where NAME is the parameter's."""
     names = {p: name for name, p in model.named_parameters()}
     return {f"{key}.{names[p]}": value for p, state in optimizer.state.items() for key, value in state.items()}
 
 
-def load_state_tensors(model: GPT, optimizer: AdamW | Muon, tensors: dict[str, Tensor]) -> None:
+def load_state_tensors(model: GPT, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Copy tensors as `state_tensors` returned them into the state. Raises ValueError if names or shapes differ."""
     present = state_tensors(model, optimizer)
     odd = sorted(present.keys() ^ tensors.keys()) or [n for n in present if present[n].shape != tensors[n].shape]

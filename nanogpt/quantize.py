@@ -4,11 +4,13 @@ Shapes: M inputs of K channels each, N outputs.
 """
 
 import time
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt.config import UserError
+from nanogpt.model import GPT
 
 LARGE = 100e6  # parameters; smaller models fit in the CPU's caches and are fast enough
 FASTER = 1.5  # the least speedup for which 8-bit weights are used
@@ -26,7 +28,7 @@ class Int8Linear(nn.Module):
     product is exact on every CPU.
     """
 
-    def __init__(self, linear):
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127  # (N)
@@ -37,7 +39,7 @@ class Int8Linear(nn.Module):
         self.unshift = -SHIFT * rounded.sum(dim=1, dtype=torch.int32).float()  # (N)
         self.bias = None if linear.bias is None else linear.bias.detach().float()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """x (..., K) times the weights; each row of x becomes a coarse one and, for the remainder, a fine one."""
         shape, x = x.shape, x.flatten(0, -2)  # (M, K)
         scale = x.abs().amax(dim=-1, keepdim=True).clamp_(min=1e-30).div_(MOST)
@@ -51,13 +53,13 @@ class Int8Linear(nn.Module):
             y += self.bias
         return y.view(*shape[:-1], -1)
 
-    def product(self, x):
+    def product(self, x: Tensor) -> Tensor:
         """(x - SHIFT) times the integer weights, for x (2 M, K) of uint8: (2 M, N), integers in float32."""
         weight = self.packed, self.ones, self.zeros, self.unshift
         return torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, *weight, 1.0, 0, torch.float32, "none", [], "")
 
 
-def quantize(model):
+def quantize(model: GPT) -> GPT:
     """Replace all linear layers of a GPT by Int8Linear, in place. It can then no longer be trained."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -66,7 +68,7 @@ def quantize(model):
     return model
 
 
-def made_ready(model, cfg, dist):
+def made_ready(model: GPT, cfg: Any, dist: Any) -> GPT:
     """The model on its device, in the `dtype` or `int8` of the settings, for inference. UserError if int8 is impossible."""
     model = model.to(dist.device, dist.dtype).eval()
     if cfg.int8 is True and dist.device.type != "cpu":
@@ -85,7 +87,7 @@ def made_ready(model, cfg, dist):
 
 
 @torch.inference_mode()
-def require_exact():
+def require_exact() -> None:
     """Raise one of CANNOT unless int8 products are right on this machine, also for the largest numbers."""
     layer = nn.Linear(256, 16, bias=False)
     layer.weight.data = torch.ones(16, 256) - 2 * (torch.arange(16) % 2)[:, None]
@@ -96,7 +98,7 @@ def require_exact():
 
 
 @torch.inference_mode()
-def choose(model, cfg):
+def choose(model: GPT, cfg: Any) -> tuple[bool, str]:
     """(whether int8 is faster on this CPU, measured on the model's largest layer; the reason)."""
     if cfg.dtype != "auto":
         return False, f"dtype is {cfg.dtype}"
@@ -113,7 +115,7 @@ def choose(model, cfg):
     return times[0] >= FASTER * times[1], ratio
 
 
-def seconds(layer, x):
+def seconds(layer: nn.Module, x: Tensor) -> float:
     began = time.perf_counter()
     layer(x)
     return time.perf_counter() - began

@@ -8,6 +8,7 @@ from nanogpt.config import TrainConfig
 def lr_at(step: int, cfg: TrainConfig) -> float:
     """Learning rate of update `step`, counted from 0: linear warm-up, then decay to min_lr; constant without decay_lr.
 
+    A schedule sets `share`: 1 is learning_rate, 0 is min_lr. From lr_decay_iters on, the rate is min_lr.
     `cosine`: Loshchilov & Hutter 2017, SGDR, equation 5, without restarts. `linear`: constant, then a linear decay over
     the last `cooldown_frac` of lr_decay_iters, or over what the warm-up leaves of them (Hägele et al. 2024, section 3).
     """
@@ -20,7 +21,9 @@ def lr_at(step: int, cfg: TrainConfig) -> float:
     if cfg.lr_schedule == "linear":
         falling = min(cfg.cooldown_frac * cfg.lr_decay_iters, cfg.lr_decay_iters - cfg.warmup_iters)  # iterations
         share = min(1.0, (cfg.lr_decay_iters - step) / falling)
-    else:
+    elif cfg.lr_schedule == "cosine":
         progress = (step - cfg.warmup_iters) / (cfg.lr_decay_iters - cfg.warmup_iters)  # 0 to 1
         share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        raise ValueError(f"lr_at does not know {cfg.lr_schedule}")
     return cfg.min_lr + share * (cfg.learning_rate - cfg.min_lr)

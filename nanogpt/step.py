@@ -1,6 +1,9 @@
-"""One training step: the gradients of the global batch, then the update. The only forward and backward of the package.
+"""One training step: the gradients of the global batch, then the update. The only backward pass of the package.
 
-Shapes: B sequences in a micro-batch, T block_size. Scalars are tensors of no dimension; the host does not wait for them.
+`run` is a run.run.Run; used here are cfg, dist (a run.distributed.Dist), gpt (the model, to read parameters from), model
+(gpt, perhaps compiled and wrapped by DDP, to call), optimizer, scaler (a GradScaler, which does nothing unless the
+products are float16), health, batches, and state. A window is a sequence of block_size tokens and their targets.
+Shapes: B windows in a micro-batch, T block_size. Scalars are tensors of no dimension; the host does not wait for them.
 """
 
 import torch
@@ -11,14 +14,16 @@ from nanogpt import data, optim
 
 def train_step(run) -> dict[str, Tensor]:
     """Update the model on one global batch; returns the step's metrics, {name: scalar}."""
-    loss = run.repeat_smaller(gradients)  # with smaller micro-batches if the memory runs out
-    return update(run, loss)
+    loss = run.retry_smaller(gradients)  # gradients(run, micro_batch), and again with half of it if memory runs out
+    metrics = update(run, loss)
+    run.advance()
+    return metrics
 
 
 def loss_terms(model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(objective, nats) of a micro-batch: what is optimized, and the mean cross-entropy, which is reported.
 
-    A term added to the objective, such as a z-loss, changes no loss that is printed, validated or waited for.
+    A term added to the objective, such as a z-loss, changes neither the reported losses nor --patience.
     """
     _, nats = model(x, y)
     return nats, nats
@@ -37,35 +42,39 @@ def forward_backward(model, x: Tensor, y: Tensor, dist, divisor: float = 1.0, sc
 
 
 def gradients(run, micro_batch: int) -> Tensor:
-    """Compute the gradient of the global batch, averaged over all ranks, in `.grad`; returns this rank's mean loss.
+    """Compute the gradient of the global batch in `.grad`. Returns this rank's part of the loss, in nats.
 
-    A micro-batch has at most `micro_batch` sequences. Nothing else changes, so it can be repeated with smaller ones.
+    The mean of the parts over all ranks is the mean loss of the batch. A micro-batch has at most `micro_batch` windows.
+    This function must change nothing but `.grad`, since it is called again if memory runs out.
     """
     cfg, dist, batches, state = run.cfg, run.dist, run.batches, run.state
     micro_steps, B = data.share_batch(cfg, dist.world_size, micro_batch)
-    mine = state.windows + dist.rank * micro_steps * B  # the first window of this rank
-    run.optimizer.zero_grad()  # discards an attempt that ran out of memory
+    first_of_rank = state.windows + dist.rank * micro_steps * B  # state.windows: read before this step
+    run.optimizer.zero_grad()  # of an attempt that ran out of memory
     if cfg.dropout:
         torch.manual_seed(data.step_seed(cfg.seed, state.step, dist.rank))  # so no random state has to be saved
     loss = torch.zeros((), device=dist.device)
     for micro_step in range(micro_steps):
-        first = mine + micro_step * B
+        first = first_of_rank + micro_step * B
         x, y = batches.get(first, B)
+        # micro_steps, unless --documents leaves windows partly empty: then all targets of the step count the same
         divisor = micro_steps / batches.weight(first, B, state.windows)
-        with dist.synchronised(run.model, last=micro_step == micro_steps - 1):  # the last one averages over all ranks
+        with dist.averaging(run.model, when=micro_step == micro_steps - 1):  # over all ranks, in the last one
             loss += forward_backward(run.model, x, y, dist, divisor, run.scaler)
     return loss
 
 
 def update(run, loss: Tensor) -> dict[str, Tensor]:
-    """Clip the gradient and apply it, unless it or the loss is not finite; returns the step's metrics, {name: scalar}."""
+    """Clip the gradient and apply it; returns the step's metrics, {name: scalar}.
+
+    It is not applied if it or the loss is not finite or, with --skip_spikes, if the loss is a spike.
+    """
     run.scaler.unscale_(run.optimizer)
-    loss = run.dist.mean(loss)
+    loss = run.dist.mean(loss)  # of the global batch from here on
+    # metrics of gradients belong here: .grad is averaged and unscaled, the next line clips it, zero_grad clears it
     grad_norm = optim.clip_gradients(run.gpt, run.cfg.grad_clip)
     skip, spike = run.health.judge(run.step, loss, grad_norm)
-    run.scaler.step(run.optimizer, skip)
+    run.scaler.step(run.optimizer, skip)  # calls optimizer.step(skip): the device decides, and the host does not wait
     run.scaler.update()
-    run.optimizer.zero_grad()
-    run.state.step += 1
-    run.state.windows += run.batches.per_step
+    run.optimizer.zero_grad()  # frees its memory for an evaluation
     return {"loss": loss, "grad_norm": grad_norm, "spike": spike}

@@ -1,7 +1,7 @@
-"""THE loop: train a GPT on a dataset, on one process or on many.
+"""The training loop, on one process or on many.
 
-`run` is the experiment: a model, an optimizer, batches of data, and the step that it has reached. Its methods keep it
-alive: they save it, agree with the other ranks on whether to go on, and report (run/run.py). `train_step` is in step.py.
+`run` is a run.run.Run: the model, the optimizer, the batches, and the current step. Its methods save it, report, and
+agree with the other ranks on whether to go on. A step, forward, backward and update, is in step.py.
 """
 
 from nanogpt import evaluate, optim
@@ -20,16 +20,20 @@ def main(argv: list[str]) -> None:
 
 
 def train(cfg: TrainConfig, dist: distributed.Dist) -> None:
-    """The whole run. Raises Stopped, saved, if it was asked to stop before its end; RunFailed if it cannot go on."""
-    with start(cfg, dist) as run:  # from scratch, from a checkpoint, or from another model's weights: --init_from
-        while run.agree_to_go_on():  # no rank was asked to stop, and none failed to write
-            lr = optim.set_lr(run.optimizer, lr_at(run.step, cfg), cfg)
+    """The whole run. If it is asked to stop early, `start` saves it at the end of the `with` and raises Stopped.
+
+    Raises RunFailed, on all ranks, if the run cannot go on.
+    """
+    with start(cfg, dist) as run:  # --init_from: from scratch, a checkpoint, or another model's weights
+        while run.agree_to_go_on():  # False, on all ranks, once any of them was asked to stop or has failed
+            lr = lr_at(run.step, cfg)  # of the next update
             if run.evaluation_is_due():
-                losses = run.measure(evaluate.losses)  # always on the same batches
-                run.record(losses, lr)
+                losses = run.measure(evaluate.losses)  # on the same batches each time
+                run.record(losses, lr)  # and compare with the best so far: --patience
                 run.save()  # in the background
             if run.is_finished():
                 run.record_exact(run.measure(evaluate.exact_validation))
                 break
-            metrics = train_step(run)
-            run.report(lr, metrics)
+            optim.set_lr(run.optimizer, lr, cfg)
+            metrics = train_step(run)  # run.step is one more from here on
+            run.report(metrics, lr)  # read later, so that a GPU never waits for the host

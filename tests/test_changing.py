@@ -159,7 +159,8 @@ def test_an_architecture(place, plain):
 def test_a_metric(place, plain):
     out = place / "out-metric"
     _, records = train(patched(place, "A metric"), out, *MODERN)
-    assert all(r["embedding_norm"] > 0 for r in records if "grad_norm" in r)
+    steps = [r for r in records if "grad_norm" in r]
+    assert all(0 < r["grad_norm_0"] < r["grad_norm"] and r["grad_norm_1"] > 0 for r in steps) and steps
     assert weights(out) == weights(plain[0])
 
 

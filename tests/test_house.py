@@ -175,11 +175,6 @@ def test_one_room_for_one_idea():
     assert set(calls("all_reduce")) == {"run/distributed.py"}
 
 
-def test_the_loop_and_the_model_are_short():
-    lines = {name: len(SOURCES[name].read_text().splitlines()) for name in ("train.py", "step.py", "model.py")}
-    assert lines["train.py"] + lines["step.py"] < 250 and lines["model.py"] < 300
-
-
 def test_the_light_modules_stay_light():
     code = "import sys, nanogpt.commands.cli, nanogpt.config; print(*{'torch', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

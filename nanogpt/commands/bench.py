@@ -51,6 +51,7 @@ def measure_step(run: Run, size: int, clock: "Clock") -> dict[str, float]:
     loss = step.gradients(run, size)
     clock.ends("backward")
     step.update(run, loss)
+    run.advance()
     clock.ends("optimizer")
     return clock.seconds
 

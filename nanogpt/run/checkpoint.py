@@ -19,12 +19,15 @@ import re
 import shutil
 import threading
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from nanogpt import files
 from nanogpt.config import RunFailed, UserError
@@ -54,12 +57,12 @@ class Checkpoint:
     in_memory: tuple | None = None  # the tensors of model and optimizer, if they come from another format
 
     @property
-    def val_loss(self):
+    def val_loss(self) -> float:
         """The validation loss estimated at this step; infinity if none was estimated or it is not a number."""
         losses = self.state["losses"]
         return losses["val"] if losses and not math.isnan(losses["val"]) else math.inf
 
-    def saw(self, data, settings):
+    def saw(self, data: Mapping[str, str | None], settings: dict) -> bool:
         """Whether its run read this data in the same way; only then can losses be compared.
 
         data: {split: fingerprint}. Without fingerprints, as in earlier checkpoints, the dataset's name decides.
@@ -70,11 +73,11 @@ class Checkpoint:
             same = self.settings.get("dataset") == settings.get("dataset")
         return same and self.settings.get("documents", False) == settings.get("documents", False)
 
-    def model_tensors(self):
+    def model_tensors(self) -> dict[str, Tensor]:
         """{parameter name: tensor}."""
         return self.in_memory[0] if self.in_memory else _tensors(self.folder / "model.safetensors")
 
-    def optimizer_tensors(self):
+    def optimizer_tensors(self) -> dict[str, Tensor]:
         """The tensors of `optim.state_tensors`, and the health of the run: {'exp_avg.NAME': tensor, ...}."""
         return self.in_memory[1] if self.in_memory else _tensors(self.folder / "optimizer.safetensors")
 
@@ -86,13 +89,22 @@ class Writer:
     newest: (step, folder) of the newest checkpoint, if there is one.
     """
 
-    def __init__(self, out_dir, keep, always, fail, newest=(None, None)):
+    def __init__(
+        self,
+        out_dir: Path | str,
+        keep: int,
+        always: bool,
+        fail: Callable[[Exception], None],
+        newest: tuple[int | None, Path | None] = (None, None),
+    ) -> None:
         self.out_dir, self.keep, self.always, self.fail = Path(out_dir), keep, always, fail
         self.step, self.folder = newest  # the step is that of the checkpoint being written, while one is
-        self.copies, self.thread, self.failed = {}, None, False
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        self.thread: threading.Thread | None = None
+        self.failed = False
         self.place = files.identity(out_dir)
 
-    def save(self, model_tensors, other_tensors, info):
+    def save(self, model_tensors: dict[str, Tensor], other_tensors: dict[str, Tensor], info: dict) -> None:
         """Copy the tensors, then write them and `info` (a dict for JSON) in the background."""
         self.wait()
         if self.failed:
@@ -108,7 +120,7 @@ class Writer:
         self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
         self.thread.start()
 
-    def _copy(self, group, tensors):
+    def _copy(self, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """CPU copies, in memory that is reused by each save: new pages cost more than the copying."""
         kept = self.copies.setdefault(group, {})
         for name, tensor in tensors.items():
@@ -117,7 +129,7 @@ class Writer:
             kept[name].copy_(tensor.detach())
         return kept
 
-    def _write(self, model_tensors, other_tensors, info):
+    def _write(self, model_tensors: dict[str, Tensor], other_tensors: dict[str, Tensor], info: dict) -> None:
         try:
             if self.place and self.place != files.identity(self.out_dir):
                 raise OSError(errno.ESTALE, files.REMOVED)
@@ -126,7 +138,7 @@ class Writer:
         except Exception as e:  # of any kind: the run must learn of it
             self._failed(e)
 
-    def _failed(self, error):
+    def _failed(self, error: Exception) -> None:
         """Report an error that occurred while the checkpoint of `self.step` was being made."""
         self.failed = True
         reason, room = getattr(error, "strerror", None) or str(error) or type(error).__name__, "room on the disk"
@@ -138,20 +150,20 @@ class Writer:
         line = f"{self.out_dir}/checkpoints: step {self.step} could not be saved ({reason}); the run stops, and {then}"
         self.fail(RunFailed(line))
 
-    def last(self):
+    def last(self) -> Path | None:
         """Wait until nothing is being written; returns the folder of the newest checkpoint, or None."""
         if self.thread:
             self.thread.join()
         return self.folder
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until nothing is being written."""
         if self.thread:
             self.thread.join()
             self.thread = None
 
 
-def write(out_dir, model_tensors, other_tensors, info):
+def write(out_dir: Path | str, model_tensors: dict[str, Tensor], other_tensors: dict[str, Tensor], info: dict) -> Path:
     """Write a checkpoint durably and return its folder. On OSError or SafetensorError, nothing is left behind."""
     parent = Path(out_dir) / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +191,7 @@ def write(out_dir, model_tensors, other_tensors, info):
     return folder
 
 
-def clean(out_dir, keep, always):
+def clean(out_dir: Path | str, keep: int, always: bool) -> None:
     """Remove all checkpoints but the newest one, the `keep` newest, and the best on the data of the newest.
 
     Unless `always` is set, only improvements count among the `keep` newest.
@@ -198,14 +210,14 @@ def clean(out_dir, keep, always):
             remove(checkpoint.folder)
 
 
-def remove(folder):
+def remove(folder: Path) -> None:
     """Remove a checkpoint. If that is interrupted, nothing that looks complete is left."""
     stale = folder.with_name(f".{folder.name}.tmp")
     os.rename(folder, stale)
     shutil.rmtree(stale)
 
 
-def newest(out_dir, say=print):
+def newest(out_dir: Path | str, say: Callable[[str], Any] = print) -> Checkpoint | None:
     """The newest sound Checkpoint in `out_dir`, or None if there are no checkpoints.
 
     Damaged ones are reported by `say` and skipped. Raises UserError if all are damaged.
@@ -213,7 +225,7 @@ def newest(out_dir, say=print):
     return _first_sound(out_dir, list(reversed(_folders(out_dir))), say)
 
 
-def peek(out_dir):
+def peek(out_dir: Path | str) -> Checkpoint | None:
     """The newest Checkpoint in `out_dir` that can be read, unverified, or None."""
     for folder in reversed(_folders(out_dir)):
         try:
@@ -223,7 +235,7 @@ def peek(out_dir):
     return None
 
 
-def best(out_dir, say=print):
+def best(out_dir: Path | str, say: Callable[[str], Any] = print) -> Checkpoint | None:
     """The sound Checkpoint with the lowest validation loss on the data of the newest one; otherwise like `newest`."""
     order, latest = {}, None  # newest first
     for folder in reversed(_folders(out_dir)):
@@ -233,10 +245,10 @@ def best(out_dir, say=print):
             order[folder] = not found.saw(latest.data, latest.settings), found.val_loss
         except UserError:
             order[folder] = True, math.inf
-    return _first_sound(out_dir, sorted(order, key=order.get), say)
+    return _first_sound(out_dir, sorted(order, key=order.__getitem__), say)
 
 
-def _first_sound(out_dir, folders, say):
+def _first_sound(out_dir: Path | str, folders: list[Path], say: Callable[[str], Any]) -> Checkpoint | None:
     for folder in folders:
         problem = damage(folder)
         if not problem:
@@ -247,7 +259,7 @@ def _first_sound(out_dir, folders, say):
     return None
 
 
-def damage(folder):
+def damage(folder: Path | str) -> str | None:
     """What is wrong with the checkpoint in `folder`, found by reading every byte; None if it is sound."""
     try:
         listed = _manifest(folder)["files"]
@@ -266,7 +278,7 @@ def damage(folder):
     return None
 
 
-def read(folder):
+def read(folder: Path | str) -> Checkpoint:
     """The Checkpoint in `folder`, without its tensors. Raises UserError if it cannot be read."""
     folder = Path(folder)
     try:
@@ -281,7 +293,7 @@ def read(folder):
         raise UserError(f"checkpoint.json cannot be read ({type(e).__name__}: {e})") from None
 
 
-def _check(checkpoint):
+def _check(checkpoint: Checkpoint) -> None:
     """Raise TypeError, ValueError or KeyError if a field that others rely on is missing or of another type."""
     kinds = dict(step=int, state=dict, model_config=dict, tokenizer=dict, settings=dict, scaler=dict, data=dict)
     held = [(name, getattr(checkpoint, name), kind) for name, kind in kinds.items()]
@@ -289,13 +301,13 @@ def _check(checkpoint):
         held += [(f.name, checkpoint.model_config[f.name], type(f.default)) for f in fields(GPTConfig)]
         held += [("improved", checkpoint.state["improved"], bool)]
     for name, value, kind in held:
-        if type(value) is not kind or (kind is int and not 0 <= value < 2**63):
+        if type(value) is not kind or (type(value) is int and not 0 <= value < 2**63):
             raise TypeError(f"{name} is {value!r:.60}")
     if not isinstance(checkpoint.val_loss, float):
         raise TypeError(f"the loss is {checkpoint.val_loss!r:.60}")
 
 
-def _manifest(folder):
+def _manifest(folder: Path | str) -> dict:
     """The contents of `manifest.json`. Raises UserError if they are not as `write` writes them."""
     try:
         manifest = json.loads(files.read(Path(folder) / "manifest.json"))
@@ -311,7 +323,7 @@ def _manifest(folder):
     raise UserError(f"manifest.json is not of format {FORMAT}, which this version reads")
 
 
-def load_model(checkpoint, dropout=0.0):
+def load_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT:
     """The checkpoint's GPT with its weights, on the CPU. Raises UserError if they do not fit each other."""
     tensors = checkpoint.model_tensors()
     try:
@@ -326,7 +338,7 @@ def load_model(checkpoint, dropout=0.0):
     return model
 
 
-def check_out_dir(out_dir):
+def check_out_dir(out_dir: Path | str) -> None:
     """Raise UserError if a run in `out_dir` would overwrite a file that no run wrote, such as a model's config.json."""
     out_dir = Path(out_dir)
     present = [n for n in RUN_FILES if n != "checkpoints" and os.path.lexists(out_dir / n)]
@@ -338,12 +350,12 @@ def check_out_dir(out_dir):
         )
 
 
-def is_run(out_dir):
+def is_run(out_dir: Path | str) -> bool:
     """Whether `out_dir` is a run's folder: it holds a run's settings or a checkpoint."""
     return is_settings(Path(out_dir) / "config.json") or bool(_folders(out_dir))
 
 
-def is_settings(path):
+def is_settings(path: Path | str) -> bool:
     """Whether this is the file that `write_settings` writes; models of Hugging Face have a config.json as well."""
     try:
         return isinstance(json.loads(files.read(path))["settings"], dict)
@@ -351,7 +363,7 @@ def is_settings(path):
         return False
 
 
-def set_aside(out_dir):
+def set_aside(out_dir: Path | str) -> Path | None:
     """Move an earlier run in `out_dir` to a dated folder in it. Returns that folder, or None if there was no run.
 
     Files that no run wrote stay where they are. Call `check_out_dir` first.
@@ -369,31 +381,31 @@ def set_aside(out_dir):
     return aside
 
 
-def write_settings(out_dir, settings, sources, **more):
+def write_settings(out_dir: Path | str, settings: dict, sources: dict[str, str], **more: Any) -> None:
     """Write the resolved settings, their sources, and `more` to `out_dir/config.json`."""
     write_json(Path(out_dir) / "config.json", {"settings": settings, "sources": sources} | more)
 
 
-def _folders(out_dir):
+def _folders(out_dir: Path | str) -> list[Path]:
     """The checkpoints in `out_dir`, oldest first. A folder gets such a name only when it is complete."""
     found = [(NAME.fullmatch(p.name), p) for p in (Path(out_dir) / "checkpoints").glob("step-*")]
     return [p for _, p in sorted(((int(m[1]), int(m[2] or 1)), p) for m, p in found if m)]
 
 
-def _free_name(parent, step):
+def _free_name(parent: Path, step: int) -> Path:
     """step-00000250, or step-00000250-2 if that exists, since a folder cannot be replaced atomically."""
     taken = [int(m[2] or 1) for p in parent.glob("step-*") if (m := NAME.fullmatch(p.name)) and int(m[1]) == step]
     return parent / (f"step-{step:08d}" + (f"-{max(taken) + 1}" if taken else ""))
 
 
-def _tensors(path):
+def _tensors(path: Path | str) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from None
 
 
-def _sha256(path):
+def _sha256(path: Path | str) -> str:
     digest = hashlib.sha256()
     with open(files.open_regular(path), "rb") as f:
         while chunk := f.read(2**24):

@@ -50,7 +50,7 @@ def choose_device(cfg: Any, say: Say, local_rank: int = 0, several: bool = False
 
 def choose_dtype(cfg: Any, device: torch.device, say: Say) -> torch.dtype:
     """The dtype of matrix products that `cfg.dtype` means on this device."""
-    units = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
+    units = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16")
     if cfg.dtype == "bfloat16" and device.type == "cpu" and not units:
         say("dtype: float32, because this CPU has no units for bfloat16 (AMX) and would be slower in it")
         return torch.float32
@@ -108,7 +108,7 @@ def keep_memory() -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that the device or the host is out of memory."""
-    words = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")  # PyTorch's, C++'s, cuBLAS's
-    words += ("could not create a primitive", "could not create a memory")  # oneDNN's
+    words = ["out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED"]  # PyTorch's, C++'s, cuBLAS's
+    words += ["could not create a primitive", "could not create a memory"]  # oneDNN's
     said = isinstance(error, RuntimeError) and any(w in str(error) for w in words)
     return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -72,12 +72,12 @@ class Dist:
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device.index] if self.device.type == "cuda" else None
-        same = dict(broadcast_buffers=False)  # the RoPE tables are the same on all ranks
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **same)
+        # broadcast_buffers: the RoPE tables are the same on all ranks
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
 
-    def synchronised(self, model: Any, last: bool) -> AbstractContextManager:
-        """Context of a micro-step: only the last one's backward pass averages gradients."""
-        return nullcontext() if last or self.world_size == 1 else model.no_sync()
+    def averaging(self, model: Any, when: bool) -> AbstractContextManager:
+        """Context of a backward pass, which averages the gradients over all processes only if `when` is true."""
+        return nullcontext() if when or self.world_size == 1 else model.no_sync()
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
         """The mean of a tensor over all processes, without waiting for the device."""

@@ -4,10 +4,13 @@ Shapes: scalars are tensors of no dimension; `recent` holds the losses of the la
 """
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from nanogpt.config import RunFailed
+from nanogpt.config import RunFailed, TrainConfig
+from nanogpt.run.distributed import Dist
 
 RECENT = 64  # number of steps that a loss is compared with
 REFRESH = 8  # steps from one computation of the limit to the next
@@ -18,12 +21,12 @@ PATIENCE = 100  # steps in a row that may be skipped while float16's loss scalin
 class Health:
     """Judges each step by its loss and gradient norm. `state` holds all of its state, {name: tensor}."""
 
-    def __init__(self, cfg, device):
+    def __init__(self, cfg: TrainConfig, device: torch.device) -> None:
         self.skip_spikes = cfg.skip_spikes
-        recent = torch.full((RECENT,), math.inf, device=device)  # while any is infinite, no loss is a spike
-        self.state = {"health.recent": recent, "health.limit": recent.mean()}
+        recent = torch.full((RECENT,), math.inf, device=device)  # no loss is a spike until they are known
+        self.state = {"health.recent": recent, "health.limit": recent.max()}
 
-    def judge(self, step, loss, grad_norm):
+    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
         """(skip, spike) of a step, each a tensor holding 0 or 1.
 
         skip: the update must not be applied, because the loss or the norm is not finite, or because of a spike if
@@ -44,12 +47,12 @@ class Health:
 class Watch:
     """Checks on the host what `Health` found: counts spikes, and stops a diverged run."""
 
-    def __init__(self, cfg, dist, state, writer):
+    def __init__(self, cfg: TrainConfig, dist: Dist, state: Any, writer: Any) -> None:
         self.cfg, self.state, self.writer = cfg, state, writer
         self.scaled = dist.dtype == torch.float16
         self.skipped_in_a_row = 0
 
-    def check(self, step, metrics):
+    def check(self, step: int, metrics: dict[str, float]) -> None:
         """Check a step's metrics {name: number}. Raises RunFailed if the run cannot go on."""
         loss, grad_norm = metrics["loss"], metrics["grad_norm"]
         self.state.spikes += int(metrics["spike"])

@@ -7,19 +7,23 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from nanogpt import data, files
 from nanogpt.config import RunFailed
+from nanogpt.run.distributed import Dist
 from nanogpt.run.picture import draw_losses
 from nanogpt.run.records import drop_after
 from nanogpt.run.speed import PLAUSIBLE, device_peak, expected_seconds, peak_beside, takes_hours
 from nanogpt.run.trackers import one_line
 
+Step = tuple[int, float, dict[str, float]]  # (number of the update, learning rate, metrics)
 SILENCE = 6.0  # seconds without a line, before the first iteration is reported, after which one says what goes on
 
 
@@ -29,18 +33,18 @@ class Progress:
     It uses a thread, since a single batch may take minutes. Set `ended` to stop it.
     """
 
-    def __init__(self, say):
-        self.doing, self.began, self.ended = None, time.perf_counter(), threading.Event()
+    def __init__(self, say: Callable[[str], Any]) -> None:
+        self.doing, self.began, self.ended = "", time.perf_counter(), threading.Event()
         self.said = self.began  # when the last line was printed
         self.thread = threading.Thread(target=self._watch, args=(say,), daemon=True)
 
-    def at(self, doing):
+    def at(self, doing: str) -> None:
         """Set the words for what the run does from now on."""
         self.doing = doing
         if not self.thread.ident:
             self.thread.start()
 
-    def _watch(self, say):
+    def _watch(self, say: Callable[[str], Any]) -> None:
         silence = SILENCE
         while not self.ended.wait(max(self.said + silence - time.perf_counter(), 0)):
             if time.perf_counter() >= self.said + silence:
@@ -55,7 +59,7 @@ class Log:
     A write that fails is recorded by `dist.fail`, as a RunFailed.
     """
 
-    def __init__(self, run, *, tokens_per_iter, flops_per_iter, peak):
+    def __init__(self, run: Any, *, tokens_per_iter: int, flops_per_iter: float, peak: float) -> None:
         self.cfg, self.dist, self.state, self.wandb = run.cfg, run.dist, run.state, run.wandb
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
         self.epoch_windows, self.per_step = run.batches.epoch_windows, run.batches.per_step
@@ -77,7 +81,7 @@ class Log:
         if sys.stderr.isatty():
             self.bar = tqdm(total=cfg.max_iters, initial=state.step, unit="it", leave=False, dynamic_ncols=True)
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         """Print a line on the main process, above the progress bar."""
         self.progress.said = time.perf_counter()
         if self.bar:
@@ -85,20 +89,20 @@ class Log:
         else:
             self.dist.say(line)
 
-    def seconds_ahead(self, layers):
+    def seconds_ahead(self, layers: int) -> float:
         """`expected_seconds` of the rest of the run on the main process; 0 on the others."""
         if not self.dist.is_main or not math.isfinite(self.peak):
             return 0.0
         return expected_seconds(self.cfg.max_iters - self.state.step, self.flops_per_iter, self.peak, layers)
 
-    def begins(self, step):
+    def begins(self, step: int) -> None:
         """Report that update number `step` begins."""
         self.iteration = step
         if self.bar:
             self.bar.update(step - 1 - self.bar.n)
         self.progress.at(f"iteration {step:,} of {self.cfg.max_iters:,} (--log_interval={self.cfg.log_interval})")
 
-    def step(self, step, lr, metrics):
+    def step(self, step: int, lr: float, metrics: dict) -> None:
         """Report update number `step` by its metrics {name: number}."""
         metrics = dict(metrics)
         if metrics.pop("spike"):
@@ -112,21 +116,21 @@ class Log:
             self._line(step, lr, metrics)
         self._end_of_epoch(step)
 
-    def counted(self, step, check):
+    def counted(self, step: int, check: Callable[[], None]) -> Callable[[], None]:
         """A function for an evaluation at this step to call before each batch: it counts them and calls `check`."""
         numbers = itertools.count(1)
 
-        def tick():
+        def tick() -> None:
             self.progress.at(f"evaluating at step {step:,}, batch {next(numbers):,} (--eval_iters)")
             check()
 
         return tick
 
-    def _epoch(self, step):
+    def _epoch(self, step: int) -> float:
         """How many times the training data has been read after `step` updates."""
         return (self.windows_before + step * self.per_step) / self.epoch_windows
 
-    def _end_of_epoch(self, step):
+    def _end_of_epoch(self, step: int) -> None:
         """Report the end of an epoch, unless epochs are shorter than the interval between lines."""
         epoch = int(self._epoch(step))
         longer_than_a_line = self.cfg.log_interval * self.per_step <= self.epoch_windows
@@ -135,7 +139,7 @@ class Log:
                 f"epoch {epoch} ends at iter {step}: all {self.epoch_windows:,} windows of the data have been read"
             )
 
-    def _line(self, step, lr, metrics):
+    def _line(self, step: int, lr: float, metrics: dict) -> None:
         self.progress.ended.set()
         now = time.perf_counter()
         seconds = (self.seconds + now - self.mark) / (step - self.last_step)  # of one step
@@ -156,27 +160,27 @@ class Log:
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
 
     @contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Context whose time is excluded from the time of steps."""
         self.seconds += time.perf_counter() - self.mark
         yield
         self.mark = time.perf_counter()
         self.begins(self.iteration)
 
-    def evaluation(self, step, losses, lr):
+    def evaluation(self, step: int, losses: dict[str, float], lr: float) -> None:
         """Report the estimated losses {'train': nats, 'val': nats} after `step` updates."""
         self.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
         found = {f"{split}_loss": loss for split, loss in losses.items()}
         self._record(step=step, epoch=self._epoch(step), **found, lr=lr)
 
-    def exact(self, step, result):
+    def exact(self, step: int, result: dict) -> None:
         """Report what `evaluate.exact` found."""
         per_byte = f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
         count = f"over all {result['tokens']:,} validation tokens"
         self.say(f"exact val loss {result['loss']:.6f} {count}, perplexity {result['perplexity']:.4f}{per_byte}")
         self._record(step=step, **{f"exact_{k}": v for k, v in result.items()})
 
-    def _record(self, **values):
+    def _record(self, **values: Any) -> None:
         """Append a record to metrics.jsonl; W&B gets the same names and units."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         if self.wandb:
@@ -191,14 +195,14 @@ class Log:
                 line = f"{self.file.name}: cannot be written to ({e.strerror}); the run stops{rest}"
                 self.dist.fail(RunFailed(line))
 
-    def _send(self, step, values):
+    def _send(self, step: int, values: dict) -> None:
         try:
             self.wandb.log(values, step=step)
         except Exception as e:  # its own process may have been killed
-            self.say(f"W&B: nothing more is sent ({one_line(e)}); the run goes on, and {self.file.name} has it all")
+            self.say(f"W&B: nothing more is sent ({one_line(e)}); the run goes on, and metrics.jsonl has it all")
             self.wandb = None
 
-    def close(self):
+    def close(self) -> None:
         """Close what is open, and draw the loss curves."""
         self.progress.ended.set()
         if self.bar:
@@ -220,10 +224,11 @@ class Log:
 class Unread:
     """Metrics of steps that the host has not read yet, so that a GPU never waits for the host."""
 
-    def __init__(self, dist, log_interval):
-        self.on_cpu, self.log_interval, self.steps = dist.device.type == "cpu", log_interval, []
+    def __init__(self, dist: Dist, log_interval: int) -> None:
+        self.on_cpu, self.log_interval = dist.device.type == "cpu", log_interval
+        self.steps: list[tuple] = []  # (number, lr, names, values on the device, the event that ends their copy)
 
-    def add(self, step, lr, metrics):
+    def add(self, step: int, lr: float, metrics: dict) -> list[Step]:
         """Add a step's metrics {name: scalar}. Returns the steps that it has read, in the form of `read`.
 
         A step is read after the next one has been queued on the device; on a CPU, at once.
@@ -238,7 +243,7 @@ class Unread:
         self.steps.append((step, lr, list(metrics), numbers, done))
         return found + self.read() if self.on_cpu and step % self.log_interval == 0 else found
 
-    def read(self):
+    def read(self) -> list[Step]:
         """Wait for all steps that were added and return them: [(step, lr, {name: number}), ...]."""
         steps, self.steps = self.steps, []
         if not steps:
@@ -252,7 +257,7 @@ class Unread:
         ]
 
 
-def start_log(run):
+def start_log(run: Any) -> Log:
     """Announce what will be trained, and open the Log. Raises RunFailed if it cannot be written."""
     cfg, dist = run.cfg, run.dist
     micro_steps, size = data.share_batch(cfg, dist.world_size, run.state.micro_batch)

@@ -1,20 +1,23 @@
 """The size of micro-batches: batch_size, or what fits in memory. The tokens of an iteration stay the same.
 
-`choose_micro_batch` tries sizes before the run; `repeat_smaller` repeats what ran out of memory during it.
+`choose_micro_batch` tries sizes before the run; `retry_smaller` repeats what ran out of memory during it.
 """
 
 import math
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nanogpt.config import BenchConfig, RunFailed, UserError
+from nanogpt.config import BenchConfig, RunFailed, TrainConfig, UserError
 from nanogpt.data import divisors, share_batch
-from nanogpt.model import numbers_held
+from nanogpt.model import GPT, GPTConfig, numbers_held
 from nanogpt.run.device import out_of_memory
+from nanogpt.run.distributed import Dist
 from nanogpt.run.settings import check_bounds
 from nanogpt.step import forward_backward
 
@@ -25,7 +28,7 @@ TO_USE = 4  # bytes per parameter: its float32
 TO_TRAIN = defaultdict(lambda: 16, muon=12)  # plus its gradient and the optimizer's moments: two of AdamW, one of Muon
 
 
-def check_size(model_config, source, each=TO_USE, device=None):
+def check_size(model_config: GPTConfig, source: Any, each: int = TO_USE, device: torch.device | None = None) -> None:
     """Raise UserError, before a model is built, if its shape is out of bounds or it cannot fit in memory.
 
     source: named in errors. each: the least bytes per parameter. device: whose memory counts; None: main memory.
@@ -41,7 +44,7 @@ def check_size(model_config, source, each=TO_USE, device=None):
         )
 
 
-def repeat_smaller(work, state, cfg, dist):
+def retry_smaller(work: Callable[[int], Any], state: Any, cfg: TrainConfig, dist: Dist) -> Any:
     """Call work(micro_batch), where micro_batch is the maximum number of sequences to process at a time.
 
     If it runs out of memory, halve `state.micro_batch` and call it again; `work` must not have changed anything by
@@ -66,7 +69,7 @@ def repeat_smaller(work, state, cfg, dist):
         state.micro_batch = halved(micro_batch, cfg, dist, why)
 
 
-def halved(size, cfg, dist, why=""):
+def halved(size: int, cfg: TrainConfig, dist: Dist, why: str = "") -> int:
     """Half as many sequences at a time, or what divides the batch. Raises RunFailed if one sequence is too many."""
     if size <= 1:
         raise RunFailed(
@@ -81,7 +84,7 @@ def halved(size, cfg, dist, why=""):
     return half
 
 
-def choose_micro_batch(model, cfg, dist):
+def choose_micro_batch(model: GPT, cfg: TrainConfig, dist: Dist) -> int | None:
     """The number of sequences that a process processes at a time, found by trial; None if batch_size decides.
 
     With `batch_size=auto`, as many as fit. Several processes on GPUs try batch_size beforehand, since none of them
@@ -97,7 +100,7 @@ def choose_micro_batch(model, cfg, dist):
     return size
 
 
-def largest_micro_batch(model, n, cfg, dist):
+def largest_micro_batch(model: GPT, n: int, cfg: TrainConfig, dist: Dist) -> int:
     """The largest divisor of this process's n sequences that fits in every process's memory, trying from 1 upward.
 
     Each trial takes more memory than the size needs: see MORE and LATER. A process that exhausts main memory is
@@ -119,13 +122,13 @@ def largest_micro_batch(model, n, cfg, dist):
     return size
 
 
-def later(model, dist):
+def later(model: GPT, dist: Dist) -> int:
     """Bytes that a run allocates later: gradients that are averaged over processes, and copies for checkpoints."""
     copies = int(dist.world_size > 1) + 3 * (dist.device.type == "cpu")  # a checkpoint is copied to main memory
     return LATER + copies * sum(p.nbytes for p in model.parameters())
 
 
-def fits(model, size, cfg, dist, beside=0):
+def fits(model: GPT, size: int, cfg: TrainConfig, dist: Dist, beside: int = 0) -> bool:
     """Whether a forward and backward pass of `size` sequences, and `beside` bytes, fit in every process's memory."""
     failed = 0
     with dist.agree():
@@ -142,7 +145,7 @@ def fits(model, size, cfg, dist, beside=0):
     return not dist.max(failed)
 
 
-def try_step(model, size, cfg, dist):
+def try_step(model: GPT, size: int, cfg: TrainConfig, dist: Dist) -> None:
     """Allocate what a micro-step after the first takes: it has gradients already."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -150,7 +153,7 @@ def try_step(model, size, cfg, dist):
     forward_backward(model, idx, idx, dist)
 
 
-def give_back(device):
+def give_back(device: torch.device) -> None:
     """Release GPU memory that PyTorch caches, so that other sizes fit."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -158,21 +161,29 @@ def give_back(device):
         torch.mps.empty_cache()
 
 
-def peak_memory(device):
+def peak_memory(device: torch.device) -> int:
     """Peak memory in bytes: of tensors on a GPU, of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     try:
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-    except (OSError, TypeError):  # no Linux
+        return 1024 * number(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except (OSError, ValueError):  # no Linux
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
 
 
-def total_memory(device=None):
+def number(pattern: str, text: str) -> int:
+    """The integer in the group of a regular expression. Raises ValueError if the text does not match."""
+    match = re.search(pattern, text)
+    if not match:
+        raise ValueError(f"{pattern} is not there")
+    return int(match[1])
+
+
+def total_memory(device: torch.device | None = None) -> float:
     """Memory in bytes that a process may use at most: all of a GPU, or its share of main memory."""
     if device is not None and device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -184,19 +195,19 @@ def total_memory(device=None):
     return total / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def free_memory():
+def free_memory() -> float:
     """Main memory in bytes that each of this machine's processes may still use."""
     try:
-        free = 1024 * int(re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):  # no Linux
+        free = 1024 * number(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except (OSError, ValueError):  # no Linux
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     try:
         limit, used, stat = (
             Path("/sys/fs/cgroup", f"memory.{name}").read_text() for name in ("max", "current", "stat")
         )
-        cached = int(re.search(r"^inactive_file (\d+)", stat, re.M)[1])  # of files, freed on demand
+        cached = number(r"(?m)^inactive_file (\d+)", stat)  # of files, freed on demand
         free = min(free, int(limit) - int(used) + cached)
-    except (OSError, TypeError, ValueError):  # no container's limit
+    except (OSError, ValueError):  # no container's limit
         pass
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")  # checked only if LOCAL_RANK is set
     return free / (int(processes) if processes.isdigit() and int(processes) else 1)

@@ -3,13 +3,14 @@
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 from nanogpt import files
 from nanogpt.config import installs
 from nanogpt.run.records import read_metrics
 
 
-def draw_losses(out_dir):
+def draw_losses(out_dir: Path | str) -> str:
     """Draw training and validation loss over the iterations to `loss.png`. Returns a line for the user."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,7 +35,7 @@ def draw_losses(out_dir):
     shown = [
         r for r in evals if r["val_loss"] <= top
     ]  # without the untrained model, whose loss would flatten the curves
-    marks = dict(marker="o", markersize=3.5, linewidth=1.8)
+    marks: dict[str, Any] = dict(marker="o", markersize=3.5, linewidth=1.8)
     axes.plot([r["step"] for r in shown], [r["train_loss"] for r in shown], color="#2f6db5", label="train", **marks)
     axes.plot([r["step"] for r in shown], [r["val_loss"] for r in shown], color="#d9662b", label="validation", **marks)
     if evals:

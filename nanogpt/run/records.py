@@ -2,11 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
 from nanogpt import files
 
 
-def drop_after(path, step, evaluated):
+def drop_after(path: Path | str, step: int, evaluated: int) -> None:
     """Remove the records after `step`, from which a run resumes, from metrics.jsonl.
 
     evaluated: the last step whose evaluation is not repeated.
@@ -19,7 +20,7 @@ def drop_after(path, step, evaluated):
     files.write(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def read_metrics(path):
+def read_metrics(path: Path | str) -> list[dict]:
     """The records of a metrics.jsonl, without a last line that a crash has cut short."""
     records = []
     for line in files.read(path).decode(errors="replace").splitlines():

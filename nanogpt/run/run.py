@@ -9,17 +9,24 @@ not raise there and then (the thread that writes, the log between collective ope
 
 import math
 import typing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from nanogpt import config, data, evaluate, optim
 from nanogpt.config import TrainConfig
 from nanogpt.model import GPT
-from nanogpt.run import checkpoint, health, log, memory, signals
+from nanogpt.run import checkpoint, memory, signals
 from nanogpt.run.distributed import Dist
+from nanogpt.run.health import Health, Watch
+from nanogpt.run.log import Log, Step, Unread, start_log
 from nanogpt.text import tokenizer
 
 
@@ -27,7 +34,7 @@ from nanogpt.text import tokenizer
 class TrainState:
     """The state of a run that is not tensors."""
 
-    step: int = 0  # updates done
+    step: int = 0  # steps done; those whose update was skipped count, too
     evaluated: int = -1  # the step of the last evaluation
     losses: dict | None = None  # its losses
     improved: bool = False  # whether its validation loss was the best so far
@@ -40,14 +47,14 @@ class TrainState:
     epoch_windows: int = 0  # windows in an epoch
 
     @classmethod
-    def of_json(cls, found):
+    def of_json(cls, found: dict) -> "TrainState":
         """The TrainState that a checkpoint holds. Raises TypeError or ValueError if it is not as declared above."""
         state, kinds = cls(**found), typing.get_type_hints(cls)
         for f in fields(cls):
             value, allowed = getattr(state, f.name), typing.get_args(kinds[f.name]) or (kinds[f.name],)
             sound = type(value) in allowed
-            if type(value) is int:
-                sound = sound and (1 if f.default is None else f.default) <= value <= config.MANY
+            if type(value) is int:  # at least its default; micro_batch at least 1
+                sound = sound and (f.default if type(f.default) is int else 1) <= value <= config.MANY
             elif type(value) is float:
                 sound = sound and math.isfinite(value)
             elif type(value) is dict:
@@ -56,7 +63,7 @@ class TrainState:
                 raise ValueError(f"{f.name} is {value!r:.60}")
         return state
 
-    def note(self, losses):
+    def note(self, losses: dict[str, float]) -> None:
         """Record the losses of an evaluation at this step."""
         self.evaluated, self.losses = self.step, losses
         self.improved = losses["val"] < (math.inf if self.best_val_loss is None else self.best_val_loss)
@@ -64,7 +71,7 @@ class TrainState:
         if self.improved:
             self.best_val_loss, self.best_step = losses["val"], self.step
 
-    def forget_best(self):
+    def forget_best(self) -> None:
         """Forget the best loss, so that patience starts anew; an evaluation at this step is repeated."""
         self.best_val_loss, self.best_step, self.stale = None, 0, 0
         self.evaluated = min(self.evaluated, self.step - 1)
@@ -76,35 +83,48 @@ class Run:
 
     cfg: TrainConfig
     dist: Dist
-    gpt: GPT  # the parameters
-    optimizer: optim.AdamW | optim.Muon
+    gpt: GPT  # to read, initialize and save its parameters
+    optimizer: optim.Optimizer
     scaler: torch.amp.GradScaler
-    health: health.Health
+    health: Health
     state: TrainState
     batches: data.Batches  # to train on
     eval_batches: dict  # {"train": data.Batches, "val": data.Batches}
-    wandb: object = None  # the W&B run, on the main process
+    wandb: Any = None  # the W&B run, on the main process
+    model: Any = None  # to call: gpt, perhaps compiled, and wrapped to average gradients
+    tick: Callable[[], None] = lambda: None  # called before each batch of an evaluation
 
-    def __post_init__(self):
-        self.model = self.gpt  # the same parameters; later compiled, and wrapped to average gradients
-        self.tick = lambda: None  # called before each batch of an evaluation
+    # what `open_outputs` opens; a benchmark has none of it
+    stop: signals.Stop = field(init=False)
+    writer: checkpoint.Writer = field(init=False)
+    watch: Watch = field(init=False)
+    unread: Unread = field(init=False)
+    log: Log = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = self.model or self.gpt
 
     @property
-    def step(self):
-        """Number of updates so far."""
+    def step(self) -> int:
+        """Number of steps done."""
         return self.state.step
 
-    def tensors(self):
+    def advance(self) -> None:
+        """Count a step. A skipped update counts, too: its windows are not read again."""
+        self.state.step += 1
+        self.state.windows += self.batches.per_step or 0
+
+    def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state but the weights, by name; not copies."""
         return optim.state_tensors(self.gpt, self.optimizer) | self.health.state
 
-    def fingerprints(self):
+    def fingerprints(self) -> dict[str, str | None]:
         """The fingerprint of each split's data: {'train': str, 'val': str}."""
         return {split: batches.dataset.fingerprint for split, batches in self.eval_batches.items()}
 
-    # The methods below need `guard` to have been called.
+    # The methods below need `open_outputs` to have been called.
 
-    def guard(self, stop, saved_in):
+    def open_outputs(self, stop: signals.Stop, saved_in: Path | None) -> None:
         """Open the log and the checkpoint writer. stop: a signals.Stop. saved_in: the folder of the resumed checkpoint."""
         cfg, state = self.cfg, self.state
         self.stop = stop
@@ -115,22 +135,22 @@ class Run:
             self.dist.fail,
             (state.step, saved_in) if saved_in else (None, None),
         )
-        self.watch = health.Watch(cfg, self.dist, state, self.writer)
-        self.unread = log.Unread(self.dist, cfg.log_interval)
+        self.watch = Watch(cfg, self.dist, state, self.writer)
+        self.unread = Unread(self.dist, cfg.log_interval)
         with self.dist.agree():
-            self.log = log.start_log(self)
+            self.log = start_log(self)
 
-    def agree_to_go_on(self):
+    def agree_to_go_on(self) -> bool:
         """Whether no process was asked to stop or has failed. A collective operation: all processes must call it."""
-        return not self.stop.agree()
+        return not self.stop.agree_to_stop()
 
-    def evaluation_is_due(self):
+    def evaluation_is_due(self) -> bool:
         """Whether to evaluate at this step; a resumed run does not repeat an evaluation."""
         cfg, step = self.cfg, self.step
         at_interval = step >= cfg.max_iters or step % cfg.eval_interval == 0
         return cfg.eval_only or (at_interval and self.state.evaluated != step)
 
-    def is_finished(self):
+    def is_finished(self) -> bool:
         """Whether nothing is left to train, or the last `patience` evaluations were no improvement."""
         cfg, state = self.cfg, self.state
         if cfg.eval_only or state.step >= cfg.max_iters:
@@ -143,34 +163,34 @@ class Run:
         self.log.say(f"no improvement in {state.stale} evaluations: the run ends; {best} (--patience)")
         return True
 
-    def repeat_smaller(self, work):
+    def retry_smaller(self, work: "Callable[[Run, int], Any]") -> Any:
         """Call work(run, micro_batch), and again with a smaller micro_batch if it runs out of memory."""
-        return memory.repeat_smaller(partial(work, self), self.state, self.cfg, self.dist)
+        return memory.retry_smaller(partial(work, self), self.state, self.cfg, self.dist)
 
     @contextmanager
-    def paused(self):
+    def paused(self) -> Iterator[None]:
         """Context whose time is excluded from the time of steps."""
         self._take(self.unread.read())
         with self.log.paused():
             yield
 
-    def measure(self, evaluation):
+    def measure(self, evaluation: "Callable[[Run, int], dict]") -> dict:
         """Call evaluation(run, micro_batch), off the clock. Raises StopRequested if the run is asked to stop meanwhile."""
         with self.paused():
             self.tick = self.log.counted(self.step, self.stop.check)
             self.stop.check()  # a failed save may mean that memory is short
-            return self.repeat_smaller(evaluation)
+            return self.retry_smaller(evaluation)
 
-    def record(self, losses, lr):
+    def record(self, losses: dict[str, float], lr: float) -> None:
         """Record and report the losses {'train': nats, 'val': nats} of an evaluation at this step."""
         self.state.note(losses)
         self.log.evaluation(self.step, losses, lr)
 
-    def record_exact(self, result):
+    def record_exact(self, result: dict) -> None:
         """Report what `evaluate.exact_validation` found."""
         self.log.exact(self.step, result)
 
-    def report(self, lr, metrics):
+    def report(self, metrics: dict[str, Tensor], lr: float) -> None:
         """Report a step by its metrics {name: scalar}, at once or a few steps later: the host does not wait for them.
 
         Raises RunFailed, on all processes, if the run has diverged.
@@ -178,12 +198,12 @@ class Run:
         self._take(self.unread.add(self.step, lr, metrics))
         self.log.begins(self.step + 1)
 
-    def _take(self, steps):
+    def _take(self, steps: list[Step]) -> None:
         for step, lr, metrics in steps:
             self.watch.check(step, metrics)
             self.log.step(step, lr, metrics)
 
-    def token_bytes(self):
+    def token_bytes(self) -> np.ndarray | None:
         """The UTF-8 length of each token, for bits per byte; None if the tokenizer's package is missing."""
         dataset = self.eval_batches["val"].dataset
         try:
@@ -193,7 +213,7 @@ class Run:
             return None
         return evaluate.byte_lengths(tok, dataset.separator)
 
-    def save(self):
+    def save(self) -> None:
         """Copy the state, on the main process, and write it in the background.
 
         An untrained model is saved only if the run was asked to stop.
@@ -215,12 +235,12 @@ class Run:
             )
             self.writer.save(dict(self.gpt.named_parameters()), self.tensors(), info)
 
-    def check_writes(self):
+    def check_writes(self) -> None:
         """Wait for what is being written. Raises RunFailed, on all processes, if a write has failed."""
         with self.dist.agree():
             self.writer.wait()
 
-    def save_and_stop(self):
+    def save_and_stop(self) -> None:
         """Save the run, if this step is not saved yet, and raise Stopped with a line on how to resume."""
         with self.dist.agree():
             self._take(self.unread.read())  # finds a diverged step before it is saved
@@ -234,7 +254,7 @@ class Run:
         )
         raise signals.Stopped(f"stopped at step {self.step}{how}", self.stop.agreed)
 
-    def close(self):
+    def close(self) -> None:
         """Close the log and wait for the writer."""
         try:
             self.log.close()

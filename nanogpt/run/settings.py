@@ -8,13 +8,15 @@ import difflib
 import math
 import operator
 import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from nanogpt.config import UserError, is_path, is_utf8, nearest
 
 
-def load(cls, argv, prog, inherit=None):
+def load(cls, argv: list[str], prog: str, inherit: Callable | None = None) -> Any:
     """Read config files and `--key=value` arguments into a checked `cls`.
 
     Files are read in order; flags override them regardless of their position. A class that has ARGUMENTS takes no
@@ -23,10 +25,15 @@ def load(cls, argv, prog, inherit=None):
     The result's `sources` maps each setting that was given to its source. `--help` prints the help and exits with 0.
     Raises UserError with all problems at once.
     """
-    values, sources, problems, failed, names, autos = {}, {}, [], set(), {}, {}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    autos: dict[str, str] = {}
+    problems: list[str] = []
+    failed: set[str] = set()
+    names: dict[str, Any] = {}
     known = {f.name: f for f in fields(cls)}
 
-    def assign(source, shown, name, value):
+    def assign(source: Any, shown: str, name: str, value: Any) -> None:
         """Set a value or record the problem, in which `shown` names it."""
         if name not in known:
             problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
@@ -76,7 +83,7 @@ def load(cls, argv, prog, inherit=None):
     return cfg
 
 
-def misfits(cfg, failed):
+def misfits(cfg: Any, failed: set[str]) -> Iterator[str]:
     """Yield a message for each of `cfg.problems()`, except those of settings that have failed already."""
     for names, why in cfg.problems():
         if not failed & set(names):
@@ -89,7 +96,7 @@ class _Text(str):
     """A value as typed on the command line, not converted yet."""
 
 
-def change(cfg, name, text):
+def change(cfg: Any, name: str, text: str) -> None:
     """Set a setting of `cfg` to the text that was typed. Raises UserError that says what was expected."""
     meta = {f.name: f.metadata for f in fields(cfg)}[name]
     try:
@@ -98,7 +105,7 @@ def change(cfg, name, text):
         raise UserError(f"{name} {text}: expected {e}") from None
 
 
-def check_bounds(cls, values, source):
+def check_bounds(cls, values: dict, source: Any) -> None:
     """Raise UserError for the values {name: value} that the settings of these names in `cls` do not allow."""
     problems = []
     for name, meta in ((f.name, f.metadata) for f in fields(cls) if f.name in values):
@@ -110,7 +117,7 @@ def check_bounds(cls, values, source):
         raise UserError(*problems)
 
 
-def convert(value, meta):
+def convert(value: Any, meta: Mapping) -> Any:
     """A value, from Python or the command line, as its setting's type. Raises ValueError that says what was expected."""
     kind, auto = meta["kind"], meta["auto"]
     if auto and isinstance(value, str) and value == "auto":
@@ -142,7 +149,7 @@ def convert(value, meta):
     return value
 
 
-def _from_text(text, kind):
+def _from_text(text: str, kind: type) -> Any:
     text = str(text)
     if kind is str:
         return text
@@ -156,7 +163,7 @@ def _from_text(text, kind):
     return text
 
 
-def describe(meta):
+def describe(meta: Mapping) -> str:
     """What a setting accepts, in words: 'an integer >= 1 or auto'."""
     words = {int: "an integer", float: "a number", bool: "True or False", str: "UTF-8 text"}[meta["kind"]]
     if meta["choices"]:
@@ -175,14 +182,14 @@ def describe(meta):
 
 # -- config files: assignments of literals and arithmetic, parsed and never executed
 
-_ARITHMETIC = {
+_ARITHMETIC: dict[type, Callable] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
     ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
 
 
-def read_config_file(path, names, problems):
+def read_config_file(path: str, names: dict, problems: list[str]) -> Iterator[tuple[int, str, Any]]:
     """Yield (line, name, value) for each assignment of the config file at `path`.
 
     names: the values assigned so far, here or in earlier files; updated. A name that begins with an underscore is a
@@ -211,11 +218,11 @@ def read_config_file(path, names, problems):
             and isinstance(statement.value.value, str)
         ):
             continue  # a docstring
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+        target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else None
+        if not isinstance(statement, ast.Assign) or not isinstance(target, ast.Name):
             problems.append(f"{path}:{statement.lineno}: only assignments like name = value can stand in a config file")
             continue
-        name = targets[0].id
+        name = target.id
         try:
             value = names[name] = evaluate(statement.value, names)
         except (ValueError, TypeError, ArithmeticError, RecursionError) as e:
@@ -225,7 +232,7 @@ def read_config_file(path, names, problems):
             yield statement.lineno, name, value
 
 
-def nearest_file(path):
+def nearest_file(path: str) -> str:
     """'; did you mean FILE?' for a mistyped path, or nothing."""
     folder = Path(path).parent
     others = [p.name for p in folder.glob("*.py") if p.name != Path(path).name]  # including broken links
@@ -233,7 +240,7 @@ def nearest_file(path):
     return f"; did you mean {folder / close[0]}?" if close else ""
 
 
-def evaluate(node, names):
+def evaluate(node: ast.AST, names: dict) -> Any:
     """The value of a literal, an earlier name, or arithmetic on them. Raises ValueError on anything else."""
     if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float, str)):
         return _bounded(node.value)
@@ -254,13 +261,13 @@ def evaluate(node, names):
     raise ValueError("only literals and arithmetic on names assigned above can stand in a config file")
 
 
-def _number(value):
+def _number(value: Any) -> Any:
     if type(value) not in (int, float):
         raise ValueError(f"no arithmetic on {value!r}")
     return value
 
 
-def _bounded(value):
+def _bounded(value: Any) -> Any:
     too_large = len(value) > 10_000 if isinstance(value, str) else isinstance(value, complex) or abs(value) > 1e300
     if too_large:
         raise ValueError("that value is too large for a setting")
@@ -270,7 +277,7 @@ def _bounded(value):
 # -- showing them
 
 
-def help_text(cfg, prog):
+def help_text(cfg: Any, prog: str) -> str:
     """Every setting with its value, meaning, type, default, and the source of the value."""
     if hasattr(cfg, "ARGUMENTS"):
         lines = [f"usage: {prog} {cfg.ARGUMENTS} ... [--key=value ...]", "", "Each setting, with its present value:"]

@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from nanogpt.config import UserError
 
@@ -21,7 +23,7 @@ class Interrupted(BaseException):
 class Stopped(UserError):
     """The run was saved and stopped on request. The exit code is the shell's for the signal."""
 
-    def __init__(self, line, signum):
+    def __init__(self, line: str, signum: int) -> None:
         super().__init__(line)
         self.exit_code = 128 + signum
 
@@ -29,24 +31,24 @@ class Stopped(UserError):
 class Stop:
     """Whether the run was asked to stop."""
 
-    def __init__(self, dist):
+    def __init__(self, dist: Any) -> None:
         self.dist, self.breakable = dist, False
-        self.signum = None  # the first signal that this process received
+        self.signum: int | None = None  # the first signal that this process received
         self.interrupted = False  # whether it received SIGINT
         self.agreed = 0  # the signal, or FAILED, that all processes know of
 
-    def agree(self):
+    def agree_to_stop(self) -> bool:
         """Whether any process was asked to stop or has failed. A collective operation: all processes must call it."""
         self.agreed = self.dist.max(FAILED if self.dist.failure else self.signum or 0)
         return self.agreed > 0
 
-    def check(self):
-        """Raise StopRequested on all processes if `agree` is true. A collective operation."""
-        if self.agree():
+    def check(self) -> None:
+        """Raise StopRequested on all processes if `agree_to_stop` is true. A collective operation."""
+        if self.agree_to_stop():
             raise StopRequested
 
     @contextmanager
-    def at_once(self):
+    def at_once(self) -> Iterator[None]:
         """Context in which a signal raises Interrupted at once instead of waiting for a safe point."""
         self.breakable = True
         try:
@@ -56,7 +58,7 @@ class Stop:
         finally:
             self.breakable = False
 
-    def _handle(self, signum, frame):
+    def _handle(self, signum: int, frame: Any) -> None:
         if signum == signal.SIGINT and self.interrupted:
             os._exit(130)  # the second one stops at once
         self.interrupted = self.interrupted or signum == signal.SIGINT
@@ -72,7 +74,7 @@ class Stop:
 
 
 @contextmanager
-def stopping(dist):
+def stopping(dist: Any) -> Iterator[Stop]:
     """Context of a Stop that handles the signals; the previous handlers are restored at its end.
 
     If SIGHUP is ignored, as under nohup, it stays so.

@@ -6,8 +6,12 @@ import shlex
 import statistics
 import time
 from functools import partial
+from typing import Any
 
 import torch
+
+from nanogpt.config import TrainConfig
+from nanogpt.model import GPT
 
 # Dense peak in TFLOP/s, bfloat16 (float16 if the chip has no bfloat16), from the vendors' datasheets.
 # The first name that occurs in the device's name counts.
@@ -19,7 +23,7 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def device_peak(dist):
+def device_peak(dist: Any) -> float:
     """Peak FLOP/s of the devices of all processes at this dtype: the datasheet's if it is known, otherwise measured."""
     if dist.device.type == "cuda" and dist.dtype != torch.float32:
         name = torch.cuda.get_device_name(dist.device)
@@ -41,7 +45,7 @@ def device_peak(dist):
 PLAUSIBLE = 0.9  # of the peak of a large product; no model reaches more
 
 
-def peak_beside(flops_rate, peak, dist):
+def peak_beside(flops_rate: float, peak: float, dist: Any) -> float:
     """The peak of `device_peak`, measured again if `flops_rate` is so near to it that it must be too low.
 
     A peak is too low if another program used the machine meanwhile. NaN, as on all processes but the main one, stays.
@@ -54,7 +58,7 @@ def peak_beside(flops_rate, peak, dist):
     return peak
 
 
-def measured_peak(dist):
+def measured_peak(dist: Any) -> float:
     """FLOP/s of a large matrix product on the device: the fastest of those that fit in a tenth of a second."""
     n = 1024 if dist.device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=dist.device, dtype=dist.operand_dtype) for _ in range(2))
@@ -70,7 +74,7 @@ def measured_peak(dist):
     return 2 * n**3 / fastest
 
 
-def products_rate(model, dist, tokens, repeats=50):
+def products_rate(model: GPT, dist: Any, tokens: int, repeats: int = 50) -> float:
     """FLOP/s of the model's matrix products alone, forward and backward, over this number of tokens.
 
     Each product has its own buffers, since in a real iteration its operands are not in the CPU's cache either.
@@ -78,7 +82,8 @@ def products_rate(model, dist, tokens, repeats=50):
     layers = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     new = partial(torch.randn, device=dist.device, dtype=dist.operand_dtype)
     x, w, g = [new(tokens, k) for k, _ in layers], [new(n, k) for k, n in layers], [new(tokens, n) for _, n in layers]
-    times, began = [], time.perf_counter()
+    times: list[float] = []
+    began = time.perf_counter()
     while len(times) < repeats and (len(times) < 3 or time.perf_counter() - began < 5):
         synchronize(dist.device)
         begin = time.perf_counter()
@@ -91,7 +96,7 @@ def products_rate(model, dist, tokens, repeats=50):
     return sum(3 * 2 * tokens * k * n for k, n in layers) / statistics.median(times)
 
 
-def synchronize(device):
+def synchronize(device: torch.device) -> None:
     """Wait until the device has done everything it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -99,7 +104,7 @@ def synchronize(device):
         torch.mps.synchronize()
 
 
-def expected_seconds(steps, flops_per_iter, peak, layers):
+def expected_seconds(steps: int, flops_per_iter: float, peak: float, layers: int) -> float:
     """Estimated seconds for `steps` iterations, right within a factor of about two.
 
     Assumes that models reach a third of the device's peak, and that a block takes a millisecond at least. layers:
@@ -111,7 +116,7 @@ def expected_seconds(steps, flops_per_iter, peak, layers):
 HOURS = 2 * 3600.0  # seconds from which on a run is called long; the estimate may be twice the true time
 
 
-def takes_hours(cfg, dist, step, flops, peak, micro_steps):
+def takes_hours(cfg: TrainConfig, dist: Any, step: int, flops: float, peak: float, micro_steps: int) -> str | None:
     """A line about the estimated time of the rest of the run, and what would shorten it; None if it takes no hours.
 
     flops: of an iteration. peak: FLOP/s of the device. An evaluation is a forward pass, a third of the work, over
@@ -133,7 +138,7 @@ def takes_hours(cfg, dist, step, flops, peak, micro_steps):
     )
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """'about 9 minutes'."""
     if seconds < 90:
         return f"about {seconds:.0f} seconds"

@@ -4,19 +4,24 @@
 """
 
 import gc
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nanogpt import config, data, files, optim
-from nanogpt.config import GPT2_NAMES, RunFailed, UserError
+from nanogpt.config import GPT2_NAMES, RunFailed, TrainConfig, UserError
+from nanogpt.data import Dataset
 from nanogpt.formats import hugging_face, pretrained
 from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import checkpoint, compile, distributed, health, memory, signals, trackers, trained
+from nanogpt.run.checkpoint import Checkpoint
+from nanogpt.run.distributed import Dist
 from nanogpt.run.run import Run, TrainState
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 
@@ -24,12 +29,12 @@ from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 SHAPE = [f.name for f in fields(GPTConfig) if hasattr(config.TrainConfig, f.name) and f.name != "dropout"]
 
 
-def shape(cfg):
+def shape(cfg: TrainConfig) -> dict[str, Any]:
     """The settings that determine a model's shape, {name: value}."""
     return {name: getattr(cfg, name) for name in SHAPE}
 
 
-def settings_to_resume(cfg):
+def settings_to_resume(cfg: TrainConfig) -> tuple[dict, str | None]:
     """The settings of the run to resume and the folder of its checkpoint; {} and None if there is none."""
     if cfg.init_from not in ("resume", "auto"):
         return {}, None
@@ -37,7 +42,7 @@ def settings_to_resume(cfg):
     return ({}, None) if found is None else (settings_before(found), str(found.folder))
 
 
-def settings_before(found):
+def settings_before(found: Checkpoint) -> dict[str, Any]:
     """The settings of a Checkpoint's run, except those that are not inherited."""
     new = ["init_from", "out_dir", "eval_only"]
     if found.in_memory:  # from another project, and so another machine
@@ -46,7 +51,7 @@ def settings_before(found):
     return kept | {name: found.model_config[name] for name in SHAPE}
 
 
-def say_what_differs(cfg, found, dist):
+def say_what_differs(cfg: TrainConfig, found: Checkpoint, dist: Dist) -> None:
     """Announce the settings that differ from those of the run so far."""
     before, now = settings_before(found), asdict(cfg)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
@@ -54,7 +59,7 @@ def say_what_differs(cfg, found, dist):
         dist.say(f"settings: not those of the run so far: {', '.join(changed)}")
 
 
-def find_start(cfg, dist):
+def find_weights(cfg: TrainConfig, dist: Dist) -> Checkpoint | str | None:
     """What `init_from` refers to: None (scratch), a Checkpoint, or the name or folder of a pretrained model."""
     if cfg.init_from == "scratch":
         return None
@@ -73,15 +78,15 @@ def find_start(cfg, dist):
     return found
 
 
-def make_model(cfg, found, dataset, dist):
-    """The model that `find_start` found, or a new one, on the device. UserError if it does not fit the settings."""
+def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> GPT:
+    """The model that `find_weights` found, or a new one, on the device. UserError if it does not fit the settings."""
     torch.manual_seed(cfg.seed)
     resuming = cfg.init_from in ("resume", "auto")
     if found is None:
         gpt_config = GPTConfig(**shape(cfg), dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
         memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
         model = GPT(gpt_config)
-    elif isinstance(found, checkpoint.Checkpoint):
+    elif isinstance(found, Checkpoint):
         if resuming:
             keep_shape(cfg, found)
         origin = cfg.out_dir if resuming else cfg.init_from
@@ -106,13 +111,13 @@ def make_model(cfg, found, dataset, dist):
     return model.to(dist.device)
 
 
-def choose_context(cfg, found, dist):
+def choose_context(cfg: TrainConfig, found: Any, dist: Dist) -> None:
     """Use the model's own context if it is shorter than the default and the settings name none."""
     if found is None or found in GPT2_NAMES or "block_size" in cfg.sources:
         return
     of = (
         found.model_config["block_size"]
-        if isinstance(found, checkpoint.Checkpoint)
+        if isinstance(found, Checkpoint)
         else hugging_face.read_config(Path(found)).block_size
     )
     if of < cfg.block_size:
@@ -120,7 +125,7 @@ def choose_context(cfg, found, dist):
         cfg.block_size = of
 
 
-def keep_shape(cfg, found):
+def keep_shape(cfg: TrainConfig, found: Checkpoint) -> None:
     """Raise UserError if the shape or the optimizer is not the checkpoint's."""
     had = {name: found.model_config[name] for name in SHAPE} | {"optimizer": found.settings.get("optimizer", "adamw")}
     wrong = [name for name in had if getattr(cfg, name) != had[name]]
@@ -128,7 +133,7 @@ def keep_shape(cfg, found):
         raise UserError(*(f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {had[n]}" for n in wrong))
 
 
-def padded(vocab_size, dist):
+def padded(vocab_size: int, dist: Dist) -> int:
     """The size of the embedding: a large vocabulary is rounded up to a multiple of 64."""
     size = -(-vocab_size // 64) * 64 if vocab_size > 1024 else vocab_size
     if size != vocab_size:
@@ -136,7 +141,7 @@ def padded(vocab_size, dist):
     return size
 
 
-def restore(run, found, cfg):
+def restore(run: Run, found: Checkpoint, cfg: TrainConfig) -> None:
     """Restore the run's state from the checkpoint. UserError if it does not fit."""
     try:
         tensors = found.optimizer_tensors()
@@ -160,7 +165,7 @@ def restore(run, found, cfg):
         raise UserError(f"{found.folder}: its state does not fit the model ({e})") from None
 
 
-def go_on_in_data(run, found, cfg, dist):
+def go_on_in_data(run: Run, found: Checkpoint, cfg: TrainConfig, dist: Dist) -> None:
     """Keep the run's position in its data, or begin a new epoch if the data or their order have changed."""
     state, settings, train = run.state, asdict(cfg), run.batches.dataset
     fingerprints = run.fingerprints()
@@ -180,27 +185,27 @@ def go_on_in_data(run, found, cfg, dist):
         dist.say(f"epoch: number {epochs + 1} begins, as the run reads other windows now, or in another order")
 
 
-def is_new(name, settings, earlier):
+def is_new(name: str, settings: dict, earlier: dict) -> bool:
     """Whether a setting has changed, as far as the earlier value is known."""
     return earlier.get(name, settings[name]) != settings[name]
 
 
 @contextmanager
-def start(cfg, dist):
+def start(cfg: TrainConfig, dist: Dist) -> Iterator[Run]:
     """Context of a Run as the settings describe it; the log and the writer are closed at its end.
 
     Raises Stopped, after saving, if the run was asked to stop; RunFailed, on all processes, if one cannot go on.
     """
     with signals.stopping(dist) as stop, files.Lock(Path(cfg.out_dir) / ".lock") as lock:
-        run, saved_in = find_run(cfg, dist, lock)
-        run.guard(stop, saved_in)
+        run, saved_in = prepare_run(cfg, dist, lock)
+        run.open_outputs(stop, saved_in)
         try:
             with run.paused():
                 run.model = dist.wrap(compile_model(run))
             gc.freeze()  # exempt what exists by now from garbage collection: it stays for the whole run
             with suppress(signals.StopRequested):
                 yield run
-            if stop.agree():
+            if stop.agree_to_stop():
                 run.save_and_stop()
             run.check_writes()
         finally:
@@ -208,7 +213,7 @@ def start(cfg, dist):
             run.close()
 
 
-def find_run(cfg, dist, lock):
+def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Path | None]:
     """(the Run that the settings describe, the folder of the checkpoint that it resumes or None).
 
     lock: the files.Lock of `out_dir`, which is taken before anything is written.
@@ -221,7 +226,7 @@ def find_run(cfg, dist, lock):
             checkpoint.check_out_dir(cfg.out_dir)
         if cfg.init_from in ("resume", "auto") and not cfg.eval_only:
             take(lock, cfg, dist, create=False)  # before the checkpoint is chosen: another run may be adding one
-        found = find_start(cfg, dist)
+        found = find_weights(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         run = make_run(cfg, found, resuming, dist)
     if dist.sum([run.step])[0] != run.step * dist.world_size:
@@ -232,16 +237,16 @@ def find_run(cfg, dist, lock):
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.gpt, cfg, dist)
         with dist.agree():
             run.wandb = open_out_dir(cfg, dist, resuming, lock)
-    return run, found.folder if resuming else None
+    return run, found.folder if isinstance(found, Checkpoint) and resuming else None
 
 
-def compile_model(run):
+def compile_model(run: Run) -> Any:
     """The compiled model, or the model itself if the run is asked to stop meanwhile, which the loop then sees."""
     cfg, dist = run.cfg, run.dist
     micro_steps, _ = data.share_batch(cfg, dist.world_size, run.state.micro_batch)
     seconds = dist.sum([run.log.seconds_ahead(micro_steps * cfg.n_layer)])[0]
 
-    def compiled(run, micro_batch):
+    def compiled(run: Run, micro_batch: int) -> Any:
         evaluated = data.largest_divisor(cfg.batch_size, micro_batch), cfg.block_size
         trained = data.share_batch(cfg, dist.world_size, micro_batch)[1], cfg.block_size
         return compile.compiled(run.gpt, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
@@ -249,13 +254,13 @@ def compile_model(run):
     run.log.progress.at("compiling the model (--compile)")  # instantaneous if it is not compiled
     try:
         with run.stop.at_once():
-            return run.repeat_smaller(compiled)
+            return run.retry_smaller(compiled)
     except signals.Interrupted:
         return run.gpt
 
 
-def make_run(cfg, found, resuming, dist):
-    """The Run that starts from what `find_start` found."""
+def make_run(cfg: TrainConfig, found: Any, resuming: bool, dist: Dist) -> Run:
+    """The Run that starts from what `find_weights` found."""
     if not resuming:
         choose_context(cfg, found, dist)
     splits = ("train", "val")
@@ -284,7 +289,7 @@ def make_run(cfg, found, resuming, dist):
     return run
 
 
-def say_what_the_schedule_lacks(cfg, dist):
+def say_what_the_schedule_lacks(cfg: TrainConfig, dist: Dist) -> None:
     """Warn if the run ends during its warm-up, or goes on after the learning rate has reached 0."""
     if cfg.eval_only or not cfg.decay_lr:
         return
@@ -301,7 +306,7 @@ def say_what_the_schedule_lacks(cfg, dist):
         )
 
 
-def take(lock, cfg, dist, create):
+def take(lock: files.Lock, cfg: TrainConfig, dist: Dist, create: bool) -> None:
     """Lock `out_dir` against other runs, on the main process. UserError names the run that holds the lock."""
     try:
         if dist.is_main:
@@ -314,7 +319,7 @@ def take(lock, cfg, dist, create):
         raise RunFailed(f"--out_dir={cfg.out_dir}: cannot be written to ({lock.path}: {e.strerror})") from None
 
 
-def open_out_dir(cfg, dist, resuming, lock):
+def open_out_dir(cfg: TrainConfig, dist: Dist, resuming: bool, lock: files.Lock) -> Any:
     """Create and lock `out_dir`, move an earlier run in it aside, and save the settings. Returns the W&B run or None.
 
     W&B comes first, since it may fail: then the earlier run stays where it is.

@@ -5,21 +5,23 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from nanogpt import files
-from nanogpt.config import UserError, installs
+from nanogpt.config import TrainConfig, UserError, installs
 
 
-def require_wandb(cfg):
+def require_wandb(cfg: TrainConfig) -> None:
     """Raise UserError if W&B is asked for and not installed."""
     if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
         raise UserError(f"--wandb_log=True: wandb is not installed; {installs('wandb')} brings it")
 
 
-def start_wandb(cfg, run_id, say):
+def start_wandb(cfg: TrainConfig, run_id: str | None, say: Callable[[str], Any]) -> Any:
     """Start the W&B run with this id, or a new one if the id is None. WANDB_MODE=offline keeps it on this machine.
 
     It is written to `out_dir`, unless WANDB_DIR names another folder. A replacement such as trackio is installed under
@@ -33,7 +35,7 @@ def start_wandb(cfg, run_id, say):
     try:
         import wandb
 
-        own = {}
+        own: dict[str, Any] = {}
         if hasattr(wandb, "Settings"):  # replacements have none
             timeout = float(os.environ.get("WANDB_INIT_TIMEOUT", 30))
             own = dict(settings=wandb.Settings(init_timeout=timeout, symlink=False))
@@ -57,7 +59,7 @@ def start_wandb(cfg, run_id, say):
     return run
 
 
-def kept_wandb_id(out_dir):
+def kept_wandb_id(out_dir: Path | str) -> str | None:
     """The id of the W&B run in which the run in `out_dir` was logged, or None."""
     path = Path(out_dir) / "config.json"
     try:
@@ -67,6 +69,6 @@ def kept_wandb_id(out_dir):
         return None
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """An exception's message on one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -203,7 +203,7 @@ def tokenizer_of(folder: str | Path) -> dict:
     return hugging_face_tokenizer.read(folder)
 
 
-def require_same_tokenizer(dataset: str, of_dataset: dict, of_model: dict, model: str | Path) -> None:
+def require_same_tokenizer(dataset: str, of_dataset: dict | None, of_model: dict, model: str | Path) -> None:
     """Raise UserError unless a dataset and the model named or stored at `model` have the same tokenizer, as JSON."""
     try:
         if tokenizer.same(of_dataset, of_model):

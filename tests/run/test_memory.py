@@ -203,7 +203,7 @@ def test_half_and_half_again_until_it_fits(dist, capsys, error):
             raise error
         return "done"
 
-    assert memory.repeat_smaller(work, state, CFG, dist) == "done"
+    assert memory.retry_smaller(work, state, CFG, dist) == "done"
     assert tried == [4, 2, 1] and state.micro_batch == 1
 
 
@@ -213,7 +213,7 @@ def test_one_sequence_that_does_not_fit_ends_the_run_with_a_line(dist, capsys, e
         raise error
 
     with pytest.raises(RunFailed, match=r"a single sequence at a time; smaller are --block_size=4 .*\(.+\)$") as caught:
-        memory.repeat_smaller(work, TrainState(), CFG, dist)
+        memory.retry_smaller(work, TrainState(), CFG, dist)
     assert "\n" not in str(caught.value)
 
 
@@ -223,7 +223,7 @@ def test_among_several_processes_the_run_ends_with_a_line(dist):
 
     dist.world_size = 2
     with pytest.raises(RunFailed, match="with 4 sequences at a time; --batch_size=auto finds how many fit"):
-        memory.repeat_smaller(work, TrainState(), CFG, dist)
+        memory.retry_smaller(work, TrainState(), CFG, dist)
 
 
 def test_another_error_is_another_matter(dist):
@@ -231,7 +231,7 @@ def test_another_error_is_another_matter(dist):
         raise RuntimeError("the loop fell over")
 
     with pytest.raises(RuntimeError, match="fell over"):
-        memory.repeat_smaller(work, TrainState(), CFG, dist)
+        memory.retry_smaller(work, TrainState(), CFG, dist)
 
 
 def test_trying_leaves_no_trace(dist, capsys):

@@ -113,7 +113,7 @@ def test_a_closed_terminal_changes_nothing_under_nohup(dist):
     try:
         with signals.stopping(dist) as stop:
             signal.raise_signal(signal.SIGHUP)
-            assert not stop.agree()
+            assert not stop.agree_to_stop()
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -122,7 +122,7 @@ def test_what_may_be_broken_off_is_broken_off_at_once_also_when_asked_before(dis
     with signals.stopping(dist) as stop:
         with pytest.raises(signals.Interrupted), stop.at_once():
             signal.raise_signal(signal.SIGTERM)
-        assert stop.agree()
+        assert stop.agree_to_stop()
         with pytest.raises(signals.Interrupted), stop.at_once():
             pytest.fail("it was begun")
         signal.raise_signal(signal.SIGUSR1)  # outside of it, nothing is raised
@@ -135,6 +135,6 @@ def test_a_second_interrupt_counts_with_any_other_signals_before_and_between(dis
     stop = Stop(dist)
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         stop._handle(signum, None)
-    assert stop.agree() and stop.agreed == signal.SIGTERM and not ended
+    assert stop.agree_to_stop() and stop.agreed == signal.SIGTERM and not ended
     stop._handle(signal.SIGINT, None)
     assert ended == [130]
