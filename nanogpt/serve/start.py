@@ -70,7 +70,8 @@ def listen(cfg: ServeConfig) -> socket.socket:
 
 def serve(cfg: ServeConfig, sock: socket.socket, key: str | None, dist: distributed.Dist) -> None:
     """Load the model and serve it until a signal arrives."""
-    from nanogpt.serve.app import LOOPBACK, Server
+    from nanogpt.serve.access import LOOPBACK
+    from nanogpt.serve.app import Server
     from nanogpt.serve.connections import run
 
     cores = torch.get_num_threads()

@@ -234,11 +234,17 @@ def part(text, id=None, start=0, finish=None, logprob=-1.0, likeliest=()):
     return Part(0, text, token, start, finish)
 
 
+def body(choice, parts):
+    for each in parts:
+        choice.add(each)
+    return choice.body()
+
+
 def test_a_choice_has_the_shape_that_the_client_expects():
     choice = Choice(0, "", True, CharTokenizer("ab€"))
     parts = [part("a", 0, 0, None, -0.5, ((0, -0.5), (1, -2.0))), part("€", 2, 1, "length", -torch.inf, ((0, -0.1),))]
-    body = Completion(ask(logprobs=1), "m", 3).body([choice.body(parts)], 2)
-    found = OpenAICompletion.model_validate(json.loads(json.dumps(body, allow_nan=False)))
+    completion = Completion(ask(logprobs=1), "m", 3).body([body(choice, parts)], 2)
+    found = OpenAICompletion.model_validate(json.loads(json.dumps(completion, allow_nan=False)))
     assert found.choices[0].text == "a€" and found.choices[0].finish_reason == "length"
     logprobs = found.choices[0].logprobs
     assert (logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset) == (["a", "€"], [-0.5, -9999.0], [0, 1])
@@ -248,19 +254,19 @@ def test_a_choice_has_the_shape_that_the_client_expects():
 
 def test_a_prompt_that_is_echoed_comes_once_and_moves_the_offsets():
     choice = Choice(0, "ab", True, CharTokenizer("ab"))
-    first, second = choice.body([part("a", 0, 0)]), choice.body([part("b", 1, 1)])
+    first, second = body(choice, [part("a", 0, 0)]), body(choice, [part("b", 1, 1)])
     assert (first["text"], second["text"]) == ("aba", "b")
     assert (first["logprobs"]["text_offset"], second["logprobs"]["text_offset"]) == ([2], [3])
 
 
 def test_a_token_is_reported_with_its_text_and_not_before():
     choice = Choice(0, "", True, CharTokenizer("abc"))
-    held = choice.body([part("a", 0, 0), part("", 1, 1)])  # b may begin a stop string
+    held = body(choice, [part("a", 0, 0), part("", 1, 1)])  # b may begin a stop string
     assert held["logprobs"]["tokens"] == ["a"]
-    assert choice.body([part("bc", 2, 2)])["logprobs"] == dict(
+    assert body(choice, [part("bc", 2, 2)])["logprobs"] == dict(
         tokens=["b", "c"], token_logprobs=[-1.0, -1.0], top_logprobs=[{"b": -1.0}, {"c": -1.0}], text_offset=[1, 2]
     )
-    stopped = choice.body([part("", 1, 3), part("", 2, 4, "stop")])
+    stopped = body(choice, [part("", 1, 3), part("", 2, 4, "stop")])
     assert stopped["logprobs"]["tokens"] == [] and choice.tokens == 5
 
 
@@ -270,5 +276,5 @@ def test_a_token_that_is_no_whole_character_is_named_by_its_bytes():
             return "€".encode()[id : id + 1]
 
     choice = Choice(0, "", True, Halves())
-    found = choice.body([part("", 0), part("", 1), part("€", 2)])["logprobs"]
+    found = body(choice, [part("", 0), part("", 1), part("€", 2)])["logprobs"]
     assert found["tokens"] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"] and found["text_offset"] == [0, 0, 0]
