@@ -291,7 +291,7 @@ class CompletionResponse(Response):
                     self.choices[part.index].add(part)
                     unfinished -= part.finish is not None
                 yield [self.choices[index] for index in dict.fromkeys(part.index for part in parts)]
-        except TimeoutError:
+        except asyncio.TimeoutError:
             raise ApiError(408, f"the request took longer than {self.server.cfg.max_seconds:g} s") from None
         except batching.Stopping:
             raise ApiError(503, "the server is stopping") from None
