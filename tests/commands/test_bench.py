@@ -63,7 +63,7 @@ def test_each_phase_has_its_own_time(dist, tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, work)
 
-    takes(3600.0, bench.RandomBatches, "get")
+    takes(3600.0, bench.data.Batches, "get")
     takes(1200.0, GPT, "forward")
     takes(2400.0, torch.Tensor, "backward")
     takes(60.0, bench.optim.AdamW, "step")

@@ -200,7 +200,7 @@ def test_mistakes_are_said_and_it_goes_on(trained):
         "\n/tempo 1\n/temperature warm\n/top_k -1\n/t 1\n//\nÖ\n/helb\nThe\n".encode() + b"\xff\n/help"
     )
     lines = said.splitlines()
-    assert lines[0] == "error: there is no text yet; type how it begins"
+    assert lines[0] == "error: there is no text yet; type its beginning"
     assert lines[1].startswith("error: /tempo: there is no such command")
     assert lines[2] == "error: temperature warm: expected a number >= 0.0"
     assert lines[3] == "error: top_k -1: expected an integer from 0 to 2147483647"
