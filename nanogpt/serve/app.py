@@ -1,4 +1,4 @@
-"""OpenAI's completions API over HTTP, and a page to play on: the model, the routes, how text is sent.
+"""OpenAI's completions API over HTTP, and a web page: the model, the routes, how text is sent.
 
 completions.py defines what a request may contain, access.py who may send one, batching.py generates the texts of all
 requests together, and connections.py accepts connections.
