@@ -1,7 +1,7 @@
-"""Where the time of an iteration goes: `bench.py`, for any config.
+"""How long each phase of an iteration takes: `bench.py`, for any config.
 
 It trains as the loop in train.py does, but waits for the device after each phase and saves nothing. The yardstick is
-the speed of this model's matrix products alone.
+the speed of the model's matrix products alone.
 """
 
 import statistics
@@ -40,18 +40,15 @@ def measure(cfg: BenchConfig, dist: Dist) -> tuple[Run, float, list[dict[str, fl
     run.model = dist.wrap(compile.compiled(run.gpt, cfg, dist, batch, batch, dist.max(int(ahead))))
     dist.say(f"bench: {cfg.warmup} iterations to warm up, {cfg.iters} to measure")
     run.model.register_forward_hook(lambda *_: clock.ends("forward"))
-    seconds = [measure_step(run, size, clock) for _ in range(cfg.warmup + cfg.iters)]
+    seconds = []
+    for _ in range(cfg.warmup + cfg.iters):
+        clock.restart()
+        loss = step.gradients(run, size)
+        clock.ends("backward")
+        step.update(run, loss)
+        clock.ends("optimizer")
+        seconds.append(clock.seconds)
     return run, peak, seconds[cfg.warmup :]
-
-
-def measure_step(run: Run, size: int, clock: "Clock") -> dict[str, float]:
-    """Seconds of each phase of a training step in micro-batches of `size` sequences."""
-    clock.restart()
-    loss = step.gradients(run, size)
-    clock.ends("backward")
-    step.update(run, loss)
-    clock.ends("optimizer")
-    return clock.seconds
 
 
 def make_run(cfg: BenchConfig, dist: Dist, clock: "Clock") -> Run:

@@ -31,10 +31,6 @@ class Metrics:
         self.first_token = histogram("first_token_seconds", "Time to first token.")
         self.completion = histogram("completion_seconds", "Time to the end of the response.")
 
-    def value(self, name: str) -> float | None:
-        """The current value of nanogpt_NAME."""
-        return self.registry.get_sample_value(f"nanogpt_{name}")
-
     def text(self) -> bytes:
         """All metrics in Prometheus's text format, version 0.0.4."""
         return prometheus_client.generate_latest(self.registry)

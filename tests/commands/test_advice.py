@@ -1,4 +1,4 @@
-"""What fits the data and the machine: a model, a run, the time that it takes, and a command that starts it."""
+"""Advice for a dataset and a machine: a model, a run, its duration, and a command that starts it."""
 
 import itertools
 import json
@@ -28,23 +28,23 @@ def run(tokens=10**6, vocab_size=66, shape=SMALLEST, val=10**5):
     return Plan(shape, vocab_size, tokens, val)
 
 
-def test_counts_are_those_of_the_model():
+def test_a_plan_counts_parameters_and_flops_as_the_model_does():
     model = GPT(run().model)
     assert (run().params, run().flops) == (model.num_params(), model.flops_per_token())
 
 
-def test_as_many_iterations_as_the_model_and_the_text_are_good_for():
+def test_iterations_follow_from_the_model_and_the_text():
     enough, little = run(10**9), run(18_000)
     assert enough.max_iters * enough.batch == pytest.approx(20 * enough.params, rel=0.1)
     assert little.epochs == pytest.approx(advice.MAX_EPOCHS, rel=0.1)
     assert not enough.overfits and little.overfits and (enough.dropout, little.dropout) == (0.0, 0.2)
 
 
-def test_a_text_shorter_than_the_context_gets_a_shorter_one():
+def test_a_short_text_gets_a_shorter_context():
     assert run(val=40).model.block_size == 39 and run(100, val=40).model.block_size == 39
 
 
-def test_the_larger_the_text_and_the_faster_the_machine_the_larger_the_model():
+def test_larger_texts_and_faster_machines_get_larger_models():
     def chosen(tokens, rate):
         return choose([run(tokens, shape=shape) for shape in advice.SHAPES], rate, CPU).model.n_embd
 
@@ -91,7 +91,7 @@ def test_a_trial_needs_no_more_memory_than_is_allowed(monkeypatch):
 
 
 @pytest.mark.parametrize("trial", [True, False])
-def test_what_is_said(trial, monkeypatch):
+def test_the_advice_in_words(trial, monkeypatch):
     monkeypatch.setattr(advice, "TRIAL", 0.0)
     monkeypatch.chdir(ROOT)
     lines = list(advise(About("own", "data", 66, 10**5, 10**4, 1e9, trial), CPU))
@@ -106,7 +106,7 @@ def test_what_is_said(trial, monkeypatch):
     assert ("no trial (--trial=True measures how long it takes)" in lines) != trial
 
 
-def test_a_vocabulary_too_large_for_the_text_gets_a_word():
+def test_a_vocabulary_too_large_for_the_text_is_reported():
     said = list(advice.warnings(run(vocab_size=50257), 50257))
     assert any("97% of the parameters are its 50,257 tokens" in line for line in said)
     assert not any("vocabulary" in line for line in advice.warnings(run(), 66))
@@ -116,7 +116,7 @@ def test_a_vocabulary_too_large_for_the_text_gets_a_word():
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("tokens", [10**4, 10**9])
 @pytest.mark.parametrize("shape", advice.SHAPES)
-def test_the_command_is_accepted_and_means_the_run(where, device, tokens, shape, tmp_path, monkeypatch):
+def test_the_suggested_command_starts_the_planned_run(where, device, tokens, shape, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT if where == "root" else tmp_path)
     described = run(tokens, shape=shape)
     words = shlex.split(command("own", "data", described, device))
@@ -131,12 +131,12 @@ def test_the_command_is_accepted_and_means_the_run(where, device, tokens, shape,
     assert (cfg.patience > 0) == described.overfits
 
 
-def test_numbers_that_people_read():
+def test_rounded_numbers():
     assert [rounded(n) for n in (3, 154, 1999, 20833)] == [100, 150, 1900, 20000]
     assert [duration(s) for s in (5, 600, 7200)] == ["about 5 seconds", "about 10 minutes", "about 2.0 hours"]
 
 
-def test_what_varies_is_told_as_a_range():
+def test_varying_measurements_are_printed_as_a_range():
     for seconds, told in [
         ((600, 610, 620), "about 10 minutes"),
         ((600, 700, 900), "about 10 to 15 minutes"),
@@ -146,8 +146,8 @@ def test_what_varies_is_told_as_a_range():
     assert advice.span((0.1, 0.2, 0.4), advice.milliseconds) == "about 100 to 400 ms"
 
 
-def test_the_largest_run_that_is_tried_is_one_that_the_time_allows(monkeypatch):
-    """A clock that only steps move: no model is trained, and no machine's speed decides."""
+def test_trials_end_in_time(monkeypatch):
+    """Only steps advance the clock, so the result does not depend on the speed of the machine."""
     runs, now, tried = [run(10**9, shape=shape) for shape in advice.SHAPES], [0.0], []
 
     def slow(speed):
@@ -171,7 +171,7 @@ def test_the_largest_run_that_is_tried_is_one_that_the_time_allows(monkeypatch):
         )  # then the first glimpse took too long already
 
 
-def test_in_a_process_of_its_own_it_never_fails():
+def test_the_advice_process_never_fails():
     about = dict(name="own", root="data", vocab_size=66, train_tokens=10**6, val_tokens=10**5, memory=1e9, trial=False)
     for given, expected in ((about, "next: "), (about | {"val_tokens": 0}, "no advice on how to train")):
         result = subprocess.run(
