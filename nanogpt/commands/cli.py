@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from nanogpt import __version__
 from nanogpt.config import UserError
@@ -62,7 +63,7 @@ def as_process(program: Callable[[], int | None], lasting: bool = True) -> None:
 class Dropping(io.FileIO):
     """Drops what cannot be written because nobody reads it any more or the disk is full."""
 
-    def write(self, data, /):  # type: ignore[no-untyped-def]  # bytes-like; returns the number of bytes
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or len(data)
         except OSError:

@@ -45,7 +45,7 @@ def encode(text: str, tok: Tokenizer, context: int, dist: Dist) -> list[int]:
     except ValueError as e:
         raise UserError(f"--start: {e}") from None
     if not ids:
-        raise UserError("--start is empty; a text has to begin with something, if only \\n")
+        raise UserError("--start is empty; a text has to begin with at least one token, such as \\n")
     if len(ids) > context:
         dist.say(f"--start has {len(ids)} tokens, the context {context}: the model sees the last {context} of them")
     return ids[-context:]

@@ -67,7 +67,7 @@ def check_access(path: str, headers: Headers, key: str | None, listens_on: str) 
             why = "wrong API key" if given else "this server requires an API key, as Authorization: Bearer KEY"
             raise ApiError(401, why, code="invalid_api_key")
     if key is None and listens_on in LOOPBACK:
-        # A page elsewhere may let its own name point to this machine, and could then read the responses.
+        # A page of another server may let its own name point to this machine, and could then read the responses.
         if re.sub(r":\d+$", "", headers.get("host", "")).strip("[]").lower() not in LOOPBACK:
             why = "without an API key, this server responds to the names localhost and 127.0.0.1 only"
             raise ApiError(403, f"{why}; with one ({KEY} or --api_key_file), to every name")

@@ -38,7 +38,7 @@ from nanogpt.text.tokenizer import check_id
 CHUNK = 128  # prompt tokens read in one step, at most: the other texts wait that long for their next token
 
 # Seconds.
-PAUSE = 0.015  # between two events of a stream: tokens that come meanwhile leave together, at a fraction of the cost
+PAUSE = 0.015  # between two events of a stream: tokens generated meanwhile are sent together, which costs far less
 BODY_TIME = 10  # for a request's body to arrive
 STALL_TIME = 10  # for a client to read the end of its response
 
@@ -137,7 +137,7 @@ def add_routes(app: FastAPI, server: Server, page: str) -> None:
     @get("/health")
     async def health() -> dict:
         if not server.batcher.thread.is_alive():
-            raise ApiError(503, "the model cannot be run any more")
+            raise ApiError(503, "the model can no longer be run")
         return {"status": "ok"}
 
     @get("/metrics")
@@ -181,7 +181,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The body of a request. Raises ApiError if its type is not JSON or it has more than `limit` bytes."""
     headers = request.headers
     kind = headers.get("content-type", "").lower()
-    # A page elsewhere cannot send application/json, only what `curl -d` sends, and browsers say that it is a page.
+    # A page of another server can send the types that `curl -d` sends, but browsers add headers that reveal it.
     from_page = "origin" in headers or "sec-fetch-site" in headers
     by_hand = not from_page and kind in ("", "application/x-www-form-urlencoded")
     if not kind.startswith("application/json") and not by_hand:

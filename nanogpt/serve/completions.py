@@ -65,12 +65,12 @@ class ApiError(Exception):
 
 
 def whole_number(value: Any) -> Any:
-    """Some clients write every number as a float: 16.0 is as good as 16."""
+    """16 for 16.0, because some clients write every number as a float."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def at_most(setting: str) -> AfterValidator:
-    """The bound that this setting of the server puts on a number."""
+    """The upper bound of a number, from this setting of the server."""
 
     def check(value: int, info: ValidationInfo) -> int:
         limit = getattr(info.context, setting)
@@ -82,7 +82,7 @@ def at_most(setting: str) -> AfterValidator:
 
 
 def only(*accepted: Any) -> AfterValidator:
-    """A field that is not supported, except with these values, with which it changes nothing: clients send it unasked."""
+    """A field that is not supported, except with these values: they change nothing, and some clients send them unasked."""
 
     def check(value: Any) -> Any:
         if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in accepted):
@@ -179,7 +179,7 @@ class CompletionRequest(BaseModel):
             raise ValueError(f"expected 1 to {most} texts in a request, not {len(prompts)} prompts x n {n}")
         for p in prompts:
             if not p:
-                raise ValueError("is empty; a text has to begin with something, if only a newline")
+                raise ValueError("is empty; a text has to begin with at least one token, such as a newline")
             if len(p) > cfg.max_prompt:
                 unit = "characters" if isinstance(p, str) else "tokens"
                 raise ValueError(f"has {len(p)} {unit}; the limit is {cfg.max_prompt}")
@@ -223,7 +223,7 @@ def describe(name: str, error: ErrorDetails) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value from the client for a message, cut short."""
+    """A value from the client, shortened for a message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "..."
 
@@ -233,7 +233,7 @@ def shorten(value: Any) -> str:
 
 @dataclass
 class Completion:
-    """What all parts of a response have in common."""
+    """What all events of a response have in common."""
 
     request: CompletionRequest
     model: str
@@ -242,7 +242,7 @@ class Completion:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def body(self, choices: list[dict], completion_tokens: int | None = None) -> dict:
-        """A completion or a chunk of one, with the usage if the number of tokens is given."""
+        """A completion or an event of one, with the usage if the number of tokens is given."""
         body = dict(id=self.id, object="text_completion", created=self.created, model=self.model, choices=choices)
         if completion_tokens is not None:
             usage = dict(prompt_tokens=self.prompt_tokens, completion_tokens=completion_tokens)
