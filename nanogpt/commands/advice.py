@@ -20,12 +20,11 @@ import torch
 from nanogpt import optim
 from nanogpt.config import TrainConfig
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import distributed, settings
+from nanogpt.run import distributed, settings, start
 from nanogpt.run.device import choose_dtype, prepare_device
 from nanogpt.run.distributed import Dist
 from nanogpt.run.memory import TO_TRAIN, total_memory
 from nanogpt.run.speed import duration, synchronize
-from nanogpt.run.start import padded
 from nanogpt.step import forward_backward
 
 HOUR = 3600  # seconds that a suggested run may take
@@ -76,7 +75,7 @@ def main() -> None:
 
 def advise(about: About, dist: Dist) -> Iterator[str]:
     """Yield lines: a model and a run for the dataset, how long the run takes, and a command that starts it."""
-    vocab_size, tokens = padded(about.vocab_size, dist), about.train_tokens
+    vocab_size, tokens = start.padded(about.vocab_size, dist), about.train_tokens
     plans = [Plan(shape, vocab_size, tokens, about.val_tokens) for shape in SHAPES]
     found = try_out(plans, about.memory, dist) if about.trial else None
     plan, speed = choose(plans, found.rate if found else UNMEASURED, dist), ""
@@ -107,9 +106,7 @@ class Plan:
 
     def __init__(self, shape: dict[str, Any], vocab_size: int, train_tokens: int, val_tokens: int) -> None:
         self.shape = shape | dict(block_size=min(shape["block_size"], val_tokens - 1, train_tokens - 1))
-        names = ("n_layer", "n_head", "n_embd", "block_size")
-        of_model = {name: self.shape[name] for name in names}
-        self.model = GPTConfig(vocab_size=vocab_size, architecture=RECIPE["architecture"], **of_model)
+        self.model = GPTConfig(**start.shape(TrainConfig(**RECIPE, **self.shape)), vocab_size=vocab_size)
         with torch.device("meta"):  # counts without memory
             model = GPT(self.model)
         self.params, self.flops = model.num_params(), model.flops_per_token()

@@ -11,10 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from nanogpt import __version__
-from nanogpt.config import UserError
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("nanogpt.train", "train a GPT from scratch, from a checkpoint or from GPT-2's weights"),
@@ -52,8 +51,15 @@ def as_process(program: Callable[[], int | None], lasting: bool = True) -> None:
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
-    # Ordinary interpreter shutdown would visit all of PyTorch's objects for a quarter of a second, and abort (SIGABRT) if
-    # a thread of PyTorch still runs, such as those that connect processes.
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: the only way that our processes end.
+
+    Ordinary interpreter shutdown would visit all of PyTorch's objects for a quarter of a second, and abort (SIGABRT) if a
+    thread of PyTorch still runs, such as those that connect processes.
+    """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -97,6 +103,8 @@ def open_streams(lasting: bool) -> None:
 
 def main(argv: list[str]) -> int:
     """Run the command that `argv` names, and return the exit code of the process."""
+    from nanogpt.config import UserError
+
     try:
         code = run(argv)
         sys.stdout.flush()  # so that a closed pipe raises here
@@ -125,7 +133,7 @@ def main(argv: list[str]) -> int:
         return 2
 
 
-def report(error: UserError) -> int:
+def report(error: Any) -> int:
     """Print the lines of a UserError, once however many processes `torchrun` started. Returns the exit code."""
     first, torchrun = os.environ.get("LOCAL_RANK", "0") == "0", "TORCHELASTIC_RUN_ID" in os.environ
     stopped = error.exit_code > 128  # by a request, which all processes got
