@@ -49,28 +49,20 @@ def with_access_control(app: ASGIApp, key: str | None, listens_on: str) -> ASGIA
     """`app` for requests with the right key or host; paths that do not exist are checked too."""
 
     async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
-        inner = app
-        try:
-            check_access(scope["path"], Headers(scope=scope), key, listens_on)
-        except ApiError as e:
-            inner = e.response()
-        await inner(scope, receive, send)
+        headers, error = Headers(scope=scope), None
+        if key is None and listens_on in LOOPBACK:
+            # A page of another server may let its own name point to this machine, and could then read the responses.
+            if re.sub(r":\d+$", "", headers.get("host", "")).strip("[]").lower() not in LOOPBACK:
+                why = "without an API key, this server responds to the names localhost and 127.0.0.1 only"
+                error = ApiError(403, f"{why}; with one ({KEY} or --api_key_file), to every name")
+        elif key is not None and scope["path"] not in OPEN:
+            given = headers.get("authorization", "").encode("latin-1")
+            if not hmac.compare_digest(given, b"Bearer " + key.encode()):
+                why = "wrong API key" if given else "this server requires an API key, as Authorization: Bearer KEY"
+                error = ApiError(401, why, code="invalid_api_key")
+        await (error.response() if error else app)(scope, receive, send)
 
     return wrapped
-
-
-def check_access(path: str, headers: Headers, key: str | None, listens_on: str) -> None:
-    """Raise ApiError if the request is not allowed."""
-    if key is not None and path not in OPEN:
-        given = headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given, b"Bearer " + key.encode()):
-            why = "wrong API key" if given else "this server requires an API key, as Authorization: Bearer KEY"
-            raise ApiError(401, why, code="invalid_api_key")
-    if key is None and listens_on in LOOPBACK:
-        # A page of another server may let its own name point to this machine, and could then read the responses.
-        if re.sub(r":\d+$", "", headers.get("host", "")).strip("[]").lower() not in LOOPBACK:
-            why = "without an API key, this server responds to the names localhost and 127.0.0.1 only"
-            raise ApiError(403, f"{why}; with one ({KEY} or --api_key_file), to every name")
 
 
 def security_headers(page: str) -> dict[str, str]:
