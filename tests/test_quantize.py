@@ -129,7 +129,7 @@ def test_a_large_one_keeps_them_unless_int8_is_much_faster(dist, monkeypatch, ti
     monkeypatch.setattr(quantize, "seconds", lambda layer, x: times[isinstance(layer, Int8Linear)])
     taken, said = choice(dist)
     assert taken is on
-    assert f"int8: {on}, because the largest layer takes {times[1] * 1e3:.1f} ms in it and 10.0 in float32" in said[0]
+    assert f"int8: {on}, because the largest layer takes {times[1] * 1e3:.1f} ms in int8 and 10.0 in float32" in said[0]
 
 
 def test_what_the_user_says_counts(dist, monkeypatch):
@@ -151,7 +151,7 @@ def test_it_is_for_cpus(dist, monkeypatch):
     monkeypatch.setattr(quantize, "LARGE", 100)
     monkeypatch.setattr(quantize, "seconds", lambda layer, x: 1.0 if isinstance(layer, nn.Linear) else 0.1)
     assert choice(dist, device=torch.device("meta")) == (False, [])
-    with pytest.raises(UserError, match="--int8=True: works on CPUs alone, and the device is meta"):
+    with pytest.raises(UserError, match="--int8=True: works on CPUs only, and the device is meta"):
         choice(dist, int8=True, device=torch.device("meta"))
 
 
@@ -162,8 +162,8 @@ def test_where_pytorch_cannot_the_weights_are_kept(dist, monkeypatch):
     monkeypatch.setattr(quantize, "LARGE", 100)
     monkeypatch.setattr(quantize.Int8Linear, "product", cannot)
     taken, said = choice(dist)
-    assert not taken and "cannot multiply in it" in said[0]
-    with pytest.raises(UserError, match=r"--int8=True: this PyTorch cannot multiply in it \(no kernel\)"):
+    assert not taken and "cannot multiply in int8" in said[0]
+    with pytest.raises(UserError, match=r"--int8=True: this PyTorch cannot multiply in int8 \(no kernel\)"):
         choice(dist, int8=True)
 
 

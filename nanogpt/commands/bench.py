@@ -1,17 +1,17 @@
-"""Where the time of an iteration goes: `bench.py`, for any config.
+"""How long each phase of an iteration takes: `bench.py`, for any config.
 
 It trains as the loop in train.py does, but waits for the device after each phase and saves nothing. The yardstick is
-the speed of this model's matrix products alone.
+the speed of the model's matrix products alone.
 """
 
 import statistics
 import time
-from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from nanogpt import data, optim, step
-from nanogpt.config import BenchConfig, UserError
+from nanogpt.config import BenchConfig, TrainConfig, UserError
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import compile, distributed, health, memory, settings, speed, start
 from nanogpt.run.distributed import Dist
@@ -32,44 +32,39 @@ def main(argv: list[str]) -> None:
 def measure(cfg: BenchConfig, dist: Dist) -> tuple[Run, float, list[dict[str, float]]]:
     """(Run, peak FLOP/s, for each of `iters` iterations the seconds of each phase)."""
     micro_steps, size = data.share_batch(cfg, dist.world_size)
-    run = make_run(cfg, dist)
+    clock = Clock(dist)
+    run = make_run(cfg, dist, clock)
     peak, flops = speed.device_peak(dist), run.gpt.flops_per_token(cfg.block_size) * tokens_per_iter(cfg)
     ahead = speed.expected_seconds(cfg.max_iters, flops, peak, micro_steps * cfg.n_layer)
     batch = size, cfg.block_size
     run.model = dist.wrap(compile.compiled(run.gpt, cfg, dist, batch, batch, dist.max(int(ahead))))
     dist.say(f"bench: {cfg.warmup} iterations to warm up, {cfg.iters} to measure")
-    clock = Clock(dist)
-    run.batches.get = clock.timed(run.batches.get)
     run.model.register_forward_hook(lambda *_: clock.ends("forward"))
-    seconds = [measure_step(run, size, clock) for _ in range(cfg.warmup + cfg.iters)]
+    seconds = []
+    for _ in range(cfg.warmup + cfg.iters):
+        clock.restart()
+        loss = step.gradients(run, size)
+        clock.ends("backward")
+        step.update(run, loss)
+        run.advance()
+        clock.ends("optimizer")
+        seconds.append(clock.seconds)
     return run, peak, seconds[cfg.warmup :]
 
 
-def measure_step(run: Run, size: int, clock: "Clock") -> dict[str, float]:
-    """Seconds of each phase of a training step in micro-batches of `size` sequences."""
-    clock.restart()
-    loss = step.gradients(run, size)
-    clock.ends("backward")
-    step.update(run, loss)
-    run.advance()
-    clock.ends("optimizer")
-    return clock.seconds
-
-
-def make_run(cfg: BenchConfig, dist: Dist) -> Run:
+def make_run(cfg: BenchConfig, dist: Dist, clock: "Clock") -> Run:
     """A Run of a new model, on the dataset if it is prepared, otherwise on random tokens."""
     torch.manual_seed(cfg.seed)
-    per_step, vocab_size = cfg.gradient_accumulation_steps * cfg.batch_size, cfg.vocab_size
+    per_step, T = cfg.gradient_accumulation_steps * cfg.batch_size, cfg.block_size
     try:
-        dataset = open_dataset(cfg.dataset, "train", cfg.block_size, cfg.root)
-        vocab_size, batches = (
-            dataset.vocab_size,
-            data.Batches(dataset, "train", cfg.seed, cfg.block_size, dist, per_step=per_step),
-        )
+        dataset = open_dataset(cfg.dataset, "train", T, cfg.root)
     except UserError as e:
-        dist.say(f"data: {vocab_size} kinds of random tokens (--vocab_size); {e}")
-        batches = RandomBatches(cfg, dist, per_step)
-    gpt_config = GPTConfig(**start.shape(cfg), dropout=cfg.dropout, vocab_size=start.padded(vocab_size, dist))
+        dist.say(f"data: {cfg.vocab_size} kinds of random tokens (--vocab_size); {e}")
+        ids = np.random.default_rng(cfg.seed).integers(cfg.vocab_size, size=(per_step + 2) * T)
+        dataset = data.Dataset(ids, cfg.vocab_size, None, "random tokens")
+    batches = TimedBatches(dataset, "train", cfg.seed, T, dist, per_step=per_step)
+    batches.clock = clock
+    gpt_config = GPTConfig(**start.shape(cfg), dropout=cfg.dropout, vocab_size=start.padded(dataset.vocab_size, dist))
     memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
     model = GPT(gpt_config).to(dist.device)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
@@ -77,23 +72,7 @@ def make_run(cfg: BenchConfig, dist: Dist) -> Run:
     return Run(cfg, dist, model, optim.make_optimizer(model, cfg, dist), scaler, judge, TrainState(), batches, {})
 
 
-class RandomBatches:
-    """Random tokens, with the interface of `data.Batches`."""
-
-    def __init__(self, cfg: BenchConfig, dist: Dist, per_step: int):
-        self.cfg, self.dist, self.per_step = cfg, dist, per_step
-
-    def get(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (B=size, T), on the device."""
-        ids = torch.randint(self.cfg.vocab_size, (size, self.cfg.block_size + 1))
-        return self.dist.to_device(ids[:, :-1].contiguous()), self.dist.to_device(ids[:, 1:].contiguous())
-
-    def weight(self, first: int, size: int, begin: int) -> float:
-        """1.0: every position has a target."""
-        return 1.0
-
-
-def tokens_per_iter(cfg: BenchConfig) -> int:
+def tokens_per_iter(cfg: TrainConfig) -> int:
     """Tokens in an iteration, over all processes."""
     return cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
 
@@ -101,7 +80,7 @@ def tokens_per_iter(cfg: BenchConfig) -> int:
 class Clock:
     """Adds up the seconds of each phase; waits for the device at the end of each."""
 
-    def __init__(self, dist: Dist):
+    def __init__(self, dist: Dist) -> None:
         self.device = dist.device
         self.restart()
 
@@ -111,21 +90,22 @@ class Clock:
         self.seconds, self.mark = dict.fromkeys(PHASES, 0.0), time.perf_counter()
 
     def ends(self, phase: str) -> None:
-        """Count the time since the last phase as that of `phase`."""
+        """Count the time since the last phase as time of `phase`."""
         speed.synchronize(self.device)
         before, self.mark = self.mark, time.perf_counter()
         self.seconds[phase] += self.mark - before
 
-    def timed(self, get: Callable) -> Callable:
-        """`get`, which returns a batch, as the phase `data`; what comes before it is the last backward pass."""
 
-        def timed_get(first, size):
-            self.ends("backward")
-            batch = get(first, size)
-            self.ends("data")
-            return batch
+class TimedBatches(data.Batches):
+    """Batches whose reading is the phase `data`; the time before it belongs to the last backward pass."""
 
-        return timed_get
+    clock: Clock
+
+    def get(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.clock.ends("backward")
+        batch = super().get(first, size)
+        self.clock.ends("data")
+        return batch
 
 
 def report(run: Run, peak: float, seconds: list[dict[str, float]]) -> None:

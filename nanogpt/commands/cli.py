@@ -1,6 +1,6 @@
 """The `nanogpt` command: which word starts which program.
 
-Every program's module has `main(argv)`, which parses its own arguments; it is imported when it is asked for.
+The module of each program has `main(argv)`, which parses its own arguments. It is imported only when it is needed.
 """
 
 import difflib
@@ -9,54 +9,56 @@ import io
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any, NoReturn
 
 from nanogpt import __version__
 
 COMMANDS = {  # name: (module, what it does)
     "train": ("nanogpt.train", "train a GPT from scratch, from a checkpoint or from GPT-2's weights"),
     "prepare": ("nanogpt.text.prepare", "make a dataset of any text"),
-    "bench": ("nanogpt.commands.bench", "measure where the time of an iteration goes, for any config"),
-    "sample": ("nanogpt.commands.sample", "write text with a trained GPT"),
-    "talk": ("nanogpt.commands.talk", "play with a trained GPT in the terminal"),
-    "serve": ("nanogpt.serve.start", "let programs and browsers write with a trained GPT"),
+    "bench": ("nanogpt.commands.bench", "measure how long each phase of an iteration takes, for any config"),
+    "sample": ("nanogpt.commands.sample", "generate text with a trained GPT"),
+    "talk": ("nanogpt.commands.talk", "try out a trained GPT in the terminal"),
+    "serve": ("nanogpt.serve.start", "serve a trained GPT to programs and browsers"),
     "export": ("nanogpt.commands.export", "write a trained GPT in Hugging Face's format"),
-    "eval": ("nanogpt.commands.eval", "tell how well a trained GPT predicts a text"),
+    "eval": ("nanogpt.commands.eval", "measure how well a trained GPT predicts a text"),
 }
 
-LASTING = ("train", "prepare", "export", "serve")  # their lines only report: nobody need read them for these to go on
-CORE = ("torch", "numpy", "safetensors", "tqdm")  # a missing extra is reported where it is used
+LASTING = ("train", "prepare", "export", "serve")  # they go on if nobody reads what they print
+CORE = ("torch", "numpy", "safetensors", "tqdm")  # a missing optional package is reported where it is used
 
 
-def enter(*words):
-    """What the front doors call: `main` with these words before the process's own arguments, and the way out."""
+def enter(*words: str) -> None:
+    """Run `main` with these words before the arguments of the process, and end the process: for the front doors."""
     argv = [*words, *sys.argv[1:]]
     as_process(lambda: main(argv), lasting=bool(argv) and argv[0] in LASTING)
 
 
-def as_process(program, lasting=True):
-    """Run `program` as all that this process does, and end the process with the exit code that it returns.
+def as_process(program: Callable[[], int | None], lasting: bool = True) -> None:
+    """Run `program`, and end this process with the exit code that it returns.
 
-    lasting: whether it goes on when its standard output is closed or full; the lines that cannot be written are dropped.
+    lasting: whether it goes on if standard output is closed or full; lines that cannot be written are then dropped.
     """
     open_streams(lasting)
     try:
         code = program() or 0
-    except SystemExit as e:  # of argparse
-        code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except SystemExit as e:
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
     leave(code)
 
 
-def leave(code):
-    """End this process at once: the one way out of every process of ours.
+def leave(code: int) -> NoReturn:
+    """End this process at once: the only way that our processes end.
 
-    The interpreter's own way looks through all of PyTorch's objects once more, for a quarter of a second, and aborts
-    (SIGABRT) if a thread of PyTorch's is still about, as those that connect processes may be.
+    Ordinary interpreter shutdown would visit all of PyTorch's objects for a quarter of a second, and abort (SIGABRT) if a
+    thread of PyTorch still runs, such as those that connect processes.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -65,21 +67,21 @@ def leave(code):
 
 
 class Dropping(io.FileIO):
-    """Drops what cannot be written: nobody reads it any more, or the disk is full."""
+    """Drops what cannot be written because nobody reads it any more or the disk is full."""
 
-    def write(self, data):
+    def write(self, data: Any, /) -> int:
         try:
             return super().write(data) or len(data)
         except OSError:
             return len(data)
 
 
-def open_streams(lasting):
-    """Make standard output and error such that no text of ours, and for `lasting` no state of theirs, raises an error."""
+def open_streams(lasting: bool) -> None:
+    """Set up the standard streams so that printing any text raises no error, for `lasting` not even if they are closed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # closed: else the next file that is opened would get the number, and what is printed
+        except OSError:  # closed: the next file opened would get this number, and what is printed
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))
@@ -89,7 +91,7 @@ def open_streams(lasting):
         try:
             number = stream.fileno()
         except (OSError, ValueError):
-            continue  # no file, but what captures it
+            continue  # not a file: something captures the output
         if name == "stdout" and not lasting:
             stream.reconfigure(errors=errors)
             continue
@@ -99,14 +101,13 @@ def open_streams(lasting):
         setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, errors, **how))
 
 
-def main(argv=None) -> int:
-    """Run the command that `argv` names and return the process's exit code."""
+def main(argv: list[str]) -> int:
+    """Run the command that `argv` names, and return the exit code of the process."""
     from nanogpt.config import UserError
 
-    argv = sys.argv[1:] if argv is None else argv
     try:
         code = run(argv)
-        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's exit
+        sys.stdout.flush()  # so that a closed pipe raises here
         return code
     except UserError as error:
         return report(error)
@@ -116,7 +117,7 @@ def main(argv=None) -> int:
     except OSError:
         failure = output_failure()
         if failure is None:
-            raise  # it was another file
+            raise  # the error is about another file
         if isinstance(failure, BrokenPipeError):
             return 141  # as a shell reports a program that SIGPIPE ended
         print(f"error: standard output: cannot be written to ({failure.strerror})", file=sys.stderr)
@@ -132,25 +133,27 @@ def main(argv=None) -> int:
         return 2
 
 
-def report(error) -> int:
-    """Print a UserError's lines, once however many processes `torchrun` started; the exit code."""
+def report(error: Any) -> int:
+    """Print the lines of a UserError, once however many processes `torchrun` started. Returns the exit code."""
     first, torchrun = os.environ.get("LOCAL_RANK", "0") == "0", "TORCHELASTIC_RUN_ID" in os.environ
-    asked = error.exit_code > 128  # to stop
-    if asked and not first:
-        return error.exit_code  # they all were
+    stopped = error.exit_code > 128  # by a request, which all processes got
+    if stopped and not first:
+        return error.exit_code
     if torchrun and not (first and not error.second_hand):
-        # Most likely another process has the same problem or knows more about it, and may not be so far as to say it.
-        # When it has ended, torchrun ends this one; if it does not, it is up to this one.
+        # Another process probably has the same problem or knows more about it, but may report it later. When it has
+        # ended, torchrun ends this process; otherwise this process reports.
         time.sleep(15 if error.second_hand else 10)
     for problem in error.problems:
-        print(problem if asked else f"error: {problem}", file=sys.stderr, flush=True)
+        print(problem if stopped else f"error: {problem}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
-def run(argv) -> int:
-    """Start the program that the first word names; without one, print the table."""
+def run(argv: list[str]) -> int:
+    """Run the program that the first word names; without one, print the table of commands."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(table())
+        width = max(map(len, COMMANDS))
+        table = "\n".join(f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items())
+        print(f"usage: nanogpt COMMAND [arguments]\n\n{table}\n\nnanogpt COMMAND --help describes a command")
         return 0
     name, *rest = argv
     if name == "--version":
@@ -161,19 +164,13 @@ def run(argv) -> int:
         hint = f"did you mean {near[0]}?" if near else "expected one of " + ", ".join(COMMANDS)
         print(f"nanogpt: unknown command {name!r}: {hint}", file=sys.stderr)
         return 2
-    module, _ = COMMANDS[name]
-    return importlib.import_module(module).main(rest) or 0
+    return importlib.import_module(COMMANDS[name][0]).main(rest) or 0
 
 
-def table() -> str:
-    width = max(map(len, COMMANDS))
-    commands = "".join(f"  {name:{width}}  {text}\n" for name, (_, text) in COMMANDS.items())
-    return f"usage: nanogpt COMMAND [arguments]\n\n{commands}\nnanogpt COMMAND --help says more about one"
-
-
-def output_failure():
-    """The OSError of whoever writes to standard output now, as when its reader has stopped; None if there is none."""
+def output_failure() -> OSError | None:
+    """The error that writing to standard output raises now, such as a closed pipe, or None."""
     try:
         print(flush=True)
+        return None
     except OSError as e:
         return e

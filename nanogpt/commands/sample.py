@@ -1,29 +1,32 @@
-"""Write text with a trained model, as it is made."""
+"""Generate text with a trained model, and print it while it is generated."""
 
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanogpt import config, quantize
 from nanogpt.config import SampleConfig, UserError
-from nanogpt.generate import Engine, Options
+from nanogpt.generate import Engine, Options, Row, Token
+from nanogpt.model import GPT
 from nanogpt.run import compile, distributed, settings, trained
-from nanogpt.text.tokenizer import Stream
+from nanogpt.run.distributed import Dist
+from nanogpt.text.tokenizer import Stream, Tokenizer
 
-CACHE = 2**31  # bytes at most for the keys and values of the texts that are written together
-TOGETHER = 64  # texts at most; more gain little
+CACHE = 2**31  # bytes for the keys and values of the texts that are generated together, at most
+TOGETHER = 64  # texts that are generated together, at most; more would gain little
 
 
 def main(argv: list[str]) -> None:
     """Run `sample.py` with these arguments."""
     cfg = settings.load(SampleConfig, argv, "sample.py")
-    with distributed.setup(cfg, out=sys.stderr) as dist:  # the text alone goes to standard output
+    with distributed.setup(cfg, out=sys.stderr) as dist:  # standard output has the text only
         sample(cfg, dist)
 
 
 def read_start(start: str) -> str:
-    """The prompt that `start` means: FILE:NAME is a file's text; a \\n typed in a shell is a new line."""
+    r"""The prompt that `start` means: FILE:NAME is the text of a file, and \n as typed in a shell is a newline."""
     if not start.startswith("FILE:"):
         return config.unescaped(start)
     path = Path(start[5:])
@@ -35,14 +38,14 @@ def read_start(start: str) -> str:
         raise UserError(f"--start={start}: {e.strerror}") from None
 
 
-def encode(text, tok, context, dist):
-    """The prompt's ids, or the last ones if it exceeds the context. Raises UserError if it cannot be encoded."""
+def encode(text: str, tok: Tokenizer, context: int, dist: Dist) -> list[int]:
+    """The ids of the prompt, or the last ones if it exceeds the context. Raises UserError if it cannot be encoded."""
     try:
         ids = tok.encode(text)
     except ValueError as e:
         raise UserError(f"--start: {e}") from None
     if not ids:
-        raise UserError("--start is empty; a text has to begin with something, if only \\n")
+        raise UserError("--start is empty; a text has to begin with at least one token, such as \\n")
     if len(ids) > context:
         dist.say(f"--start has {len(ids)} tokens, the context {context}: the model sees the last {context} of them")
     return ids[-context:]
@@ -50,22 +53,22 @@ def encode(text, tok, context, dist):
 
 @dataclass
 class Text:
-    """A sample, and what of it is to be shown."""
+    """A text, and what of it is not printed yet."""
 
     stream: Stream
-    waiting: str
-    over: bool = False
+    unprinted: str
+    ended: bool = False
 
-    def take(self, token):
-        """The next token of this text."""
-        self.waiting += self.stream.push(token.id)
-        self.over = self.stream.stopped or token.finish is not None
-        if self.over:
-            self.waiting += self.stream.flush() + "\n---------------\n"
+    def add(self, token: Token) -> None:
+        """Add the next token."""
+        self.unprinted += self.stream.push(token.id)
+        self.ended = self.stream.stopped or token.finish is not None
+        if self.ended:
+            self.unprinted += self.stream.flush() + "\n---------------\n"
 
 
-def sample(cfg, dist):
-    """Write `num_samples` texts to standard output. All are written together; the first is shown as it is made."""
+def sample(cfg: SampleConfig, dist: Dist) -> None:
+    """Print `num_samples` texts. They are generated together; the first that has not ended is printed meanwhile."""
     distributed.choose_seed(cfg, dist)
     start, stop = read_start(cfg.start), cfg.stop_strings()
     found = trained.load(cfg, dist)
@@ -76,36 +79,38 @@ def sample(cfg, dist):
     ids = encode(start, tok, model.config.block_size, dist)
     if cfg.compile == "auto":
         cfg.compile = False
-        dist.say("compile: False, because a few texts are written sooner than a model is compiled (--compile)")
+        dist.say("compile: False, because a few texts take less time than compiling the model (--compile)")
     engine = make_engine(cfg, model, compile.compiled(model, cfg, dist), tok, ids)
-    began, count, texts, shown = time.perf_counter(), 0, {}, []  # texts by their rows; those to be shown, in order
-    while len(texts) < cfg.num_samples or shown:
+    began, count = time.perf_counter(), 0
+    texts: dict[Row, Text] = {}
+    unfinished: list[Text] = []  # in the order in which they are printed
+    while len(texts) < cfg.num_samples or unfinished:
         n = min(engine.free, cfg.num_samples - len(texts))
         if n:
-            options = Options.of(cfg, seed=cfg.seed + len(texts))
+            options = Options.of(cfg, seed=int(cfg.seed) + len(texts))
             new = {row: Text(Stream(tok, stop), start) for row in engine.add(ids, options, n)}
             texts |= new
-            shown += new.values()
+            unfinished += new.values()
         for token in engine.step():
             count += 1
-            texts[token.row].take(token)
-            if texts[token.row].over:
+            texts[token.row].add(token)
+            if texts[token.row].ended:
                 engine.remove(token.row)
-        while shown:
-            write(shown[0].waiting)
-            shown[0].waiting = ""
-            if not shown[0].over:
+        while unfinished:
+            write(unfinished[0].unprinted)
+            unfinished[0].unprinted = ""
+            if not unfinished[0].ended:
                 break
-            del shown[0]
+            del unfinished[0]
     seconds = time.perf_counter() - began
     dist.say(f"{count:,} tokens in {seconds:.2f} s, {count / seconds:,.0f} a second")
 
 
-def make_engine(cfg, model, fast, tok, ids):
-    """An Engine with room for all texts, or for as many as memory allows."""
+def make_engine(cfg: SampleConfig, model: GPT, fast: Any, tok: Tokenizer, ids: list[int]) -> Engine:
+    """An Engine with room for all texts, or for as many as memory allows. fast: the compiled model."""
     length = min(model.config.block_size, len(ids) + cfg.max_new_tokens)
-    a_row = 2 * model.config.n_layer * length * model.config.n_embd * model.transformer.wte.weight.element_size()
-    rows = max(1, min(cfg.num_samples, TOGETHER, CACHE // a_row))
+    bytes_per_row = 2 * model.config.n_layer * length * model.config.n_embd * next(model.parameters()).element_size()
+    rows = max(1, min(cfg.num_samples, TOGETHER, CACHE // bytes_per_row))
     return Engine(model, rows, tok.vocab_size, len(ids) + cfg.max_new_tokens, fast=fast)
 
 

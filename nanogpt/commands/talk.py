@@ -1,40 +1,46 @@
-"""Play with a trained model in the terminal: type how a text begins, and see how it goes on."""
+"""Try out a trained model in the terminal: type the beginning of a text, and see how the model continues it."""
 
 import random
 import signal
 import sys
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from types import FrameType
 
 from nanogpt import config, quantize
+from nanogpt.commands.sample import write
 from nanogpt.config import TalkConfig, UserError
 from nanogpt.generate import Engine, Options
+from nanogpt.model import GPT
 from nanogpt.run import distributed, settings, trained
-from nanogpt.text.tokenizer import Stream
+from nanogpt.text.tokenizer import Stream, Tokenizer
 
 CHANGEABLE = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop", "seed")
 LEAVE = ("/quit", "/exit")
-WELCOME = "Type how a text begins. /help says what else there is, Ctrl-C stops a text, /quit or Ctrl-D leaves."
+COMMANDS = [*(f"/{name}" for name in CHANGEABLE), "/again", "/help", *LEAVE]
+WELCOME = "Type the beginning of a text. /help lists the commands, Ctrl-C stops a text, /quit or Ctrl-D leaves."
 HELP = """\
-  TEXT                    the model goes on from here; \\n is a new line, // at the beginning a /
-  (nothing)               it goes on where it stopped
+  TEXT                    the model continues it; \\n is a newline, // at the beginning is a /
+  (nothing)               the model continues its last text
   /again                  another text with the same beginning
-  /quit                   leave; /exit and Ctrl-D do too"""
+  /quit                   leave, like /exit and Ctrl-D"""
 
 
 def main(argv: list[str]) -> None:
     """Run `nanogpt talk` with these arguments."""
     cfg = settings.load(TalkConfig, argv, "nanogpt talk")
-    with distributed.setup(cfg, out=sys.stderr) as dist:  # the text alone goes to standard output
+    with distributed.setup(cfg, out=sys.stderr) as dist:  # standard output has the text only
         distributed.choose_seed(cfg, dist)
         found = trained.load(cfg, dist)
         talk(cfg, quantize.made_ready(found.model, cfg, dist), found.tokenizer)
 
 
-def talk(cfg, model, tok):
-    """Read lines and answer each, until there are no more, or one says to leave."""
+def talk(cfg: TalkConfig, model: GPT, tok: Tokenizer) -> None:
+    """Read lines and answer each, until they end or one is a command to leave."""
     engine = Engine(model, 1, tok.vocab_size)
-    begun, ids = [], []  # the tokens of the text as it began, and as it has become
+    prompt: list[int] = []
+    ids: list[int] = []  # of the prompt and its continuation
     for line in lines():
         try:
             command = line.strip() if line.startswith("/") and not line.startswith("//") else None
@@ -46,24 +52,24 @@ def talk(cfg, model, tok):
                 change(cfg, command)
             else:
                 if command:
-                    ids = begun
+                    ids = prompt
                 elif line:
                     text, unknown = trained.known(config.unescaped(line[line.startswith("//") :]), tok)
                     if unknown:
                         print(unknown, file=sys.stderr)
-                    begun = ids = tok.encode(text)
+                    prompt = ids = tok.encode(text)
                 if not ids:
-                    raise UserError("there is no text yet; type how it begins")
+                    raise UserError("there is no text yet; type its beginning")
                 ids = go_on(cfg, engine, tok, ids)
-                cfg.seed += 1  # or the next text would be the same
+                cfg.seed = int(cfg.seed) + 1  # otherwise the next text would be the same
         except UserError as error:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
 
 
-def lines():
-    """Yield what is typed, line by line, with a prompt and a history where it is typed in a terminal."""
-    sys.stdin.reconfigure(errors="replace")
+def lines() -> Iterator[str]:
+    """Yield what is typed, line by line; in a terminal, with a prompt and a history."""
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper
     if not sys.stdin.isatty():
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
@@ -80,32 +86,31 @@ def lines():
 
 
 def prepare_readline() -> None:
-    """A history with the arrow keys, and commands completed by Tab, where this Python has readline."""
+    """Enable a history with the arrow keys and the completion of commands with Tab, if this Python has readline."""
     try:
         import readline
     except ImportError:
         return
-    commands = [f"/{name} " for name in CHANGEABLE] + ["/again", "/help", *LEAVE]
     readline.set_completer_delims("")
-    readline.set_completer(lambda text, i: [*(c for c in commands if text and c.startswith(text)), None][i])
+    readline.set_completer(lambda text, i: [*(f"{c} " for c in COMMANDS if text and c.startswith(text)), None][i])
     readline.parse_and_bind("tab: complete")
 
 
-def help_text(cfg):
+def help_text(cfg: TalkConfig) -> str:
     """What can be typed, and the present settings."""
     helps = {f.name: f.metadata["help"] for f in fields(cfg)}
     rows = [f"  {f'/{name} {getattr(cfg, name)}':<23} {helps[name]}" for name in CHANGEABLE]
     return "\n".join([HELP, *rows])
 
 
-def change(cfg, command):
-    """Obey `/temperature 0.5`: change that setting, or without a value show it. UserError where there is none."""
+def change(cfg: TalkConfig, command: str) -> None:
+    """Run `/temperature 0.5`: change that setting, or show it if no value is given. Raises UserError if there is none."""
     typed, _, value = command[1:].partition(" ")
     matching = [name for name in CHANGEABLE if name == typed or (typed and name.startswith(typed))]
-    name = typed if typed in matching else matching[0] if len(matching) == 1 else None
-    if name is None:
-        near = config.nearest(f"/{typed}", [*(f"/{name}" for name in (*CHANGEABLE, "again", "help")), *LEAVE])
-        raise UserError(f"/{typed}: there is no such command{near or '; /help lists them'}")
+    if typed not in matching and len(matching) != 1:
+        hint = config.nearest(f"/{typed}", COMMANDS) or "; /help lists them"
+        raise UserError(f"/{typed}: there is no such command{hint}")
+    name = typed if typed in matching else matching[0]
     if value or name == "stop":
         settings.change(cfg, name, value)
     if cfg.seed == "auto":
@@ -113,8 +118,8 @@ def change(cfg, command):
     print(f"{name} = {getattr(cfg, name)!r}", file=sys.stderr)
 
 
-def go_on(cfg, engine, tok, ids):
-    """Write how a text goes on: its tokens. Ctrl-C ends it early."""
+def go_on(cfg: TalkConfig, engine: Engine, tok: Tokenizer, ids: list[int]) -> list[int]:
+    """Print the continuation of a text; Ctrl-C ends it early. Returns the ids of the whole text."""
     stop = frozenset() if tok.eot is None else frozenset([tok.eot])
     stream = Stream(tok, cfg.stop_strings())
     (row,) = engine.add(ids, Options.of(cfg, stop=stop))
@@ -129,14 +134,14 @@ def go_on(cfg, engine, tok, ids):
 
 
 @contextmanager
-def interruptible():
-    """A list that is filled by Ctrl-C in a terminal; a second one ends the program."""
-    pressed = []
-    if not sys.stdin.isatty():
-        yield pressed  # there, it ends the program
+def interruptible() -> Iterator[list[int]]:
+    """A list to which Ctrl-C in a terminal adds its signal; a second one ends the program."""
+    pressed: list[int] = []
+    if not sys.stdin.isatty():  # Ctrl-C ends the program
+        yield pressed
         return
 
-    def note(signum, frame):
+    def note(signum: int, frame: FrameType | None) -> None:
         if pressed:
             raise KeyboardInterrupt
         pressed.append(signum)
@@ -146,10 +151,3 @@ def interruptible():
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def write(text: str) -> None:
-    """Write to standard output and flush."""
-    if text:
-        sys.stdout.write(text)
-        sys.stdout.flush()

@@ -1,16 +1,16 @@
-"""Many requests, one model: a thread that continues all texts together, token by token.
+"""Many requests, one model: a thread that continues all texts together, token by token. It knows nothing of HTTP.
 
     handlers (asyncio)                 the thread
-    Batcher.submit(jobs)    ->         their texts wait for places; prompts are read piece by piece
+    Batcher.submit(jobs)    ->         the texts wait for places; prompts are read in pieces
     Outbox.take()           <-         after each step, what the step has added to each text
 
-A text joins the batch and leaves it between steps, whatever the others do. Knows no HTTP.
+Between two steps a text can join or leave the batch, whatever the others do.
 
-Places are shared like this. Half of them belong to whoever came first: the first unfinished text of each request in the
-order of arrival, then the second of each, and so on. The other half belong to the texts with the fewest tokens left to
-write. A text that loses its place is parked, with its part of the KV cache, and goes on later exactly as it would have;
-so that texts do not change places for nothing, one loses its place only to a text with less than half as much left.
-A short request therefore never waits for long ones to end, and a long one always advances.
+If there are more texts than places, half of the places go in order of arrival: to the first unfinished text of each
+request, then to the second of each, and so on. The other half go to the texts with the fewest tokens left to generate. A
+text that loses its place is parked with its part of the KV cache and later continues exactly as it would have. To avoid
+needless changes, it gives way only to a text with less than half as many tokens left. So a short request never waits for
+long ones to end, and a long one always advances.
 """
 
 import asyncio
@@ -18,145 +18,140 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 
-from nanogpt.generate import Token
+from nanogpt.generate import Engine, Options, Row, Token
 from nanogpt.serve.metrics import Metrics
-from nanogpt.text.tokenizer import Stream
-
-
-class Part(NamedTuple):
-    """What a step has added to a text."""
-
-    index: int  # by which the request knows the text
-    text: str  # what can be shown now
-    token: Token | None  # None where it only ends the text
-    start: int  # where in the text the token begins
-    finish: str | None  # "stop" or "length" where the text ends here
-
-
-class Outbox:
-    """What has been made for a request and not yet been fetched. It holds no more than the texts' max_tokens."""
-
-    def __init__(self):
-        self.loop = asyncio.get_running_loop()
-        self.parts = deque()
-        self.ready = asyncio.Event()
-        self.awaited = False  # whether somebody waits for `ready`
-
-    def put(self, part):
-        """Add a Part, or an exception, and wake who waits for it. For the thread."""
-        self.parts.append(part)
-        if self.awaited:
-            self.awaited = False
-            try:
-                self.loop.call_soon_threadsafe(self.ready.set)
-            except RuntimeError:
-                pass  # the loop has ended, and nobody waits any more
-
-    async def take(self, deadline):
-        """All parts since the last call, one at least; an exception among them is raised when it is the next one.
-
-        TimeoutError from the time.monotonic() of `deadline` on.
-        """
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        while not self.parts:
-            self.ready.clear()
-            self.awaited = True
-            if self.parts:  # they came just before `awaited` was set
-                break
-            try:
-                await asyncio.wait_for(self.ready.wait(), deadline - time.monotonic())
-            except asyncio.TimeoutError:
-                raise TimeoutError from None
-        taken = []
-        while self.parts and isinstance(self.parts[0], Part):
-            taken.append(self.parts.popleft())
-        if not taken:
-            raise self.parts[0]
-        return taken
-
-
-@dataclass(eq=False)
-class Job:
-    """One prompt and the texts that continue it, which share the reading of the prompt."""
-
-    ids: list  # of the prompt
-    options: object  # generate.Options, with the seed of the first text; each next one's is one more
-    stops: list
-    indices: range  # by which the outbox knows the texts
-    outbox: Outbox
-    cancelled: bool = False
-
-
-@dataclass(eq=False)
-class Writing:
-    """A text, before and while it is written."""
-
-    job: Job
-    index: int
-    arrival: int  # of its request
-    stream: Stream
-    row: object = None  # generate.Row, once it has begun
-    shown: int = 0  # characters
-
-    @property
-    def left(self):
-        """How many tokens it may still write."""
-        return self.job.options.max_new_tokens - (self.row.new if self.row else 0)
+from nanogpt.text.tokenizer import Stream, Tokenizer
 
 
 class Stopping(Exception):
-    """The server ends before the text does."""
+    """The server is stopping, and the text is not finished."""
 
 
 class Failed(Exception):
     """The model could not be run."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a step has added to a text."""
+
+    index: int  # number of the text in its request
+    text: str  # what can be shown now
+    token: Token | None  # None if the step only ended the text
+    start: int  # offset of the token in the text
+    finish: str | None  # "stop" or "length" if the text ends here
+
+
+class Outbox:
+    """Parts of a request that were generated and not fetched yet: no more than the max_tokens of its texts."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.parts: deque[Part | Exception] = deque()
+        self.ready = asyncio.Event()
+        self.awaited = False  # whether a handler waits for `ready`: only then is the loop woken, which is expensive
+
+    def put(self, part: Part | Exception) -> None:
+        """Add a Part or an exception, and wake the handler that waits for it. Called by the thread."""
+        self.parts.append(part)
+        if self.awaited:
+            self.awaited = False
+            with suppress(RuntimeError):  # the loop has ended, and no handler waits any more
+                self.loop.call_soon_threadsafe(self.ready.set)
+
+    async def take(self, deadline: float) -> list[Part]:
+        """The Parts since the last call, at least one. An exception is raised once the Parts before it are taken.
+
+        Raises asyncio.TimeoutError when time.monotonic() exceeds `deadline`.
+        """
+        if time.monotonic() > deadline:
+            raise asyncio.TimeoutError
+        while not self.parts:
+            self.ready.clear()
+            self.awaited = True
+            if not self.parts:  # none came just before `awaited` was set
+                await asyncio.wait_for(self.ready.wait(), deadline - time.monotonic())
+        taken = []
+        while self.parts and isinstance(part := self.parts[0], Part):
+            taken.append(part)
+            self.parts.popleft()
+        if not taken and isinstance(part, Exception):
+            raise part
+        return taken
+
+
 @dataclass(eq=False)
+class Job:
+    """A prompt and the texts that continue it; the prompt is read once for all of them."""
+
+    ids: list[int]  # of the prompt
+    options: Options  # with the seed of the first text; the next one has that seed + 1, and so on
+    stops: list[str]
+    indices: range  # numbers of the texts in the request
+    outbox: Outbox
+    cancelled: bool = False
+
+
+@dataclass(eq=False)
+class Text:
+    """A text that waits, is being generated, or is parked."""
+
+    job: Job
+    index: int
+    arrival: int  # number of its request
+    stream: Stream
+    row: Row | None = None  # once it has begun
+    shown: int = 0  # characters
+
+    @property
+    def left(self) -> int:
+        """The number of tokens that it may still get."""
+        return self.job.options.max_new_tokens - (self.row.new if self.row else 0)
+
+
 class Batcher:
-    """The thread and its batch."""
+    """The thread and its batch. It computes on `cores` cores."""
 
-    make_engine: object  # a function that returns a generate.Engine
-    tok: object
-    cores: int = 1  # on which the thread computes
-    metrics: Metrics = field(default_factory=Metrics)
-
-    def __post_init__(self):
-        self.waiting, self.running = [], {}  # Writings, new and parked; {generate.Row: Writing}
+    def __init__(
+        self, make_engine: Callable[[], Engine], tok: Tokenizer, cores: int = 1, metrics: Metrics | None = None
+    ) -> None:
+        self.make_engine, self.tok, self.cores, self.metrics = make_engine, tok, cores, metrics or Metrics()
+        self.engine = make_engine()
+        self.waiting: list[Text] = []  # new and parked
+        self.running: dict[Row, Text] = {}
         self.condition = threading.Condition()  # for `waiting`, `arrivals`, `changed` and `stopping`
         self.arrivals = 0  # requests so far
-        self.changed = False  # whether somebody came or left, and the places are to be shared anew
+        self.changed = False  # whether texts came or left since places were assigned
         self.stopping = False
-        self.engine = self.make_engine()
         self.thread = threading.Thread(target=self._run, name="batch", daemon=True)
         self.thread.start()
 
     # called by the handlers
 
-    def submit(self, jobs):
-        """Have the jobs of a request done. Raises Stopping when it is too late."""
+    def submit(self, jobs: list[Job]) -> None:
+        """Generate the texts of a request. Raises Stopping if the server is stopping."""
         with self.condition:
             if self.stopping:
                 raise Stopping
             self.arrivals, self.changed = self.arrivals + 1, True
             for job in jobs:
-                self.waiting += [Writing(job, i, self.arrivals, Stream(self.tok, job.stops)) for i in job.indices]
+                self.waiting += [Text(job, i, self.arrivals, Stream(self.tok, job.stops)) for i in job.indices]
             self.condition.notify()
 
-    def cancel(self, jobs):
-        """Leave the jobs as they are; their places are free after the step that is under way."""
+    def cancel(self, jobs: list[Job]) -> None:
+        """Drop what is left of these jobs. Their places are free after the current step."""
         with self.condition:
             for job in jobs:
                 job.cancelled = True
-            self.waiting = [writing for writing in self.waiting if not writing.job.cancelled]
+            self.waiting = [text for text in self.waiting if not text.job.cancelled]
 
-    def stop(self):
+    def stop(self) -> None:
         """End all texts, and the thread."""
         with self.condition:
             self.stopping = True
@@ -164,118 +159,110 @@ class Batcher:
 
     # the thread
 
-    def _run(self):
+    def _run(self) -> None:
         torch.set_num_threads(self.cores)
         try:
             while self._wait():
                 try:
                     self._advance()
-                except Exception:  # of any kind, such as a GPU out of memory; the next one may have better luck
+                except Exception:  # of any kind, such as a GPU out of memory; the next texts may succeed
                     traceback.print_exc()
                     self.metrics.failures.inc()
-                    self._end_running(Failed())
-                    self.engine = None  # before there is another: it may be the memory that is short
+                    fail(self.running.values(), Failed())
+                    self.running, self.changed = {}, True
+                    del self.engine  # before the next one is made: memory may be short
                     self.engine = self.make_engine()
         finally:
-            self._end_all()
+            with self.condition:
+                self.stopping = True
+                fail([*self.running.values(), *self.waiting], Stopping())
+                self.running, self.waiting = {}, []
 
-    def _advance(self):
-        """Let go who is gone, share the places, and give every text a token."""
-        for row in [row for row, writing in self.running.items() if writing.job.cancelled]:
+    def _wait(self) -> bool:
+        """Wait until there is something to do. Returns False if the thread should end."""
+        with self.condition:
+            self.condition.wait_for(lambda: self.waiting or self.running or self.stopping)
+            return not self.stopping
+
+    def _advance(self) -> None:
+        """Remove cancelled texts, assign the places, and run a step."""
+        for row in [row for row, text in self.running.items() if text.job.cancelled]:
             self.engine.remove(row)
             del self.running[row]
             self.changed = True
         if self.changed and self.waiting:
-            self._share()
+            self._assign_places()
         if self.running:
-            self._step()
+            tokens = self.engine.step()
+            self.metrics.steps.inc()
+            self.metrics.tokens.inc(len(tokens))
+            for token in tokens:
+                self._deliver(token)
 
-    def _wait(self):
-        """Return when there is something to do; False when the thread is to end."""
-        with self.condition:
-            while not (self.waiting or self.running or self.stopping):
-                self.condition.wait()
-            return not self.stopping
-
-    def _share(self):
-        """Give each place to the text that is to have it, as the top of this file says."""
+    def _assign_places(self) -> None:
+        """Give each place to the text that should have it, as described at the top of this file."""
         capacity, half = self.engine.capacity, self.engine.capacity // 2
         with self.condition:
             self.changed = False
             running, waiting = set(self.running.values()), list(self.waiting)
-            ranks, seen = {}, Counter()  # {text: how many of its request come before it}
-            for writing in sorted([*running, *waiting], key=lambda w: (w.arrival, w.index)):
-                ranks[writing] = seen[writing.arrival]
-                seen[writing.arrival] += 1
-            by_turn = sorted(ranks, key=ranks.get)
-            by_length = sorted(by_turn[half:], key=lambda w: w.left / 2 if w in running else w.left)
+            turns: dict[Text, int] = {}  # how many texts of the same request come before it
+            seen: Counter[int] = Counter()
+            for text in sorted([*running, *waiting], key=lambda t: (t.arrival, t.index)):
+                turns[text] = seen[text.arrival]
+                seen[text.arrival] += 1
+            by_turn = sorted(turns, key=turns.__getitem__)
+            by_length = sorted(by_turn[half:], key=lambda t: t.left / 2 if t in running else t.left)
             chosen = {*by_turn[:half], *by_length[: capacity - half]}
-            for writing in running - chosen:
-                self.engine.park(writing.row)
-                del self.running[writing.row]
-                self.waiting.append(writing)
-            together = {}  # texts of one job that begin now share the reading of its prompt
-            for writing in waiting:
-                if writing in chosen:
-                    together.setdefault(writing.row or writing.job, []).append(writing)
-            for writings in together.values():
-                self._enter(writings)
+            for row, text in list(self.running.items()):
+                if text not in chosen:
+                    self.engine.park(row)
+                    del self.running[row]
+                    self.waiting.append(text)
+            together: dict[Row | Job, list[Text]] = {}  # new texts of a job share the reading of its prompt
+            for text in waiting:
+                if text in chosen:
+                    together.setdefault(text.row or text.job, []).append(text)
+            for texts in together.values():
+                self._enter(texts)
 
-    def _enter(self, writings):
-        """Take a parked text into the batch, or new ones of one job."""
-        self.waiting = [writing for writing in self.waiting if writing not in writings]
-        first, job = writings[0], writings[0].job
+    def _enter(self, texts: list[Text]) -> None:
+        """Take a parked text into the batch, or new texts of one job."""
+        self.waiting = [text for text in self.waiting if text not in texts]
+        first, job = texts[0], texts[0].job
         try:
             if first.row:
                 self.engine.resume(first.row)
+                rows = [first.row]
             else:
                 options = replace(job.options, seed=job.options.seed + first.index - job.indices[0])
-                for writing, row in zip(writings, self.engine.add(job.ids, options, len(writings)), strict=True):
-                    writing.row = row
+                rows = self.engine.add(job.ids, options, len(texts))
                 self.metrics.prompt_tokens.inc(len(job.ids))
         except Exception:
             job.outbox.put(Failed())
             raise
-        self.running |= {writing.row: writing for writing in writings}
+        for text, row in zip(texts, rows, strict=True):
+            text.row = row
+            self.running[row] = text
 
-    def _step(self):
-        """A token for every text whose prompt has been read."""
-        tokens = self.engine.step()
-        self.metrics.steps.inc()
-        self.metrics.tokens.inc(len(tokens))
-        for token in tokens:
-            self._take(token)
-
-    def _take(self, token):
+    def _deliver(self, token: Token) -> None:
         """Put what a token adds to its text into the outbox."""
-        row, finish, writing = token.row, token.finish, self.running[token.row]
-        stream, start = writing.stream, writing.shown + len(writing.stream.held)
-        if finish == "stop":  # a token that ends the text is no part of it
-            token, text = None, stream.flush()
-        else:
-            text = stream.push(token.id)
-            if stream.stopped:
-                finish = "stop"
-                self.engine.remove(row)
-            elif finish:
-                text += stream.flush()
-        writing.shown += len(text)
+        text, finish = self.running[token.row], token.finish
+        stream, start = text.stream, text.shown + len(text.stream.held)
+        new = "" if finish == "stop" else stream.push(token.id)  # a token that ends the text is not part of it
+        if stream.stopped:
+            finish = "stop"
+            self.engine.remove(token.row)
+        elif finish:
+            new += stream.flush()
+        text.shown += len(new)
         if finish:
-            del self.running[row]
+            del self.running[token.row]
             self.changed = True
-        writing.job.outbox.put(Part(writing.index, text, token, start, finish))
+        shown = None if token.finish == "stop" else token
+        text.job.outbox.put(Part(text.index, new, shown, start, finish))
 
-    def _end_running(self, error):
-        """Tell those whose texts are in the batch that they are lost."""
-        outboxes = {writing.job.outbox for writing in self.running.values()}
-        self.running, self.changed = {}, True
-        for outbox in outboxes:
-            outbox.put(error)
 
-    def _end_all(self):
-        """The thread ends: tell everybody, those who wait too."""
-        with self.condition:
-            self.stopping, waiting, self.waiting = True, self.waiting, []
-        self._end_running(Stopping())
-        for outbox in {writing.job.outbox for writing in waiting}:
-            outbox.put(Stopping())
+def fail(texts: Iterable[Text], error: Exception) -> None:
+    """Report an error to the requests of these texts."""
+    for outbox in {text.job.outbox for text in texts}:
+        outbox.put(error)

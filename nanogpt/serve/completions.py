@@ -1,15 +1,15 @@
-"""OpenAI's completions API: what a request may contain, and the shape of the response.
+"""OpenAI's completions API: what a request may contain, and the format of the response.
 
-Knows no server and no model. Names and shapes are those of OpenAI's API reference (Completions) and of the types of its
-Python client. `top_k` and `min_p` are extensions.
+This module uses neither the server nor the model. Names and formats are those of OpenAI's API reference (Completions) and
+of the types of its Python client. `top_k` and `min_p` are extensions.
 """
 
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import (
     AfterValidator,
@@ -24,40 +24,53 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails
+from starlette.responses import JSONResponse, Response
 
 from nanogpt.config import ServeConfig, nearest
+from nanogpt.generate import Token
 from nanogpt.serve.batching import Part
+from nanogpt.text.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 20  # alternatives reported for each token
 MIN_LOGPROB = -9999.0  # reported instead of minus infinity, which JSON does not have
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256
 MAX_TEXTS = 20  # in the response to one request, unless max_n is larger
 ERROR_TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
+ERROR_HEADERS = {  # which clients obey
+    401: {"www-authenticate": "Bearer"},
+    408: {"x-should-retry": "false"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "5"},
+}
 
 
 class ApiError(Exception):
     """What a client gets instead of a completion: an HTTP status and a message of one line."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
 
     def body(self) -> dict:
-        """The error in OpenAI's shape."""
+        """The error in OpenAI's format."""
         kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """The response that reports the error."""
+        return JSONResponse(self.body(), self.status, ERROR_HEADERS.get(self.status))
 
 
 # -- the request
 
 
 def whole_number(value: Any) -> Any:
-    """Some clients write every number as a float: 16.0 is as good as 16."""
+    """16 for 16.0, because some clients write every number as a float."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def at_most(setting: str) -> AfterValidator:
-    """The bound that this setting of the server puts on a number."""
+    """The upper bound of a number, from this setting of the server."""
 
     def check(value: int, info: ValidationInfo) -> int:
         limit = getattr(info.context, setting)
@@ -69,7 +82,7 @@ def at_most(setting: str) -> AfterValidator:
 
 
 def only(*accepted: Any) -> AfterValidator:
-    """A field that is not supported, except with these values, with which it changes nothing: clients send it unasked."""
+    """A field that is not supported, except with these values: they change nothing, and some clients send them unasked."""
 
     def check(value: Any) -> Any:
         if not any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in accepted):
@@ -141,24 +154,14 @@ class CompletionRequest(BaseModel):
             raise ValueError("max_tokens and max_completion_tokens differ")
         return given
 
-    @field_validator("best_of")
+    @field_validator("best_of", "echo", "stream_options")
     @classmethod
-    def check_best_of(cls, value: int, info: ValidationInfo) -> int:
-        if value not in (1, info.data.get("n")):
+    def check_combination(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "best_of" and value not in (1, info.data.get("n")):
             raise ValueError("is not supported, except with the value of n")
-        return value
-
-    @field_validator("echo")
-    @classmethod
-    def check_echo(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("logprobs") is not None:
+        if info.field_name == "echo" and value and info.data.get("logprobs") is not None:
             raise ValueError("is not supported together with logprobs")
-        return value
-
-    @field_validator("stream_options")
-    @classmethod
-    def check_stream_options(cls, value: StreamOptions, info: ValidationInfo) -> StreamOptions:
-        if not info.data.get("stream"):
+        if info.field_name == "stream_options" and not info.data.get("stream"):
             raise ValueError("is allowed only with stream")
         return value
 
@@ -170,13 +173,13 @@ class CompletionRequest(BaseModel):
             prompts = validate([prompt] if one else prompt)
         except ValidationError:
             raise ValueError(f"should be text, a list of token ids, or a list of such, not {shorten(prompt)}") from None
-        cfg, n = info.context, info.data.get("n", 1)
+        cfg, n = cast(ServeConfig, info.context), info.data.get("n", 1)
         most = max(MAX_TEXTS, cfg.max_n)
         if not 0 < len(prompts) * n <= most:
             raise ValueError(f"expected 1 to {most} texts in a request, not {len(prompts)} prompts x n {n}")
         for p in prompts:
             if not p:
-                raise ValueError("is empty; a text has to begin with something, if only a newline")
+                raise ValueError("is empty; a text has to begin with at least one token, such as a newline")
             if len(p) > cfg.max_prompt:
                 unit = "characters" if isinstance(p, str) else "tokens"
                 raise ValueError(f"has {len(p)} {unit}; the limit is {cfg.max_prompt}")
@@ -220,7 +223,7 @@ def describe(name: str, error: ErrorDetails) -> str:
 
 
 def shorten(value: Any) -> str:
-    """A value from the client for a message, cut short."""
+    """A value from the client, shortened for a message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "..."
 
@@ -230,7 +233,7 @@ def shorten(value: Any) -> str:
 
 @dataclass
 class Completion:
-    """What all parts of a response have in common."""
+    """What all events of a response have in common."""
 
     request: CompletionRequest
     model: str
@@ -238,8 +241,8 @@ class Completion:
     id: str = field(default_factory=lambda: "cmpl-" + secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def body(self, choices: Sequence[dict], completion_tokens: int | None = None) -> dict:
-        """A completion or a chunk of one, with the usage if the number of tokens is given."""
+    def body(self, choices: list[dict], completion_tokens: int | None = None) -> dict:
+        """A completion or an event of one, with the usage if the number of tokens is given."""
         body = dict(id=self.id, object="text_completion", created=self.created, model=self.model, choices=choices)
         if completion_tokens is not None:
             usage = dict(prompt_tokens=self.prompt_tokens, completion_tokens=completion_tokens)
@@ -252,37 +255,44 @@ class Completion:
 class Choice:
     """One text of a response, as it grows from the Parts that the batcher makes."""
 
-    def __init__(self, index: int, prompt: str, logprobs: bool, tok: Any):
-        self.index, self.tok = index, tok
-        self.unsent = prompt  # the text to echo, if any
-        self.echoed = len(prompt)
-        self.shown = 0  # characters
+    def __init__(self, index: int, prompt: str, logprobs: bool, tok: Tokenizer) -> None:
+        self.index, self.logprobs, self.tok = index, logprobs, tok
+        self.unsent = [prompt]  # the text to echo, if any
+        self.echoed = self.shown = len(prompt)  # characters
         self.tokens = 0
-        self.unreported: list | None = [] if logprobs else None  # [(offset, token)] whose text is not shown yet
+        self.unreported: list[tuple[int, Token]] = []  # with offsets: tokens whose text is not shown yet
         self.finish_reason: str | None = None
 
-    def body(self, parts: Sequence[Part]) -> dict:
-        """The choice with these parts, in OpenAI's shape."""
-        text, self.unsent = self.unsent + "".join(part.text for part in parts), ""
-        self.shown += len(text)
-        self.tokens += sum(part.token is not None for part in parts)
-        self.finish_reason = parts[-1].finish
-        logprobs = None if self.unreported is None else self._logprobs(self.unreported, parts)
+    def add(self, part: Part) -> None:
+        """Add what a step of the model has made."""
+        self.unsent.append(part.text)
+        self.shown += len(part.text)
+        self.finish_reason = part.finish
+        if part.token:
+            self.tokens += 1
+            if self.logprobs:
+                self.unreported.append((self.echoed + part.start, part.token))
+
+    def body(self) -> dict:
+        """What was added since the last call, in OpenAI's format."""
+        text, self.unsent = "".join(self.unsent), []
+        logprobs = self._logprobs() if self.logprobs else None
         return dict(text=text, index=self.index, logprobs=logprobs, finish_reason=self.finish_reason)
 
-    def _logprobs(self, unreported: list, parts: Sequence[Part]) -> dict:
+    def _logprobs(self) -> dict:
         """The log-probabilities of the tokens whose text has been shown; those of a stop string never are."""
-        report: dict[str, list] = dict(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        unreported += [(self.echoed + part.start, part.token) for part in parts if part.token]
-        while unreported and (unreported[0][0] < self.shown or self.finish_reason == "length"):
-            offset, token = unreported.pop(0)
-            chosen, logprob = self._name(token.id), round_logprob(token.logprob)
-            report["tokens"].append(chosen)
-            report["token_logprobs"].append(logprob)
-            alternatives = {self._name(id): round_logprob(other) for id, other in token.likeliest}
-            report["top_logprobs"].append(alternatives | {chosen: logprob})
-            report["text_offset"].append(offset)
-        return report
+        whole = self.finish_reason == "length"
+        ready = [(offset, token) for offset, token in self.unreported if whole or offset < self.shown]
+        del self.unreported[: len(ready)]
+        names = [self._name(token.id) for _, token in ready]
+        logprobs = [round_logprob(token.logprob) for _, token in ready]
+        likeliest = [{self._name(id): round_logprob(other) for id, other in token.likeliest} for _, token in ready]
+        return dict(
+            tokens=names,
+            token_logprobs=logprobs,
+            top_logprobs=[d | {name: lp} for d, name, lp in zip(likeliest, names, logprobs, strict=True)],
+            text_offset=[offset for offset, _ in ready],
+        )
 
     def _name(self, id: int) -> str:
         """A token as text; if it is not a whole number of characters, in OpenAI's notation, bytes:\\xe2\\x82."""
@@ -293,6 +303,7 @@ class Choice:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def round_logprob(logprob: float) -> float:
-    """A finite log-probability with few digits."""
+def round_logprob(logprob: float | None) -> float:
+    """A finite log-probability with few digits; of a token that was generated with them."""
+    assert logprob is not None
     return round(max(MIN_LOGPROB, logprob), 5)

@@ -1,4 +1,4 @@
-"""`nanogpt serve`: settings, API key, socket and model; the rest imports FastAPI, which is optional."""
+"""`nanogpt serve`: settings, API key, socket and model. The other modules import FastAPI, which is optional."""
 
 import errno
 import importlib.util
@@ -31,12 +31,12 @@ def main(argv: list[str]) -> None:
 
 
 def stopped(signum: int, frame: FrameType | None) -> None:
-    """Handle a signal: immediately while the model loads, later once the server has shut down."""
+    """Stop on a signal: at once while the model loads; after that, uvicorn raises it again when it has shut down."""
     raise Stopped(f"{signal.Signals(signum).name}: stopped", signum)
 
 
 def read_key(cfg: ServeConfig) -> str | None:
-    """The API key that clients must send, if any. It is never an argument: other users can read those."""
+    """The API key that clients must send, if any. It is never an argument, because other users can read arguments."""
     source, key = KEY, os.environ.get(KEY)
     if cfg.api_key_file:
         source = f"--api_key_file={cfg.api_key_file}"
@@ -70,12 +70,13 @@ def listen(cfg: ServeConfig) -> socket.socket:
 
 def serve(cfg: ServeConfig, sock: socket.socket, key: str | None, dist: distributed.Dist) -> None:
     """Load the model and serve it until a signal arrives."""
-    from nanogpt.serve.app import LOOPBACK, Server
+    from nanogpt.serve.access import LOOPBACK
+    from nanogpt.serve.app import Server
     from nanogpt.serve.connections import run
 
     cores = torch.get_num_threads()
-    # All of OpenMP's worker threads should belong to the batch thread. Those of this thread would stay, and barriers
-    # are several times slower with more workers than cores (benchmarks/LOG.md).
+    # Only the batch thread should have OpenMP worker threads. Those of this thread would stay, and barriers are several
+    # times slower with more workers than cores (benchmarks/LOG.md).
     torch.set_num_threads(1)
     found = trained.load(cfg, dist)
     server = Server(cfg, key, found, dist, cores)

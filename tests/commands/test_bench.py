@@ -1,4 +1,4 @@
-"""bench.py: what it prints, and that it leaves nothing behind."""
+"""bench.py: its output, and that it writes no files."""
 
 import re
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_the_phases_make_up_the_iteration(run, tmp_path):
+def test_the_phases_add_up_to_the_iteration(run, tmp_path):
     out = run("--optimizer=muon", "--architecture=qwen3", "--iters=1")  # of one iteration, the medians add up
     rows = {name: float(ms) for name, ms in re.findall(r"^(\w+) +([\d.]+) +\d+%$", out, re.M)}
     assert set(rows) == set(bench.PHASES)
@@ -41,7 +41,7 @@ def test_the_phases_make_up_the_iteration(run, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
-def test_what_is_measured_is_the_model_of_the_settings(dist, tmp_path, monkeypatch, architecture):
+def test_bench_measures_the_model_of_the_settings(dist, tmp_path, monkeypatch, architecture):
     monkeypatch.chdir(tmp_path)
     cfg = load(BenchConfig, [*SMALL, f"--architecture={architecture}", "--dropout=0.25"], "bench.py")
     run, _, seconds = bench.measure(cfg, dist)
@@ -50,7 +50,7 @@ def test_what_is_measured_is_the_model_of_the_settings(dist, tmp_path, monkeypat
 
 
 def test_each_phase_has_its_own_time(dist, tmp_path, monkeypatch):
-    """By a clock that only the work moves: an hour a batch, 20 minutes a forward pass, a minute an update."""
+    """Only the work advances the clock: an hour for a batch, 20 minutes for a forward pass, a minute for an update."""
     monkeypatch.chdir(tmp_path)
     now = [0.0]
 
@@ -63,7 +63,7 @@ def test_each_phase_has_its_own_time(dist, tmp_path, monkeypatch):
 
         monkeypatch.setattr(owner, name, work)
 
-    takes(3600.0, bench.RandomBatches, "get")
+    takes(3600.0, bench.data.Batches, "get")
     takes(1200.0, GPT, "forward")
     takes(2400.0, torch.Tensor, "backward")
     takes(60.0, bench.optim.AdamW, "step")
@@ -99,7 +99,7 @@ def test_the_yardstick_counts_the_operations_of_the_linear_layers(dist):
     assert memory.peak_memory(torch.device("cpu")) > 2**24
 
 
-def test_what_a_run_is_expected_to_take():
+def test_expected_seconds():
     assert speed.expected_seconds(100, flops_per_iter=1e12, peak=3e12, layers=4) == pytest.approx(100)
     assert speed.expected_seconds(100, flops_per_iter=1e3, peak=3e12, layers=4) == pytest.approx(0.4)
     assert BenchConfig().iters > 0

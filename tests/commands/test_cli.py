@@ -80,7 +80,7 @@ def test_arguments_and_exit_code_pass_through(returned, code, tmp_path, monkeypa
 
 
 def run_program(tmp_path, source, shell=None, lasting=False, **env):
-    """Run `source` as the program of a command, in a process of its own. `lasting`: one that goes on unheard."""
+    """Run `source` as the program of a command, in a process of its own. `lasting`: it is in cli.LASTING."""
     write(tmp_path / "program.py", source)
     lasting = "cli.LASTING += ('p',); " * lasting
     start = write(
@@ -95,7 +95,7 @@ def run_program(tmp_path, source, shell=None, lasting=False, **env):
 
 @pytest.mark.parametrize("rank", ["", "0", "1", "nonsense"])
 def test_user_errors_are_lines(rank, tmp_path, monkeypatch):
-    """Whatever rank it has, a process cannot know of another one that would print them, if torchrun did not start it."""
+    """Without torchrun, every process prints its errors, whatever its rank."""
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank:
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -192,7 +192,7 @@ def main(argv):
         "( {{ {}; echo $? >code; }} 2>&1 | head -1 ); exit $(cat code)",
     ],
 )
-def test_an_output_that_is_closed_or_full_ends_no_run(shell, unbuffered, tmp_path):
+def test_a_closed_or_full_output_does_not_end_a_run(shell, unbuffered, tmp_path):
     if "/dev/full" in shell and not Path("/dev/full").exists():
         pytest.skip("this system has no device that is always full")
     result = run_program(tmp_path, TALKATIVE, shell, lasting=True, PYTHONUNBUFFERED=unbuffered)
@@ -201,7 +201,7 @@ def test_an_output_that_is_closed_or_full_ends_no_run(shell, unbuffered, tmp_pat
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")
-def test_a_full_output_is_an_error_if_the_output_is_all_there_is(tmp_path):
+def test_a_full_output_is_an_error_for_commands_that_only_print(tmp_path):
     result = run_program(tmp_path, "def main(argv): print('text')", shell="{} >/dev/full")
     assert result.returncode == 1
     assert result.stderr == "error: standard output: cannot be written to (No space left on device)\n"
@@ -211,15 +211,15 @@ def test_a_full_output_is_an_error_if_the_output_is_all_there_is(tmp_path):
     "end, code",
     [("return 3", 3), ("raise SystemExit(3)", 3), ("raise SystemExit('no')", 1), ("raise ValueError('no')", 1)],
 )
-def test_nothing_is_waited_for_at_the_end(end, code, tmp_path):
-    """Threads of PyTorch's that are still about would abort the process in the interpreter's own way out."""
+def test_the_process_ends_without_waiting_for_threads(end, code, tmp_path):
+    """Running threads of PyTorch would abort the process in an ordinary interpreter shutdown."""
     source = f"import threading, time\ndef main(argv):\n    threading.Thread(target=time.sleep, args=[1e6]).start()\n    {end}"
     result = run_program(tmp_path, "import atexit; atexit.register(print, 'the other way')\n" + source)
     assert (result.returncode, result.stdout) == (code, "")
     assert ("no" in result.stderr) == ("no" in end)
 
 
-def test_another_broken_pipe_is_an_error(tmp_path):
+def test_a_broken_pipe_other_than_the_output_is_an_error(tmp_path):
     result = run_program(tmp_path, "def main(argv): raise BrokenPipeError('of a logger')")
     assert result.returncode == 1
     assert "of a logger" in result.stderr
@@ -230,7 +230,7 @@ def test_another_broken_pipe_is_an_error(tmp_path):
 
 @pytest.fixture
 def clone(tmp_path):
-    """A clone without an environment, with a space in its name; its programs echo what they get."""
+    """A clone without an environment, with a space in its name; its programs print their arguments."""
     clone = tmp_path / "my clone"
     (clone / "nanogpt" / "commands").mkdir(parents=True)
     package = ("__init__.py", "config.py", "commands/__init__.py", "commands/cli.py")
@@ -242,14 +242,14 @@ def clone(tmp_path):
 
 
 def make_python(path):
-    """A python that is told apart from all others by the name it goes by."""
+    """A python that prints its own name, so that it can be recognized."""
     name = path.parent.parent.name
     return write(path, f'#!/bin/sh\nexec "{sys.executable}" "$@" "by {name}"\n', executable=True)
 
 
 @pytest.mark.parametrize("door", PROGRAM_DOORS)
 @pytest.mark.parametrize("start", [*SHELLS, PYTHON, pytest.param(None, id="itself")])
-def test_door_passes_everything_on(start, door, clone, tmp_path):
+def test_the_front_door_passes_arguments_and_exit_code_on(start, door, clone, tmp_path):
     make_python(tmp_path / "path" / "bin" / "python3")
     path = os.pathsep.join([str(tmp_path / "path" / "bin"), os.environ["PATH"]])
     command = [start] if start else []  # None: the file itself is executable
@@ -261,7 +261,7 @@ def test_door_passes_everything_on(start, door, clone, tmp_path):
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_door_prefers_the_environment_beside_it(shell, clone):
+def test_the_front_door_prefers_the_environment_beside_it(shell, clone):
     make_python(clone / ".venv" / "bin" / "python")
     result = run(shell, "train.py", "x", cwd=clone)
     assert result.stdout.split("\n")[:-1] == ["x", "by .venv"], result.stderr
@@ -274,7 +274,7 @@ def test_model_door():
 
 
 @pytest.mark.parametrize("door", ["train", "sample", "model"])
-def test_door_names_its_room(door):
+def test_the_front_door_names_its_module(door):
     path = ROOT / f"{door}.py"
     assert os.access(path, os.X_OK)
     assert ROOMS.get(door, f"nanogpt/{door}.py") in path.read_text()
@@ -301,8 +301,8 @@ SET_BY_USERS = [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY
 @pytest.mark.parametrize(
     "door, user, seen", [(d, *SET_BY_USERS[0]) for d in DOORS] + [(DOORS[0], *u) for u in SET_BY_USERS[1:]]
 )
-def test_threads_do_not_spin_for_long_when_pytorch_is_loaded(door, user, seen, tmp_path):
-    """Unless the user has said how they are to wait. PyTorch looks when it is loaded, and never again."""
+def test_openmp_threads_do_not_spin_for_long(door, user, seen, tmp_path):
+    """Unless the user has set how they wait. PyTorch reads the environment only when it is loaded."""
     write(
         tmp_path / "torch" / "__init__.py",
         "import os; open(os.environ['SEEN'], 'w').write(os.environ.get('GOMP_SPINCOUNT', 'unset')); os._exit(0)",

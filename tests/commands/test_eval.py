@@ -1,4 +1,4 @@
-"""`nanogpt eval` as a person uses it: on texts, on datasets, document by document, and on what is neither."""
+"""`nanogpt eval` on texts, on datasets, by document, and with invalid arguments."""
 
 import gzip
 import io
@@ -65,7 +65,7 @@ def evaluate(trained_run, capsys):
 
 
 def ids_of(text):
-    """What the model's tokenizer makes of a text."""
+    """The ids of a text with the model's tokenizer."""
     return checkpoint_tokenizer().encode(text)
 
 
@@ -93,7 +93,7 @@ def test_the_dataset_of_the_run_gives_its_exact_loss(evaluate):
     assert evaluate("--split=train")["tiny, train split"][1] > found[1]
 
 
-def test_a_run_that_went_on_with_another_dataset_is_measured_on_that(evaluate, capsys):
+def test_a_run_resumed_with_another_dataset_is_evaluated_on_that(evaluate, capsys):
     shutil.copytree("data/tiny", "data/other")
     ids = np.fromfile("data/tiny/val.bin", np.uint16)
     ids[:-50].tofile("data/other/val.bin")
@@ -105,7 +105,7 @@ def test_a_run_that_went_on_with_another_dataset_is_measured_on_that(evaluate, c
     assert found[:2] == (pytest.approx(metrics()[-1]["exact_loss"], abs=1e-5), len(ids) - 50 - 1)
 
 
-def test_a_dataset_that_was_renamed_is_the_same_data_by_its_new_name(evaluate, capsys):
+def test_a_renamed_dataset_gives_the_same_result(evaluate, capsys):
     before = evaluate()
     os.rename("data/tiny", "data/renamed")
     worse = ["--learning_rate=3", "--min_lr=3", "--decay_lr=False"]
@@ -137,8 +137,8 @@ def test_a_shorter_context_predicts_worse(evaluate):
     assert short > long
 
 
-def test_bits_per_byte_are_of_the_texts_own_bytes(evaluate, monkeypatch):
-    """With a token before every document, all bytes are predicted, and that token has none."""
+def test_bits_per_byte_count_only_bytes_of_the_text(evaluate, monkeypatch):
+    """With a token before every document, all bytes of the text are predicted, and that token has no bytes."""
     tokenizer = checkpoint_tokenizer()
     tokenizer.eot = tokenizer.ids["\n"]
     monkeypatch.setattr(trained, "open_tokenizer", lambda _: tokenizer)
@@ -149,7 +149,7 @@ def test_bits_per_byte_are_of_the_texts_own_bytes(evaluate, monkeypatch):
     assert bits == pytest.approx(loss / math.log(2), abs=1e-3)
 
 
-def test_a_line_for_each_file_and_none_sees_another(evaluate):
+def test_each_file_is_evaluated_separately(evaluate):
     texts = {"a.txt": tiny_text(2, seed=3), "b.txt": "T", "c.txt": tiny_text(5, seed=4)}
     for name, text in texts.items():
         Path(name).write_text(text)
@@ -163,7 +163,7 @@ def test_a_line_for_each_file_and_none_sees_another(evaluate):
     assert found["all 3 documents"][:2] == (pytest.approx(mean, abs=1e-5), sum(tokens))
 
 
-def test_whatever_can_be_prepared_can_be_evaluated_on(evaluate):
+def test_all_formats_that_can_be_prepared_can_be_evaluated(evaluate):
     first, second = tiny_text(2, seed=3), tiny_text(5, seed=4)
     Path("texts").mkdir()
     Path("texts/a.txt").write_bytes(b"\xef\xbb\xbf" + first.encode())
@@ -216,7 +216,7 @@ def test_a_model_trained_on_documents_is_evaluated_on_documents(evaluate, capsys
     assert found[0] == pytest.approx(metrics("apart")[-1]["exact_loss"], abs=1e-5)
 
 
-def test_two_processes_find_what_one_does(evaluate, tmp_path):
+def test_two_processes_give_the_result_of_one(evaluate, tmp_path):
     expected = evaluate("--per_document=True")
     place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     doors = [
@@ -234,7 +234,7 @@ def test_two_processes_find_what_one_does(evaluate, tmp_path):
     assert not any(map(LINE.fullmatch, doors[1].printed.splitlines()))  # one alone speaks
 
 
-def test_standard_input_and_the_results_alone_on_standard_output(trained_run):
+def test_standard_input_is_read_and_standard_output_has_only_results(trained_run):
     code = "from nanogpt.commands.cli import enter; enter()"
     command = [sys.executable, "-c", code, "eval", "--text=-"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -280,8 +280,8 @@ def test_a_tokenizer_that_is_larger_than_the_models_vocabulary_is_refused(traine
         (["--text=bad.txt"], r"^--text=bad.txt: is not UTF-8 in 1 place, at byte 3 \(0xff\); --encoding=latin-1 or"),
         (["--text=ba*.txt"], r"^--text=ba\*.txt: bad.txt: is not UTF-8 in 1 place, at byte 3 \(0xff\); --encoding="),
         (["--text=bad.jsonl"], "^--text=bad.jsonl:1: has no field 'text', but txt; did you mean txt\\?$"),
-        (["--text=one.txt"], "has but one token"),
-        (["--text=other.txt"], r"^--text=other.txt: is not two characters of the model's vocabulary long"),
+        (["--text=one.txt"], "has only one token"),
+        (["--text=other.txt"], r"^--text=other.txt: has fewer than two characters of the model's vocabulary"),
         (["--text=good.txt", "--dataset=tiny"], "either a text or a dataset"),
         (["--text=good.txt", "--stride=17"], "--stride=17: longer than the 16 tokens of the model's context"),
         (["--text=good.txt", "--block_size=17"], "--block_size=17: longer than the 16 tokens"),
@@ -294,7 +294,7 @@ def test_a_tokenizer_that_is_larger_than_the_models_vocabulary_is_refused(traine
         (["--init_from=gpt2"], "--init_from=gpt2: --text=FILE or --dataset=NAME says"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(trained_run, args, expected):
+def test_an_error_is_one_line(trained_run, args, expected):
     texts = dict(good=b"The cat", empty=b"", bad=b"The\xff", one=b"T", other="Mß é".encode(), mark=b"\xef\xbb\xbf")
     for name, content in texts.items():
         Path(f"{name}.txt").write_bytes(content)
@@ -325,7 +325,7 @@ def test_documents_of_a_dataset_without_a_separator_are_refused(trained_run):
         program.main(["--device=cpu", "--per_document=True"])
 
 
-def test_all_files_that_are_no_text_are_named(trained_run):
+def test_all_files_that_are_not_text_are_named(trained_run):
     for name in ("a", "b"):
         Path(f"{name}.txt").write_bytes(b"\xff")
     with pytest.raises(UserError) as caught:
@@ -339,7 +339,7 @@ def test_several_processes_cannot_share_standard_input(trained_run, dist):
         program.read_texts(EvalConfig(text="-"), dist)
 
 
-def test_no_bits_per_byte_where_a_token_stands_for_any_character(trained_run, evaluate, tmp_path, capsys):
+def test_no_bits_per_byte_if_a_text_has_unknown_characters(trained_run, evaluate, tmp_path, capsys):
     text = tiny_text() + "\ufffd"
     write_dataset(
         tmp_path / "data" / "open",
@@ -361,7 +361,7 @@ def test_no_bits_per_byte_where_a_token_stands_for_any_character(trained_run, ev
 
 
 def test_unknown_characters_are_counted_and_left_out(evaluate, capsys):
-    """A vocabulary without a token for them, as that of data/shakespeare_char, ends nothing."""
+    """A vocabulary without a token for unknown characters, like that of data/shakespeare_char, is no error."""
     known = tiny_text(3, seed=9)
     Path("a.txt").write_text(known)
     Path("b.txt").write_text("“" + known.replace(".", "é.") + "猫”")
@@ -381,7 +381,7 @@ def test_unknown_characters_are_counted_and_left_out(evaluate, capsys):
 
 
 @pytest.mark.parametrize("changes", [{"dataset": "../tiny"}, {"dataset": 5}, {"root": 5}, {"root": "a\0b"}])
-def test_a_run_that_names_no_dataset_of_ours_is_asked_for_one(changes):
+def test_without_a_valid_dataset_name_eval_asks_for_one(changes):
     found = SimpleNamespace(settings={"dataset": "tiny"} | changes)
     with pytest.raises(UserError, match="--text=FILE or --dataset=NAME says what to evaluate it on"):
         program.from_split(settings.load(EvalConfig, [], "nanogpt eval"), found)

@@ -1,4 +1,4 @@
-"""`nanogpt export` as a person uses it."""
+"""`nanogpt export`: what it writes, compares and reports."""
 
 import sys
 
@@ -21,7 +21,7 @@ def trained(tiny, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
-def test_it_writes_compares_and_says_so(tiny, monkeypatch, capsys, architecture):
+def test_export_writes_compares_and_reports(tiny, monkeypatch, capsys, architecture):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tiny.parent.parent)
     train.main([*SMALL, f"--architecture={architecture}"])
@@ -34,7 +34,7 @@ def test_it_writes_compares_and_says_so(tiny, monkeypatch, capsys, architecture)
     assert float(said[2].split(": ")[1].split(";")[0]) < 1e-4
 
 
-def test_what_was_exported_writes_the_same_text(trained, capsys):
+def test_an_exported_model_generates_the_same_text(trained, capsys):
     export.main(["--to=hf"])
     capsys.readouterr()
     options = ["--device=cpu", "--num_samples=2", "--max_new_tokens=40", "--start=The"]
@@ -52,7 +52,7 @@ def test_a_difference_is_an_error(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
-def test_without_transformers_it_compares_with_what_we_read_ourselves(tiny, monkeypatch, capsys, architecture):
+def test_without_transformers_our_own_reader_is_compared(tiny, monkeypatch, capsys, architecture):
     monkeypatch.chdir(tiny.parent.parent)
     monkeypatch.setitem(sys.modules, "transformers", None)
     train.main([*SMALL, f"--architecture={architecture}"])
@@ -63,8 +63,8 @@ def test_without_transformers_it_compares_with_what_we_read_ourselves(tiny, monk
     assert float(said.split(": ")[1].split(";")[0]) < 1e-4
 
 
-def test_a_difference_to_what_we_read_ourselves_is_an_error(trained, monkeypatch):
-    """And what was written is what is compared, not the model that is in memory."""
+def test_a_difference_with_our_own_reader_is_an_error(trained, monkeypatch):
+    """The files that were written are compared, not the model in memory."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     real = hugging_face.to_hugging_face
 
@@ -88,7 +88,7 @@ def test_a_difference_to_what_we_read_ourselves_is_an_error(trained, monkeypatch
         (["--to=hf", "--out_dir=elsewhere"], "elsewhere: holds no checkpoint"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(trained, args, expected):
+def test_an_error_is_one_line(trained, args, expected):
     with pytest.raises(UserError, match=expected) as caught:
         export.main(args)
     assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)

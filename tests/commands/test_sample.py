@@ -1,4 +1,4 @@
-"""sample.py as a person uses it: from a trained run, without its data."""
+"""sample.py with a trained run, without its data."""
 
 import hashlib
 import json
@@ -43,14 +43,14 @@ def write(trained, capsys):
     return write
 
 
-def test_it_goes_on_from_the_start_and_repeats_with_the_seed(write):
+def test_a_text_begins_with_start_and_a_seed_repeats_it(write):
     one, again, other = (write("--start=The ", f"--seed={s}").out for s in (1, 1, 2))
     assert one.startswith("The ") and one.endswith("\n---------------\n")
     assert len(one) == len("The ") + 30 + len("\n---------------\n")
     assert one == again != other
 
 
-def test_standard_output_is_the_text_alone(write):
+def test_standard_output_has_only_the_text(write):
     text, announcements = write("--dtype=auto")
     assert "dtype: float32" in announcements and "dtype" not in text
 
@@ -89,7 +89,7 @@ def test_a_prompt_longer_than_the_context_keeps_its_end_and_says_so(write):
         (["--init_from=elsewhere"], "--init_from=elsewhere: holds no checkpoint"),
     ],
 )
-def test_what_cannot_be_done_is_said_in_one_line(trained, args, expected):
+def test_an_error_is_one_line(trained, args, expected):
     with pytest.raises(UserError, match=expected) as caught:
         sample.main(["--device=cpu", *args])
     assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
@@ -109,7 +109,7 @@ def test_text_appears_while_it_is_generated(trained):
         process.kill()
 
 
-def test_it_takes_the_best_checkpoint(trained, capsys):
+def test_the_best_checkpoint_is_used(trained, capsys):
     best = sorted(Path("out/checkpoints").iterdir())[0]
     worse = best.with_name("step-00000099")  # newer, and worse: its weights are noise
     shutil.copytree(best, worse)
@@ -154,7 +154,7 @@ def open_minded(tmp_path, monkeypatch, capsys):
     return write
 
 
-def test_a_prompt_with_unseen_characters_is_taken_and_they_are_named(open_minded):
+def test_unknown_characters_of_a_prompt_are_accepted_and_named(open_minded):
     text, said = open_minded("--start=Grüße, 世界")
     assert text.startswith("Grüße, 世界")
     assert "--start: not in the tokenizer's vocabulary: 'ß' (U+00DF), '世' (U+4E16), '界' (U+754C)" in said
@@ -185,20 +185,20 @@ def test_a_stop_string_ends_each_text_and_is_not_shown(write):
     assert int(re.search(r"^(\d+) tokens in", said, re.M)[1]) < 3 * 30  # it is not written in silence either
 
 
-def test_a_text_that_ends_like_a_stop_string_begins_is_shown_to_its_end(write):
+def test_a_text_that_ends_with_the_beginning_of_a_stop_string_is_shown_whole(write):
     whole = write("--start=The ").out
     last = parts(whole)[0][-1].replace("\n", "\\n")
     assert write("--start=The ", f"--stop={last}§").out == whole
 
 
-def test_more_texts_than_are_written_together_are_the_same_texts(write, monkeypatch):
+def test_texts_do_not_depend_on_how_many_are_generated_together(write, monkeypatch):
     together = write("--num_samples=5").out
     assert len(set(parts(together))) == 5
     monkeypatch.setattr(sample, "TOGETHER", 2)
     assert write("--num_samples=5").out == together
 
 
-def test_where_memory_is_short_there_is_room_for_one_text(monkeypatch):
+def test_with_little_memory_there_is_room_for_one_text(monkeypatch):
     model = GPT(GPTConfig(block_size=16, vocab_size=ByteTokenizer.vocab_size, n_layer=1, n_head=1, n_embd=8))
     a_row = 2 * 16 * 8 * 4  # bytes of the keys and values of 16 tokens
     for cache, rows in ((a_row - 1, 1), (3 * a_row, 3), (99 * a_row, 10)):
@@ -206,7 +206,7 @@ def test_where_memory_is_short_there_is_room_for_one_text(monkeypatch):
         assert sample.make_engine(SampleConfig(), model, None, ByteTokenizer(), [1]).free == rows
 
 
-def test_a_files_text_is_taken_as_it_is(tmp_path):
+def test_the_text_of_a_prompt_file_is_not_unescaped(tmp_path):
     (tmp_path / "prompt.txt").write_text("a\\nb\nc", encoding="utf-8")
     assert sample.read_start(f"FILE:{tmp_path / 'prompt.txt'}") == "a\\nb\nc"
 

@@ -1,4 +1,4 @@
-"""`nanogpt talk` as a person uses it: in a real terminal, and in a pipe."""
+"""`nanogpt talk` in a terminal and in a pipe."""
 
 import io
 import os
@@ -37,7 +37,7 @@ def trained(tiny, monkeypatch, capsys):
 
 
 class Terminal:
-    """A program in a terminal of its own, and what it has shown."""
+    """A program in its own terminal, and what it has printed."""
 
     def __init__(self, command):
         self.pid, self.fd = pty.fork()
@@ -48,7 +48,7 @@ class Terminal:
         self.shown = ""
 
     def read(self, again=""):
-        """What comes next, or nothing when it has ended. `again` is typed whenever nothing has come for some time."""
+        """The next output, or nothing if the program has ended. `again` is typed if there is no output for some time."""
         for _ in range(60):
             ready, _, _ = select.select([self.fd], [], [], 2)
             if ready:
@@ -61,7 +61,7 @@ class Terminal:
             return ""
 
     def until(self, pattern, again=""):
-        """Wait until `pattern` has been shown; return all up to there, which counts no more. `again`: see `read`."""
+        """Wait for `pattern` in the output; return the output up to its end, and drop it. `again`: see `read`."""
         while not (found := re.search(pattern, self.shown, re.S)):
             more = self.read(again)
             assert more, f"{pattern!r} was not shown: {self.shown!r}"
@@ -94,7 +94,7 @@ def terminal(trained):
         os.close(t.fd)
 
 
-def test_a_text_goes_on_and_on(terminal):
+def test_an_empty_line_continues_the_text(terminal):
     t = terminal()
     t.type("The cat\r")
     first = t.until("\n> $")
@@ -132,7 +132,7 @@ def test_ctrl_c_at_the_prompt_forgets_the_line(terminal):
     assert t.end() == 0
 
 
-def test_the_arrow_keys_bring_back_what_was_typed(terminal):
+def test_the_arrow_keys_recall_earlier_lines(terminal):
     pytest.importorskip("readline")
     t = terminal()
     t.type("/temperature 0.25\r")
@@ -151,7 +151,7 @@ def test_tab_completes_a_command(terminal):
 
 
 @pytest.mark.parametrize("word", ["/quit", "/exit "])
-def test_a_word_leaves_too(terminal, word):
+def test_quit_and_exit_leave(terminal, word):
     t = terminal()
     t.type("/help\r")
     assert "/quit" in t.until("/seed.*\n> $")
@@ -163,7 +163,7 @@ def test_a_word_leaves_too(terminal, word):
 
 
 def talk(lines, *args):
-    """(what it writes, what it says beside, exit code) for these lines."""
+    """(standard output, standard error, exit code) for these lines."""
     done = subprocess.run([*COMMAND, *args], input=lines, capture_output=True, timeout=120)
     return done.stdout.decode(), done.stderr.decode().split("(--int8)\n")[-1], done.returncode
 
@@ -174,13 +174,13 @@ def test_lines_from_a_pipe_are_answered(trained):
     assert text[30] == text[61] == "\n"
 
 
-def test_nothing_after_the_word_that_leaves_is_answered(trained):
+def test_lines_after_quit_are_not_answered(trained):
     text, said, code = talk(b"The cat\n/quit\nThe dog\n")
     assert (len(text), said, code) == (31, "", 0)
     assert talk(b"/quti\n")[1] == "error: /quti: there is no such command; did you mean /quit?\n"
 
 
-def test_each_text_has_the_next_seed_and_settings_count(trained):
+def test_each_text_has_the_next_seed_and_settings_apply(trained):
     same = talk(b"The\n/again\n/seed 1337\n/again\n")[0]
     assert same[:31] == same[62:] != same[31:62]
     greedy = talk(b"/temperature 0\nThe\n/again\n/top_k 1\n/temp 1\n/again\n")[0]
@@ -195,12 +195,12 @@ def test_a_stop_string_ends_a_text(trained):
     assert "e" not in first and len(first) < 100 and "e" in rest
 
 
-def test_mistakes_are_said_and_it_goes_on(trained):
+def test_mistakes_are_reported_and_the_program_continues(trained):
     text, said, code = talk(
         "\n/tempo 1\n/temperature warm\n/top_k -1\n/t 1\n//\nÖ\n/helb\nThe\n".encode() + b"\xff\n/help"
     )
     lines = said.splitlines()
-    assert lines[0] == "error: there is no text yet; type how it begins"
+    assert lines[0] == "error: there is no text yet; type its beginning"
     assert lines[1].startswith("error: /tempo: there is no such command")
     assert lines[2] == "error: temperature warm: expected a number >= 0.0"
     assert lines[3] == "error: top_k -1: expected an integer from 0 to 2147483647"
@@ -213,7 +213,7 @@ def test_mistakes_are_said_and_it_goes_on(trained):
     assert (len(text), code) == (31, 0)
 
 
-def test_the_program_is_found_by_its_name():
+def test_nanogpt_talk_starts_the_program():
     done = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "usage: nanogpt talk" in done.stdout and "--temperature=0.8" in done.stdout
 
@@ -222,7 +222,7 @@ def test_the_program_is_found_by_its_name():
 
 
 def stubborn(token, tok):
-    """An Engine whose model writes one token over and over."""
+    """An Engine whose model always generates the same token."""
     model = GPT(GPTConfig(block_size=16, vocab_size=tok.vocab_size, n_layer=1, n_head=1, n_embd=8, bias=True))
     with torch.no_grad():
         for p in model.parameters():
@@ -233,7 +233,7 @@ def stubborn(token, tok):
 
 
 def went_on(token, *args):
-    """The tokens with which a model that writes this one goes on after "ab"."""
+    """The tokens after "ab" of a model that always generates this one."""
     tok, cfg = ByteTokenizer(), load(TalkConfig, ["--temperature=0", "--max_new_tokens=5", *args], "nanogpt talk")
     ids = room.go_on(cfg, stubborn(token, tok), tok, tok.encode("ab"))
     return ids[2:]
@@ -245,17 +245,17 @@ def test_a_text_ends_where_the_model_ends_it(capsys):
     assert capsys.readouterr().out == "\n"
 
 
-def test_a_text_that_ends_like_a_stop_string_begins_is_shown_to_its_end(capsys):
+def test_a_text_that_ends_with_the_beginning_of_a_stop_string_is_shown_whole(capsys):
     assert went_on(ord("a"), "--stop=ab") == [ord("a")] * 5
     assert capsys.readouterr().out == "aaaaa\n"
 
 
-def test_nothing_is_written_after_a_stop_string(capsys):
+def test_nothing_is_printed_after_a_stop_string(capsys):
     assert went_on(ord("a"), "--stop=aaa") == [ord("a")] * 3
     assert capsys.readouterr().out == "\n"
 
 
-def test_spaces_around_a_line_belong_to_the_text(monkeypatch):
+def test_spaces_around_a_line_are_part_of_the_text(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"  The \n\n /x"), encoding="utf-8"))
     assert list(room.lines()) == ["  The ", "", " /x"]
 

@@ -1,4 +1,4 @@
-"""The thread that writes for everybody: texts share the places, leave when they like, and hear of every failure."""
+"""The batching thread: how texts share places, leave the batch, and are told about failures."""
 
 import asyncio
 import threading
@@ -28,7 +28,7 @@ class Slow(Engine):
 
 
 def small_model(**shape):
-    """Its weights are large, so that all of the context matters."""
+    """A model with large weights, so that its output depends on all of the context."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=4, n_layer=2, n_head=2, n_embd=16, bias=False, **shape))
     for p in model.parameters():
@@ -50,6 +50,11 @@ def job(outbox, max_new_tokens=5, n=1, stops=(), first=0):
     return Job([0, 1], Options(max_new_tokens, seed=1), list(stops), range(first, first + n), outbox)
 
 
+def counted(batcher, name):
+    """The value of a metric."""
+    return batcher.metrics.registry.get_sample_value(f"nanogpt_{name}")
+
+
 async def texts(outbox, n=1):
     """{index: (text, finish reason)} of n texts, when all have ended."""
     found, ended = {}, {}
@@ -61,7 +66,7 @@ async def texts(outbox, n=1):
     return {index: (found[index], ended[index]) for index in ended}
 
 
-def test_more_jobs_than_rows_are_all_done_in_their_turn(batcher):
+def test_more_texts_than_places_are_all_generated(batcher):
     async def ask():
         boxes = [Outbox() for _ in range(10)]
         for i, box in enumerate(boxes):
@@ -71,11 +76,11 @@ def test_more_jobs_than_rows_are_all_done_in_their_turn(batcher):
     found = asyncio.run(ask())
     assert all(reason == "length" and len(text) == 5 for texts in found for text, reason in texts.values())
     assert len({texts[0] for texts in found}) == 1  # the same seed, whoever was beside it
-    assert batcher.metrics.value("tokens_total") == 5 * sum(1 + i % 4 for i in range(10)) and batcher.engine.free == 4
+    assert counted(batcher, "tokens_total") == 5 * sum(1 + i % 4 for i in range(10)) and batcher.engine.free == 4
 
 
 class Noting(Outbox):
-    """An outbox that adds its name to a list when a text of it ends."""
+    """An outbox that adds its name to a list when one of its texts ends."""
 
     def __init__(self, name, ended):
         super().__init__()
@@ -88,7 +93,7 @@ class Noting(Outbox):
 
 
 def test_short_texts_do_not_wait_for_long_ones_to_end(batcher):
-    """All places are taken and more long texts wait, of one request or of many; whoever comes last has little to ask."""
+    """All places are taken, more long texts of one or several requests wait, and a short request comes last."""
     batcher.engine.gate, ended = threading.Event(), []
 
     async def ask():
@@ -107,8 +112,8 @@ def test_short_texts_do_not_wait_for_long_ones_to_end(batcher):
 
 
 @pytest.mark.parametrize("places", [2, 4])
-def test_long_texts_advance_however_many_short_ones_come(places):
-    """Eight short texts wait at any time, and yet the long request ends: its texts have a claim to half of the places."""
+def test_long_texts_advance_while_short_ones_keep_coming(places):
+    """Eight short texts always wait, but the long request ends, because half of the places go in order of arrival."""
 
     async def ask(batcher):
         long, short = Outbox(), Outbox()
@@ -133,8 +138,8 @@ def test_long_texts_advance_however_many_short_ones_come(places):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
-def test_texts_that_lose_their_places_are_what_they_would_be_alone(architecture):
-    """Far past the context, for which their part of the cache has to be as it was."""
+def test_parked_texts_are_the_same_as_if_generated_alone(architecture):
+    """The texts are longer than the context, which requires that their part of the cache is restored exactly."""
     model = small_model(architecture=architecture)
 
     async def ask(batcher, asked):
@@ -160,7 +165,7 @@ def test_texts_that_lose_their_places_are_what_they_would_be_alone(architecture)
 
 
 class Counting(Slow):
-    """An engine in whose every third step the next job comes."""
+    """An engine that submits the next job in every third step."""
 
     parkings, steps, later = 0, 0, ()
 
@@ -178,7 +183,7 @@ class Counting(Slow):
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_a_row_can_be_parked_in_any_state(architecture):
-    """Its prompt unread, read in part, read by another row for it, at the context's end and past it."""
+    """With a prompt not read, read in part, or read by another row; at the end of the context and beyond."""
     model = small_model(architecture=architecture)
 
     def write(parked, step=None):
@@ -201,7 +206,7 @@ def test_a_row_can_be_parked_in_any_state(architecture):
             assert write(parked, step) == alone
 
 
-def test_a_cancelled_job_is_gone_within_a_step(batcher):
+def test_a_cancelled_job_ends_after_the_current_step(batcher):
     batcher.engine.delay = 0.01
 
     async def ask():
@@ -214,7 +219,7 @@ def test_a_cancelled_job_is_gone_within_a_step(batcher):
 
     assert asyncio.run(ask())[0][1] == "length"
     assert not batcher.waiting and not batcher.running and batcher.engine.free == 4
-    assert batcher.metrics.value("tokens_total") < 1000
+    assert counted(batcher, "tokens_total") < 1000
 
 
 def test_a_stop_string_frees_the_row(batcher):
@@ -229,7 +234,7 @@ def test_a_stop_string_frees_the_row(batcher):
     assert batcher.engine.free == 4
 
 
-def test_what_might_have_become_a_stop_string_is_shown_when_the_text_ends(batcher):
+def test_the_held_beginning_of_a_stop_string_is_shown_when_the_text_ends(batcher):
     async def ask(stops=(), end=frozenset()):
         box, parts = Outbox(), []
         batcher.submit([Job([0, 1], Options(20, seed=1, stop=end), list(stops), range(1), box)])
@@ -245,7 +250,7 @@ def test_what_might_have_become_a_stop_string_is_shown_when_the_text_ends(batche
     assert asyncio.run(ask([text[last - 1] + "?"], frozenset(["abcd".index(text[last])]))) == expected
 
 
-def test_a_job_that_cannot_begin_is_told(batcher, capsys):
+def test_a_job_that_cannot_begin_gets_failed(batcher, capsys):
     async def ask():
         box = Outbox()
         batcher.submit([Job([0, 99], Options(5), [], range(1), box)])
@@ -258,10 +263,10 @@ def test_a_job_that_cannot_begin_is_told(batcher, capsys):
     assert "outside the vocabulary" in capsys.readouterr().err
 
 
-def test_a_failure_is_told_to_those_concerned_and_the_next_one_is_served(batcher, capsys):
+def test_a_failure_is_reported_and_later_jobs_succeed(batcher, capsys):
     async def ask(delay=0.0, fail=False):
         box = Outbox()
-        while not batcher.engine:  # the next one is being made
+        while not hasattr(batcher, "engine"):  # the next one is being made
             await asyncio.sleep(0.01)
         batcher.engine.delay = delay
         batcher.submit([job(box, 1000)])
@@ -273,10 +278,10 @@ def test_a_failure_is_told_to_those_concerned_and_the_next_one_is_served(batcher
         asyncio.run(ask(0.01, fail=True))
     assert "as the test wants it" in capsys.readouterr().err
     assert asyncio.run(ask())[0][1] == "length"
-    assert batcher.metrics.value("failures_total") == 1
+    assert counted(batcher, "failures_total") == 1
 
 
-def test_the_end_is_told_to_all_who_wait(batcher):
+def test_stopping_is_reported_to_all_that_wait(batcher):
     batcher.engine.delay = 0.01
 
     async def ask():
@@ -294,23 +299,23 @@ def test_the_end_is_told_to_all_who_wait(batcher):
     asyncio.run(ask())
 
 
-def test_a_deadline_ends_the_waiting_even_while_text_comes(batcher):
+def test_take_raises_after_the_deadline_even_while_text_arrives(batcher):
     batcher.engine.delay = 0.01
 
     async def ask():
         box, deadline = Outbox(), time.monotonic() + 0.3
         batcher.submit([one := job(box, 10**6)])
-        with pytest.raises(TimeoutError):
+        with pytest.raises(asyncio.TimeoutError):
             while True:
                 assert await box.take(deadline)
         batcher.cancel([one])
-        with pytest.raises(TimeoutError):
+        with pytest.raises(asyncio.TimeoutError):
             await Outbox().take(time.monotonic() + 0.05)
 
     asyncio.run(ask())
 
 
-def test_the_thread_computes_on_the_cores_that_it_was_given():
+def test_the_thread_uses_the_given_number_of_cores():
     seen = []
 
     class Seeing(Slow):

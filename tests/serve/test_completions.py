@@ -1,4 +1,4 @@
-"""What a request may contain and the shape of the response, without a server: any body gives a CompletionRequest or one clear ApiError."""
+"""What a request may contain, and the format of the response, without a server."""
 
 import json
 
@@ -28,10 +28,10 @@ def refused(body, cfg=CFG):
     return caught.value
 
 
-# What is asked
+# Requests
 
 
-def test_the_defaults_are_openais():
+def test_the_defaults_are_those_of_openai():
     found = ask()
     expected = (16, 1.0, 1.0, 1, None, None, False, False, [])
     names = ("max_tokens", "temperature", "top_p", "n", "seed", "logprobs", "echo", "stream", "stop")
@@ -39,7 +39,7 @@ def test_the_defaults_are_openais():
     assert (found.top_k, found.min_p, found.prompt) == (0, 0.0, ["a"])
 
 
-def test_null_is_as_good_as_absent():
+def test_null_means_the_default():
     assert ask(**dict.fromkeys(("max_tokens", "temperature", "n", "stop", "logprobs", "stream_options"))) == ask()
 
 
@@ -53,12 +53,12 @@ def test_null_is_as_good_as_absent():
         (["a", [1]], ["a", [1]]),
     ],
 )
-def test_the_shapes_of_a_prompt(prompt, prompts):
+def test_prompt_formats(prompt, prompts):
     assert ask(prompt=prompt).prompt == prompts
 
 
 @pytest.mark.parametrize("stop, stops", [("x", ["x"]), (["x", "yz"], ["x", "yz"]), ([], [])])
-def test_the_shapes_of_stop(stop, stops):
+def test_stop_formats(stop, stops):
     assert ask(stop=stop).stop == stops
 
 
@@ -115,7 +115,7 @@ def test_the_shapes_of_stop(stop, stops):
         ("best_of", 3, "is not supported, except with the value of n"),
     ],
 )
-def test_what_cannot_be_is_named(field, value, why):
+def test_an_invalid_field_is_named(field, value, why):
     error = refused({"prompt": "a"} | {field: value})
     assert error.message.startswith(f"{field}: {why}") and error.param == field
     assert error.body()["error"] == dict(message=error.message, type="invalid_request_error", param=field, code=None)
@@ -132,12 +132,12 @@ def test_what_cannot_be_is_named(field, value, why):
         (dict(stop=["x" * 257]), "stop: string should have at most 256 characters"),
     ],
 )
-def test_what_does_not_go_together_is_named(asked, why):
+def test_an_invalid_combination_is_named(asked, why):
     assert refused({"prompt": "a"} | asked).message.startswith(why)
 
 
-def test_more_texts_are_taken_than_can_be_written_together():
-    """They wait for places, whatever their number."""
+def test_a_request_may_have_more_texts_than_there_are_places():
+    """They wait for places."""
     assert len(ask(prompt=["a"] * 20).prompt) == 20
     assert ask(prompt=["a"] * 5, n=4).n == 4
     cfg = ServeConfig(max_n=30, max_batch=3)
@@ -148,17 +148,17 @@ def test_more_texts_are_taken_than_can_be_written_together():
 @pytest.mark.parametrize(
     "asked", [dict(seed="9" * 9999), {"x" * 9999: 1}, dict(stop=["x" * 9999] * 5)], ids=["value", "name", "texts"]
 )
-def test_what_is_wrong_is_cut_short(asked):
+def test_long_values_are_shortened_in_messages(asked):
     refused({"prompt": "a"} | asked)  # which looks at the length
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_together():
     error = refused(dict(prompt="", max_tokens=0, temprature=1))
     assert [p.split(":")[0] for p in error.message.split("; ") if ":" in p] == ["max_tokens", "prompt", '"temprature"']
     assert "did you mean temperature?" in error.message
 
 
-def test_neutral_values_of_what_is_not_supported_are_taken():
+def test_neutral_values_of_unsupported_fields_are_accepted():
     ask(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, suffix="", best_of=1, user="somebody")
     ask(n=3, best_of=3)
     ask(repetition_penalty=1.0, ignore_eos=False, stop_token_ids=[], skip_special_tokens=True, add_special_tokens=False)
@@ -172,12 +172,12 @@ def test_neutral_values_of_what_is_not_supported_are_taken():
     )
 
 
-def test_both_names_of_the_length_mean_the_same():
+def test_max_tokens_and_max_completion_tokens_mean_the_same():
     assert ask(max_completion_tokens=7) == ask(max_tokens=7) == ask(max_tokens=7, max_completion_tokens=7)
     assert ask(max_completion_tokens=7).max_tokens == 7
 
 
-def test_a_byte_order_mark_is_passed_over():
+def test_a_byte_order_mark_is_ignored():
     assert read_request(b'\xef\xbb\xbf{"prompt": "a"}', CFG) == ask()
 
 
@@ -199,7 +199,7 @@ def test_a_byte_order_mark_is_passed_over():
     ]
     + [b'{"seed": ' + b"9" * 5000 + b"}", b'{"a": ' * 50_000],
 )
-def test_what_is_no_json_object_is_refused(body):
+def test_a_body_that_is_not_a_json_object_is_refused(body):
     assert any(word in refused(body).message for word in ("JSON", "seed", "not NaN", "not -Infinity"))
 
 
@@ -215,7 +215,7 @@ names = st.sampled_from(
 
 @given(st.one_of(st.binary(), st.dictionaries(names, values).map(lambda d: json.dumps(d).encode())))
 @example(b'{"prompt": "a", "stream": true, "stream_options": {"include_usage": 1}}')
-def test_any_body_gives_an_ask_or_one_clear_refusal(body):
+def test_any_body_gives_a_request_or_one_error(body):
     try:
         found = read_request(body, CFG)
     except ApiError as error:
@@ -226,7 +226,7 @@ def test_any_body_gives_an_ask_or_one_clear_refusal(body):
         )
 
 
-# What is answered
+# Responses
 
 
 def part(text, id=None, start=0, finish=None, logprob=-1.0, likeliest=()):
@@ -234,11 +234,17 @@ def part(text, id=None, start=0, finish=None, logprob=-1.0, likeliest=()):
     return Part(0, text, token, start, finish)
 
 
-def test_a_choice_has_the_shape_that_the_client_expects():
+def body(choice, parts):
+    for each in parts:
+        choice.add(each)
+    return choice.body()
+
+
+def test_a_choice_has_the_format_that_the_client_expects():
     choice = Choice(0, "", True, CharTokenizer("ab€"))
     parts = [part("a", 0, 0, None, -0.5, ((0, -0.5), (1, -2.0))), part("€", 2, 1, "length", -torch.inf, ((0, -0.1),))]
-    body = Completion(ask(logprobs=1), "m", 3).body([choice.body(parts)], 2)
-    found = OpenAICompletion.model_validate(json.loads(json.dumps(body, allow_nan=False)))
+    completion = Completion(ask(logprobs=1), "m", 3).body([body(choice, parts)], 2)
+    found = OpenAICompletion.model_validate(json.loads(json.dumps(completion, allow_nan=False)))
     assert found.choices[0].text == "a€" and found.choices[0].finish_reason == "length"
     logprobs = found.choices[0].logprobs
     assert (logprobs.tokens, logprobs.token_logprobs, logprobs.text_offset) == (["a", "€"], [-0.5, -9999.0], [0, 1])
@@ -246,29 +252,29 @@ def test_a_choice_has_the_shape_that_the_client_expects():
     assert (found.usage.prompt_tokens, found.usage.completion_tokens, found.usage.total_tokens) == (3, 2, 5)
 
 
-def test_a_prompt_that_is_echoed_comes_once_and_moves_the_offsets():
+def test_an_echoed_prompt_comes_once_and_shifts_the_offsets():
     choice = Choice(0, "ab", True, CharTokenizer("ab"))
-    first, second = choice.body([part("a", 0, 0)]), choice.body([part("b", 1, 1)])
+    first, second = body(choice, [part("a", 0, 0)]), body(choice, [part("b", 1, 1)])
     assert (first["text"], second["text"]) == ("aba", "b")
     assert (first["logprobs"]["text_offset"], second["logprobs"]["text_offset"]) == ([2], [3])
 
 
-def test_a_token_is_reported_with_its_text_and_not_before():
+def test_a_token_is_reported_when_its_text_is_shown():
     choice = Choice(0, "", True, CharTokenizer("abc"))
-    held = choice.body([part("a", 0, 0), part("", 1, 1)])  # b may begin a stop string
+    held = body(choice, [part("a", 0, 0), part("", 1, 1)])  # b may begin a stop string
     assert held["logprobs"]["tokens"] == ["a"]
-    assert choice.body([part("bc", 2, 2)])["logprobs"] == dict(
+    assert body(choice, [part("bc", 2, 2)])["logprobs"] == dict(
         tokens=["b", "c"], token_logprobs=[-1.0, -1.0], top_logprobs=[{"b": -1.0}, {"c": -1.0}], text_offset=[1, 2]
     )
-    stopped = choice.body([part("", 1, 3), part("", 2, 4, "stop")])
+    stopped = body(choice, [part("", 1, 3), part("", 2, 4, "stop")])
     assert stopped["logprobs"]["tokens"] == [] and choice.tokens == 5
 
 
-def test_a_token_that_is_no_whole_character_is_named_by_its_bytes():
+def test_a_partial_character_is_named_by_its_bytes():
     class Halves:
         def token_bytes(self, id):
             return "€".encode()[id : id + 1]
 
     choice = Choice(0, "", True, Halves())
-    found = choice.body([part("", 0), part("", 1), part("€", 2)])["logprobs"]
+    found = body(choice, [part("", 0), part("", 1), part("€", 2)])["logprobs"]
     assert found["tokens"] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"] and found["text_offset"] == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""The page in a real Chromium: a click, a stream, a stop, the colours, a phone's width, the keyboard, the dark."""
+"""The page in Chromium: generating, stopping, colours, a narrow screen, the keyboard, and dark mode."""
 
 import time
 
@@ -26,7 +26,7 @@ def server(place):
 
 
 def slow_down():
-    """Before the server starts, in its process: a long text takes longer than a hand needs to stop it."""
+    """Runs in the server's process before it starts: long texts take long enough to be stopped."""
     import time
 
     from nanogpt import generate
@@ -49,7 +49,7 @@ def window(request):
 
 @pytest.fixture
 def page(window, server):
-    """The page, freshly loaded; afterwards the browser may not have reported an error or refused anything."""
+    """The page, just loaded; at the end, the browser must not have reported any error or warning."""
     errors = []
 
     def note_message(message):
@@ -75,7 +75,7 @@ def open_page(window, server):
 
 
 def choose(page, **values):
-    """Set sliders and fields as a person's hand would leave them."""
+    """Set sliders and fields, with the events that a user causes."""
     for id, value in values.items():
         page.evaluate(
             "([id, value]) => { const e = document.getElementById(id); e.value = value; e.dispatchEvent(new Event('input')) }",
@@ -100,7 +100,7 @@ def shown(page, selector):
 
 
 def generate(page, prompt="abc", **values):
-    """Have a text written to its end, and return what is shown."""
+    """Generate a whole text, and return what is shown."""
     choose(page, **{"seed": 5, "temperature": 1, "max_tokens": 60} | values)
     page.fill("#prompt", prompt)
     page.click("#go")
@@ -108,7 +108,7 @@ def generate(page, prompt="abc", **values):
     return shown(page, "#text")
 
 
-def test_a_click_a_stream_a_stop(page, server):
+def test_a_click_starts_a_stream_and_another_stops_it(page, server):
     choose(page, max_tokens=2000)
     page.fill("#prompt", "abc")
     page.click("#go")
@@ -120,7 +120,7 @@ def test_a_click_a_stream_a_stop(page, server):
     server.until("texts", 0)
 
 
-def test_the_text_is_the_models_whatever_it_looks_like(page, server):
+def test_text_that_looks_like_html_is_shown_as_text(page, server):
     text = server.text(seed=5, temperature=1, max_tokens=200)
     assert "<" in text and "&" in text
     assert generate(page, max_tokens=200) == "abc" + text
@@ -128,7 +128,7 @@ def test_the_text_is_the_models_whatever_it_looks_like(page, server):
     assert page.evaluate("document.querySelectorAll('#text *:not(span), #name *').length") == 0
 
 
-def test_a_prompt_that_looks_like_html_stays_a_text(page):
+def test_a_prompt_that_looks_like_html_is_shown_as_text(page):
     prompt = "<script>abc</script><i a=b>"
     assert generate(page, prompt).startswith(prompt)
     assert page.evaluate("document.querySelectorAll('#text script, #text i').length") == 0
@@ -155,7 +155,7 @@ def test_colours_and_alternatives_under_the_pointer(page):
     assert page.evaluate(colour) == clear and page.evaluate("document.getElementById('more').hidden")
 
 
-def test_tokens_can_be_looked_at_with_the_keyboard_alone(page):
+def test_alternatives_can_be_shown_with_the_keyboard_alone(page):
     generate(page)
     page.evaluate("document.getElementById('colours').focus()")
     for key in (" ", "Tab"):
@@ -169,7 +169,7 @@ def test_tokens_can_be_looked_at_with_the_keyboard_alone(page):
     assert page.evaluate("document.getElementById('more').hidden")
 
 
-def test_writing_with_the_keyboard_alone(page):
+def test_generating_with_the_keyboard_alone(page):
     page.evaluate("document.getElementById('prompt').focus()")
     page.keyboard.type("ab")
     page.keyboard.press("Control+Enter")
@@ -187,7 +187,7 @@ def test_escape_stops(page):
     wait(page, "document.body.dataset.state === 'stopped'")
 
 
-def test_go_on_continues_the_text(page):
+def test_continue_extends_the_text(page):
     before = generate(page)
     choose(page, seed=6)
     page.click("#on")
@@ -195,7 +195,7 @@ def test_go_on_continues_the_text(page):
     assert shown(page, "#text .prompt") == before and len(shown(page, "#text")) > len(before)
 
 
-def test_go_on_sends_no_more_than_the_server_takes(page):
+def test_continue_sends_no_more_than_the_server_accepts(page):
     before = generate(page)
     page.evaluate("model.max_prompt = 20")
     page.click("#on")
@@ -212,7 +212,7 @@ def test_no_text_can_be_longer_than_the_server_allows(page):
     assert page.evaluate("ask = real; document.getElementById('max_tokens').max") == "70"
 
 
-def test_what_the_server_refuses_is_shown_in_its_words(window, server):
+def test_an_error_of_the_server_is_shown_with_its_message(window, server):
     open_page(window, server)
     generate(window, prompt="abcX")
     assert "'X' (U+0058)" in shown(window, "#problem") and state(window) == "failed"
@@ -221,19 +221,19 @@ def test_what_the_server_refuses_is_shown_in_its_words(window, server):
     assert window.evaluate("document.getElementById('problem').hidden")
 
 
-def test_the_runs_curve_is_drawn_and_told(page):
+def test_the_loss_curve_is_drawn_and_described(page):
     wait(page, "!document.getElementById('curve').hidden")
     said = page.evaluate("document.querySelector('#curve svg').getAttribute('aria-label')")
     assert said == "Validation loss 3.10 at iteration 0, 2.1000 at best, at iteration 20"
 
 
 def drawn(page, name):
-    """The points [x, y] of a line in the picture of the curve; y grows downwards."""
+    """The points [x, y] of a line of the curve; y grows downwards."""
     line = page.evaluate("name => document.querySelector('#curve path.' + name).getAttribute('d')", name)
     return [[float(number) for number in point.split()] for point in line.removeprefix("M").split("L")]
 
 
-def test_the_curve_fills_the_picture_but_for_the_fall_from_the_untrained_model(page):
+def test_the_curve_fills_the_picture_without_the_loss_of_the_untrained_model(page):
     wait(page, "!document.getElementById('curve').hidden")
     train, val = drawn(page, "train"), drawn(page, "val")
     assert (train[0], train[-1], len(train)) == ([26, 6], [250, 122], 21)  # from 3.0 down to 2.0
@@ -247,14 +247,14 @@ def test_a_curve_that_does_not_fall_is_drawn_too(page):
     assert drawn(page, "val") == [[26, 122], [250, 122]]
 
 
-def test_everything_has_a_name_and_comes_from_here(page, server):
+def test_fields_have_labels_and_nothing_is_loaded_from_elsewhere(page, server):
     unnamed = "[...document.querySelectorAll('input, textarea')].filter(e => !e.labels.length).length"
     assert page.evaluate(unnamed) == 0
     loaded = page.evaluate("performance.getEntriesByType('resource').map(e => e.name)")
     assert loaded and all(url.startswith(server.address) for url in loaded)
 
 
-# The contrast of two colours: WCAG 2, "relative luminance" and "contrast ratio". What lies behind may be transparent.
+# The contrast of two colours: WCAG 2, "relative luminance" and "contrast ratio". Backgrounds may be transparent.
 CONTRAST = """selector => {
 const numbers = c => c.match(/[\\d.]+/g).map(Number);
 const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
@@ -269,7 +269,7 @@ return [...document.querySelectorAll(selector)].filter(e => e.offsetParent && e.
 }"""
 
 
-def test_all_text_can_be_read(page):
+def test_all_text_has_enough_contrast(page):
     generate(page)
     page.click(".switch")
     page.hover("#text .token:nth-of-type(4)")
@@ -281,7 +281,7 @@ def test_all_text_can_be_read(page):
     assert min(found)[0] >= 4.5, min(found)
 
 
-def test_a_locked_server_asks_for_the_key(window, place):
+def test_the_page_asks_for_the_key(window, place):
     served = Served(place, f"--out_dir={NAME}", name="log-locked", env={"NANOGPT_API_KEY": "sesame"})
     try:
         open_page(window, served)

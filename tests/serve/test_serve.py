@@ -1,4 +1,4 @@
-"""`nanogpt serve` as its clients meet it: a real process, the real OpenAI client, and clients that misbehave."""
+"""`nanogpt serve` in a process of its own, with the OpenAI client and with clients that misbehave."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(place):
-    """A server with room for 8 texts, which all tests here may use at once."""
+    """A server with 8 places, for all tests of this file."""
     served = Served(
         place,
         "--out_dir=out-tiny",
@@ -47,7 +47,7 @@ def server(place):
 
 @pytest.fixture
 def another(place):
-    """another("--max_seconds=1") starts a server for one test alone."""
+    """another("--max_seconds=1") starts a server for a single test."""
     started = []
 
     def another(*args, **kwargs):
@@ -89,7 +89,7 @@ def test_the_openai_client_completes(client):
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}, {"n": 3, "temperature": 1.0, "seed": 5}])
-def test_a_stream_has_the_text_of_the_whole(client, options):
+def test_a_stream_has_the_same_text_as_a_whole_response(client, options):
     whole = ask(client, **options)
     texts, reasons, usages = [""] * len(whole.choices), {}, []
     for part in ask(client, stream=True, stream_options={"include_usage": True}, **options):
@@ -103,7 +103,7 @@ def test_a_stream_has_the_text_of_the_whole(client, options):
     assert [u.model_dump() for u in usages] == [whole.usage.model_dump()]
 
 
-def test_a_seed_gives_the_same_text_again_and_each_choice_its_own(client):
+def test_a_seed_repeats_a_text_and_choices_differ(client):
     three = [c.text for c in ask(client, temperature=1, seed=7, n=3).choices]
     assert len(set(three)) == 3
     assert three[1] == ask(client, temperature=1, seed=8).choices[0].text
@@ -127,7 +127,7 @@ def test_twenty_prompts_wait_for_places(client, stream):
     assert texts[10:] == texts[:10] and all(len(text) == 30 for text in texts)
 
 
-def test_what_common_clients_send_beside_is_taken(client):
+def test_extra_fields_of_common_clients_are_accepted(client):
     extra = dict(
         repetition_penalty=1.0, ignore_eos=False, stop_token_ids=[], metadata={}, store=False, service_tier="auto"
     )
@@ -137,7 +137,7 @@ def test_what_common_clients_send_beside_is_taken(client):
         ask(client, extra_body=dict(repetition_penalty=1.5))
 
 
-def test_what_is_asked_for_beyond_openais_reaches_the_model(client):
+def test_extensions_of_the_api_reach_the_model(client):
     greedy = ask(client).choices[0].text
     assert ask(client, temperature=1, extra_body={"top_k": 1}).choices[0].text == greedy
     assert ask(client, temperature=1, extra_body={"min_p": 1.0}).choices[0].text == greedy
@@ -160,7 +160,7 @@ def test_logprobs_name_each_token_and_its_alternatives(client):
     assert [o for p in parts for o in p.text_offset] == found.text_offset
 
 
-def test_a_stop_string_is_cut_off_wherever_tokens_end(client):
+def test_a_stop_string_is_cut_off_across_tokens(client):
     text = ask(client, temperature=1, seed=3).choices[0].text
     stop = text[10:13]
     for stream in (False, True):
@@ -187,7 +187,7 @@ def test_the_client_raises_its_own_errors(client):
     assert caught.value.param == "max_tokens"
 
 
-def test_a_model_is_no_path(client):
+def test_a_path_is_not_a_model(client):
     for path in ("../out-tiny", "/etc/passwd", "out-tiny/checkpoints"):
         with pytest.raises(openai.NotFoundError):
             ask(client, model=path)
@@ -195,10 +195,10 @@ def test_a_model_is_no_path(client):
             client.models.retrieve(path)
 
 
-# Together and alone
+# Several requests
 
 
-def test_texts_that_are_written_together_are_what_each_would_be_alone(server):
+def test_texts_generated_together_are_the_same_as_alone(server):
     asked = [
         dict(prompt="abcdefg"[: 1 + i % 7], temperature=i % 3 / 2, seed=i, max_tokens=20 + 3 * i) for i in range(12)
     ]
@@ -224,7 +224,7 @@ def test_requests_share_the_steps_of_the_model(another):
     assert server.metric("steps_total") - before < 60
 
 
-def test_a_request_joins_while_another_is_written(server):
+def test_a_request_joins_the_batch_of_another(server):
     with server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True)) as slow:
         assert slow.recv(1000)
         assert len(server.text(max_tokens=5)) == 5
@@ -232,7 +232,7 @@ def test_a_request_joins_while_another_is_written(server):
     server.until("texts", 0)
 
 
-def test_text_leaves_as_it_is_made(server):
+def test_text_is_sent_while_it_is_generated(server):
     with server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True)) as sock:
         assert b"data: " in sock.recv(2000) + sock.recv(2000)
         assert server.metric("completions") == 1  # it is not finished
@@ -240,7 +240,7 @@ def test_text_leaves_as_it_is_made(server):
 
 
 def test_no_character_is_cut_in_a_stream(place):
-    """The model's tokens are bytes, chosen at random: some are whole characters, most are not."""
+    """The tokens are random bytes, most of which are not whole characters."""
     write_run(place / "out-bytes", ByteTokenizer())
     server = Served(place, "--out_dir=out-bytes", name="log-bytes")
     try:
@@ -282,7 +282,7 @@ def test_a_body_that_is_too_large_is_refused(server):
     assert (status, error["param"]) == (400, "prompt")
 
 
-def test_a_body_without_an_end_is_refused_before_it_ends(server):
+def test_a_chunked_body_that_is_too_large_is_refused_before_its_end(server):
     with socket.create_connection((server.host, server.port), timeout=60) as sock:
         sock.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -301,7 +301,7 @@ CURLS = "application/x-www-form-urlencoded"  # what `curl -d` sends
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content_Type": CURLS}])
-def test_a_body_that_is_not_said_to_be_json_is_taken_as_json(server, headers):
+def test_a_body_without_a_json_content_type_is_read_as_json(server, headers):
     for bom in (b"", b"\xef\xbb\xbf"):
         assert server.ask("POST", "/v1/completions", bom + b'{"prompt": "a"}', **headers)[0] == 200
     assert server.refused(b"prompt=a", **headers)[0] == 400
@@ -313,15 +313,15 @@ def test_a_body_that_is_not_said_to_be_json_is_taken_as_json(server, headers):
     + [{"Content_Type": CURLS} | page for page in ({"Origin": "null"}, {"Sec_Fetch_Site": "cross-site"})]
     + [{"Origin": "http://example.com"}],
 )
-def test_a_form_from_a_page_elsewhere_is_refused(server, headers):
-    """Browsers let every page send forms, and what has no type, to any server, but say that a page does so."""
+def test_a_form_from_another_page_is_refused(server, headers):
+    """Browsers let any page send forms, and bodies without a type, to any server, but add headers that reveal it."""
     assert server.refused(b'{"prompt": "a"}', **headers)[0] == 415
 
 
 @pytest.mark.parametrize(
     "path", ["/", "/health", "/metrics", "/losses", "/v1/models", "/v1/models/out-tiny", "/v1/models/x", "/nope"]
 )
-def test_head_is_answered_as_get_without_the_body(server, path):
+def test_head_responds_like_get_without_the_body(server, path):
     status, headers, body = server.ask("HEAD", path)
     expected, others, _ = server.ask("GET", path)
     assert (status, headers["Content-Type"], body) == (expected, others["Content-Type"], b"")
@@ -339,11 +339,11 @@ def test_curl_needs_no_header(server):
     [("GET", "/v1/completions", 405), ("POST", "/", 405), ("GET", "/nope", 404), ("GET", "/v1/models/x", 404)]
     + [("GET", "/docs", 404), ("GET", "/openapi.json", 404), ("GET", "/../page.html", 404), ("GET", "/%2e%2e/x", 404)],
 )
-def test_other_paths_and_methods_are_refused_in_the_same_shape(server, method, path, status):
+def test_unknown_paths_and_methods_are_errors_in_openais_format(server, method, path, status):
     assert server.refused(None, path, method)[0] == status
 
 
-def test_characters_that_the_model_does_not_know_are_named(server):
+def test_characters_outside_the_vocabulary_are_named(server):
     status, error = server.refused({"prompt": "abcX"})
     assert status == 400 and "'X' (U+0058)" in error["message"] and error["param"] == "prompt"
     assert "token id 99 lies outside" in server.refused({"prompt": [99]})[1]["message"]
@@ -353,7 +353,7 @@ def test_a_prompt_longer_than_the_context_is_read_from_its_end(server):
     assert server.text(prompt="abc" * 300) == server.text(prompt=("abc" * 300)[-16:])
 
 
-def test_more_requests_than_there_is_room_for_are_turned_away(another):
+def test_requests_beyond_max_requests_get_429(another):
     server = another("--max_batch=2", "--max_requests=3", f"--max_tokens={FOREVER}")
     socks = [server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True)) for _ in range(3)]
     server.until("completions", 3)
@@ -383,11 +383,11 @@ def test_a_request_that_takes_too_long_is_ended(another):
     server.until("texts", 0)
 
 
-# Clients that go away, or do not read
+# Clients that disconnect, or do not read
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_frees_its_place(server, stream):
+def test_a_client_that_disconnects_frees_its_place(server, stream):
     socks = [server.connect(dict(prompt="a", max_tokens=FOREVER, stream=stream)) for _ in range(4)]
     server.until("texts", 4)
     for sock in socks:
@@ -397,7 +397,7 @@ def test_a_client_that_goes_away_frees_its_place(server, stream):
     assert server.metric("tokens_total") < 4 * FOREVER
 
 
-def test_a_client_that_goes_away_while_it_waits_frees_its_place(another):
+def test_a_client_that_disconnects_while_it_waits_frees_its_place(another):
     server = another("--max_batch=1", f"--max_tokens={FOREVER}")
     with server.connect(dict(prompt="a", max_tokens=FOREVER, stream=True)):
         server.until("texts", 1)
@@ -408,7 +408,7 @@ def test_a_client_that_goes_away_while_it_waits_frees_its_place(another):
         assert server.metric("texts") == 1
 
 
-def test_a_client_that_does_not_read_holds_up_nobody(server):
+def test_a_client_that_does_not_read_does_not_delay_others(server):
     body = dict(prompt="a", max_tokens=4000, stream=True, logprobs=20, n=4)  # more than buffers on the way take
     with server.connect(body, receive_buffer=2048):
         assert len(server.text(max_tokens=50)) == 50
@@ -417,7 +417,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(server):
     server.until("completions", 0)
 
 
-def test_headers_that_never_end_are_not_waited_for(another):
+def test_headers_and_bodies_that_never_end_time_out(another):
     server = another(before=impatient)
     with socket.create_connection((server.host, server.port), timeout=60) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: local")
@@ -430,13 +430,13 @@ def test_headers_that_never_end_are_not_waited_for(another):
 
 
 def impatient():
-    """Before the server starts, in its process: seconds are short."""
+    """Runs in the server's process before it starts: short time limits."""
     from nanogpt.serve import app, connections
 
     connections.IDLE_TIME = app.BODY_TIME = 0.5
 
 
-def test_what_is_no_http_does_not_harm(server):
+def test_invalid_http_is_refused(server):
     for raw in (
         b"\x16\x03\x01\x02\x00\x01",
         b"GET\r\n\r\n",
@@ -461,8 +461,8 @@ TWO_LENGTHS = [
 
 @pytest.mark.parametrize("lengths", TWO_LENGTHS)
 @pytest.mark.parametrize("request_line", ["POST /v1/completions", "GET /health", "OPTIONS /health"])
-def test_a_request_whose_length_is_given_twice_is_refused_and_the_connection_closed(server, request_line, lengths):
-    """A proxy may go by the one and we by the other; only one of the two then sees a second request."""
+def test_a_request_with_two_lengths_is_refused_and_its_connection_closed(server, request_line, lengths):
+    """A proxy may use one length and the server the other; then only one of them sees a second request."""
     raw = (
         f"{request_line} HTTP/1.1\r\nHost: localhost\r\nOrigin: http://a\r\nContent-Type: application/json\r\n{lengths}"
     )
@@ -474,20 +474,20 @@ def test_a_request_whose_length_is_given_twice_is_refused_and_the_connection_clo
 
 
 def few_files():
-    """Before the server starts, in its process: it may open so many files, sockets included."""
+    """Runs in the server's process before it starts: few files, including sockets, can be open."""
     import resource
 
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
 
 def open_most(server):
-    """How many connections the server has said that it lets be open."""
+    """The maximum number of open connections, as the server has printed it."""
     server.door.wait_for("connections are open, the most that fit")
     return int(re.search(r"^(\d+) connections are open", server.door.printed, re.M)[1])
 
 
-def test_idle_connections_give_way_when_there_are_too_many(another):
-    """Far more of them than files that the server may open: who comes last is served, and a line says so."""
+def test_idle_connections_are_closed_if_there_are_too_many(another):
+    """There are more idle connections than the server can have open: a new request is served, and a line reports it."""
     server = another(before=few_files)
     with ExitStack() as stack:
         for _ in range(300):
@@ -500,8 +500,8 @@ def test_idle_connections_give_way_when_there_are_too_many(another):
     assert len(said) == 2 and said[1].endswith("idle ones are closed, further ones wait"), said
 
 
-def test_connections_that_are_being_answered_stay_and_further_ones_wait(another):
-    """More texts that take for ever than there may be connections: who waits outside comes in when some have left."""
+def test_busy_connections_stay_open_and_further_ones_wait(another):
+    """There are more endless texts than connections can be open: those that wait are accepted when others end."""
     server = another("--max_requests=500", f"--max_tokens={FOREVER}", before=few_files)
     body = dict(prompt="a", max_tokens=FOREVER, stream=True)
     with ExitStack() as stack:
@@ -539,12 +539,12 @@ def locked(place):
     [{}]
     + [{"Authorization": given} for given in ("Bearer wrong", KEY, "Bearer é", f"Bearer {KEY}s", f"Bearer {KEY[:-1]}")],
 )
-def test_without_the_key_nothing_is_told(locked, path, given):
+def test_without_the_key_every_path_is_refused(locked, path, given):
     status, error = locked.refused(None, path, "GET", **given)
     assert (status, error["code"], error["type"]) == (401, "invalid_api_key", "authentication_error")
 
 
-def test_with_the_key_all_is_told(locked):
+def test_with_the_key_every_path_responds(locked):
     with openai.OpenAI(base_url=f"{locked.address}/v1", api_key=KEY, max_retries=0) as client:
         assert len(ask(client).choices[0].text) == 30
     with openai.OpenAI(base_url=f"{locked.address}/v1", api_key="wrong", max_retries=0) as client:
@@ -555,7 +555,7 @@ def test_with_the_key_all_is_told(locked):
 
 
 @pytest.mark.parametrize("path", ["/", "/health"])
-def test_the_page_and_the_health_need_no_key(locked, path):
+def test_the_page_and_health_need_no_key(locked, path):
     assert locked.ask("GET", path)[0] == 200
 
 
@@ -569,14 +569,14 @@ def test_a_key_from_the_environment(another):
     assert server.ask("GET", "/v1/models", Authorization=f"Bearer {KEY}")[0] == 200
 
 
-def test_a_name_of_somebody_elses_for_this_machine_is_refused(server, locked):
+def test_another_host_name_is_refused_without_a_key(server, locked):
     assert server.refused(None, "/v1/models", "GET", Host="evil.example:80")[0] == 403
     for host in ("localhost", "127.0.0.1:1", "[::1]:8000", "LOCALHOST"):
         assert server.ask("GET", "/v1/models", Host=host)[0] == 200
     assert locked.ask("GET", "/health", Host="model.example.org")[0] == 200  # the key keeps strangers out
 
 
-def test_pages_elsewhere_may_ask_only_where_that_is_allowed(server, locked):
+def test_only_pages_of_the_allowed_origin_can_use_the_server(server, locked):
     preflight = {
         "Access-Control-Request-Method": "POST",
         "Access-Control-Request-Headers": "authorization,content-type",
@@ -591,12 +591,12 @@ def test_pages_elsewhere_may_ask_only_where_that_is_allowed(server, locked):
         assert headers["Access-Control-Allow-Origin"] is None
 
 
-def test_pages_of_any_origin_may_ask_where_that_is_allowed(another):
+def test_pages_of_any_origin_can_use_the_server_if_allowed(another):
     headers = another("--allow_origin=*").ask("GET", "/health", Origin="https://example.com")[1]
     assert headers["Access-Control-Allow-Origin"] == "*"
 
 
-def test_every_answer_tells_browsers_to_trust_nothing(server):
+def test_every_response_has_the_security_headers(server):
     for path in ("/", "/health", "/nope", "/v1/models"):
         headers = server.ask("GET", path)[1]
         policy = headers["Content-Security-Policy"]
@@ -604,7 +604,7 @@ def test_every_answer_tells_browsers_to_trust_nothing(server):
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-# What is watched
+# Health, metrics, losses
 
 
 def test_health_and_metrics(server):
@@ -623,7 +623,7 @@ def test_health_and_metrics(server):
     assert server.metric("failures_total") == 0
 
 
-def test_a_stranger_is_told_how_to_be_let_in(server):
+def test_the_error_for_another_host_name_says_how_to_allow_it(server):
     assert (
         "NANOGPT_API_KEY or --api_key_file"
         in server.refused(None, "/v1/models", "GET", Host="host.docker.internal")[1]["message"]
@@ -631,7 +631,7 @@ def test_a_stranger_is_told_how_to_be_let_in(server):
 
 
 @pytest.mark.parametrize("later", ["the same run, gone on", "another run"])
-def test_the_curve_is_that_of_the_model_served(place, another, later):
+def test_the_loss_curve_ends_at_the_checkpoint_served(place, another, later):
     write_run(place / "out-learned")
     path, end = place / "out-learned" / "metrics.jsonl", 20
     if later == "the same run, gone on":
@@ -644,14 +644,14 @@ def test_the_curve_is_that_of_the_model_served(place, another, later):
     assert curves["val"] == [[s, 3.1 - s / 20] for s in range(0, 21, 5)] and curves["train"][-1] == [end, 2.0]
 
 
-def test_there_is_no_curve_of_a_run_that_did_not_make_the_model(place, another):
+def test_the_loss_curve_of_another_run_is_not_shown(place, another):
     write_run(place / "out-other")
     records = [{"step": s, "loss": 2.0, "val_loss": 2.0 - s / 50} for s in range(0, 41, 5)]
     (place / "out-other" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert json.loads(another("--out_dir=out-other").ask("GET", "/losses")[2]) == {"train": [], "val": []}
 
 
-def test_the_runs_curve_is_told(server):
+def test_losses_responds_with_the_loss_curve(server):
     curves = json.loads(server.ask("GET", "/losses")[2])
     assert curves["val"] == [[s, 3.1 - s / 20] for s in range(0, 21, 5)] and len(curves["train"]) == 21
 
@@ -667,7 +667,7 @@ def test_a_long_curve_is_thinned_evenly_to_its_end():
 
 
 def broken():
-    """Before the server starts, in its process: the model cannot take the token 1 when there are others."""
+    """Runs in the server's process before it starts: the model fails on prompts that begin with token 1."""
     from nanogpt import generate
 
     step = generate.Engine.step
@@ -680,7 +680,7 @@ def broken():
     generate.Engine.step = fail
 
 
-def test_a_failure_of_the_model_is_told_and_survived(another):
+def test_a_failure_of_the_model_is_reported_and_the_server_continues(another):
     server = another(f"--max_tokens={FOREVER}", before=broken)
     text = server.text(prompt=[2, 3])
     with server.connect(dict(prompt=[2], max_tokens=FOREVER, stream=True)) as bystander:
@@ -696,7 +696,7 @@ def test_a_failure_of_the_model_is_told_and_survived(another):
 
 
 def broken_for_good():
-    """Before the server starts, in its process: the model cannot be run, and there is room for no other one."""
+    """Runs in the server's process before it starts: the model fails, and no other engine can be made."""
     from nanogpt import generate
 
     def fail(self):
@@ -706,7 +706,7 @@ def broken_for_good():
     generate.Engine.step = fail
 
 
-def test_a_model_that_cannot_be_run_any_more_is_no_health(another):
+def test_health_is_503_if_the_model_cannot_be_run(another):
     server = another(before=broken_for_good)
     assert server.ask("GET", "/health")[0] == 200
     assert server.refused({"prompt": "a"})[0] == 500
@@ -717,14 +717,14 @@ def test_a_model_that_cannot_be_run_any_more_is_no_health(another):
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_it_when_nothing_is_asked(another, signum, code):
+def test_a_signal_ends_an_idle_server(another, signum, code):
     server = another()
     server.door.send(signum)
     assert server.door.end() == code
     assert server.door.printed.splitlines()[-1] == f"{signum.name}: stopped" and "Traceback" not in server.door.printed
 
 
-def test_who_is_nearly_done_may_finish_and_nobody_else_is_let_in(place, another):
+def test_a_stopping_server_finishes_responses_and_accepts_no_connections(place, another):
     server = another(before=long_grace)
     (place / "finish").unlink(missing_ok=True)
     with server.connect(dict(prompt="abc", max_tokens=20, stream=True, temperature=0)) as sock:
@@ -740,7 +740,7 @@ def test_who_is_nearly_done_may_finish_and_nobody_else_is_let_in(place, another)
     assert server.door.end() == 143
 
 
-def test_who_is_not_nearly_done_is_told(another):
+def test_a_response_that_cannot_finish_ends_with_an_error(another):
     server = another(f"--max_tokens={FOREVER}", before=short_grace)
     with server.connect(dict(prompt="abc", max_tokens=FOREVER, stream=True)) as sock:
         received = sock.recv(1000)
@@ -751,7 +751,7 @@ def test_who_is_not_nearly_done_is_told(another):
     assert server.door.end() == 130 and "Traceback" not in server.door.printed
 
 
-def test_a_second_ctrl_c_ends_it_at_once(another):
+def test_a_second_ctrl_c_ends_the_server_at_once(another):
     server = another(f"--max_tokens={FOREVER}")
     with server.connect(dict(prompt="abc", max_tokens=FOREVER, stream=True)) as sock:
         assert sock.recv(1000)
@@ -761,7 +761,7 @@ def test_a_second_ctrl_c_ends_it_at_once(another):
         assert server.door.end() == 130 and "Traceback" not in server.door.printed
 
 
-def test_who_does_not_read_cannot_keep_it_from_ending(another):
+def test_a_client_that_does_not_read_cannot_keep_the_server_running(another):
     server = another(f"--max_tokens={FOREVER}", "--max_n=16", before=short_grace)
     body = dict(prompt="abc", max_tokens=FOREVER, stream=True, logprobs=20, n=16)
     with server.connect(body, receive_buffer=2048):
@@ -772,7 +772,7 @@ def test_who_does_not_read_cannot_keep_it_from_ending(another):
 
 
 def long_grace():
-    """Before the server starts, in its process: texts have long to finish, and wait for the test to let them."""
+    """Runs in the server's process before it starts: texts may take long to finish, and wait for the test."""
     from nanogpt import generate
     from nanogpt.serve import connections
 
@@ -792,7 +792,7 @@ def short_grace():
     connections.GRACE_TIME = 0.2
 
 
-# What cannot be served
+# Errors at the start
 
 
 @pytest.mark.parametrize(
@@ -808,7 +808,7 @@ def short_grace():
         (["--api_key_file=out-tiny/metrics.jsonl"], "expected one word of ASCII characters"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_line(place, monkeypatch, capsys, args, expected):
+def test_a_server_that_cannot_start_prints_one_line(place, monkeypatch, capsys, args, expected):
     from nanogpt.commands import cli
 
     monkeypatch.chdir(place)
@@ -821,7 +821,7 @@ def test_what_cannot_be_served_is_said_in_one_line(place, monkeypatch, capsys, a
     assert said.startswith("error: ") and expected in said and len(said.splitlines()) == 1
 
 
-def test_a_port_in_use_is_said_in_one_line_before_the_model_is_loaded(server, place, monkeypatch, capsys):
+def test_a_port_in_use_is_reported_before_the_model_loads(server, place, monkeypatch, capsys):
     from nanogpt.commands import cli
 
     monkeypatch.chdir(place)
@@ -830,13 +830,13 @@ def test_a_port_in_use_is_said_in_one_line_before_the_model_is_loaded(server, pl
     assert capsys.readouterr().err == expected
 
 
-def test_an_open_door_is_announced(another):
+def test_an_open_address_without_a_key_is_announced(another):
     server = another("--host=0.0.0.0")
     assert "no key: anyone who can reach" in server.door.printed
     assert server.ask("GET", "/v1/models", Host="this.machine:80")[0] == 200
 
 
-def test_nothing_listens_elsewhere_unless_told_to(server):
+def test_only_the_loopback_address_listens_by_default(server):
     assert server.host == "127.0.0.1"
     others = {a[4][0] for a in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)} - {"127.0.0.1"}
     for address in others:
