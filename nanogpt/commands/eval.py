@@ -59,7 +59,7 @@ def read_standard_input(cfg):
     documents, problems = sources.read_block(sources.Block("text", [[0, 0, 0, len(raw), True]], raw, [], 0), "", False)
     if problems:
         raise UserError(*sources.explain(problems, found, False))
-    return found, [(0, text) for text, _, _ in documents]
+    return found, [(0, document.text) for document in documents]
 
 
 def find_documents(cfg, dist):

@@ -450,7 +450,7 @@ def test_what_bpe_is_trained_on_fits_the_memory_and_is_spread_evenly():
     worker = workers.Worker(prepare.worker_settings(PrepareConfig()) | {"budget": 10_000, "vocab_size": 300})
     texts = [f"word{i} " * 20 for i in range(100)]
     for text in texts:
-        worker.sample([(text, b"", True)])
+        worker.sample([sources.Document(text, b"", True)])
     assert worker.cost <= 10_000 and len(worker.kept) > 5
     assert worker.kept == [[text] for text in texts[:: worker.stride]]
 
@@ -526,12 +526,12 @@ cli.enter("prepare")
 """
 DWELL = """
 import time
-def commit(state, *rest, real=p.commit, noted=[]):
+def commit(work, *rest, real=p.commit, noted=[]):
     if len(noted) == 2:
         print("NOW", flush=True)
         time.sleep(600)
-    noted.append(state.tokens)
-    real(state, *rest)
+    noted.append(work.state.tokens)
+    real(work, *rest)
 p.commit = commit
 """
 
@@ -583,7 +583,7 @@ def test_killed_and_started_again_it_makes_the_same_bytes(large, args):
         process.communicate()
         assert not Path("data/own/meta.json").exists()
     code, out, err = finish(*args)
-    assert (code, err) == (0, "") and "going on where the last run stopped" in out
+    assert (code, err) == (0, "") and "continuing where the last run stopped" in out
     assert contents() == contents("data/whole")
 
 
@@ -616,9 +616,9 @@ def test_ctrl_c_says_how_to_go_on(large, signum, code):
         target.send_signal(signum)
     out, err = process.communicate()
     assert process.returncode == code
-    assert err.strip() == "stopped; data/own is as it was, and the same command goes on from here"
+    assert err.strip() == "stopped; data/own is unchanged; run the same command again to continue"
     assert not Path("data/own/meta.json").exists()
-    assert "going on where the last run stopped" in finish("a.txt")[1]
+    assert "continuing where the last run stopped" in finish("a.txt")[1]
 
 
 @pytest.fixture
@@ -648,20 +648,20 @@ def stopped(run, monkeypatch):
 def test_a_source_that_changed_in_between_is_noticed(run, stopped):
     stopped(write("a.txt", TEXT))
     write("a.txt", TEXT.replace("lamp", "lump"))
-    assert "starting again, not where the last run stopped: a.txt has changed" in run("a.txt")
+    assert "starting again, not continuing the last run: a.txt has changed" in run("a.txt")
     assert text("train") + text("val") == TEXT.replace("lamp", "lump")
 
 
 def test_other_settings_and_namesare_noticed(run, stopped):
     write("b.txt", TEXT)
     stopped(write("a.txt", TEXT))
-    assert "starting again, not where the last run stopped: another --seed" in run("a.txt", "--seed=5")
+    assert "starting again, not continuing the last run: another --seed" in run("a.txt", "--seed=5")
     stopped("a.txt")
-    assert "starting again, not where the last run stopped: the sources are others" in run("b.txt")
+    assert "starting again, not continuing the last run: other sources" in run("b.txt")
 
 
 def test_standard_input_goes_on_too(run, stopped, monkeypatch):
-    for expected in ("", "going on", ""):
+    for expected in ("", "continuing", ""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
         if expected:
             assert expected in run("-")
@@ -681,8 +681,8 @@ def test_what_the_disk_lost_is_made_again(run, stopped, lose):
 
 def test_what_cannot_be_done_now_keeps_what_was_done(run, stopped):
     stopped(write("a.txt", TEXT))
-    assert "--workers=50: take up to" in problem("a.txt", "--workers=50")
-    assert "going on where the last run stopped" in run("a.txt")
+    assert "--workers=50: need up to" in problem("a.txt", "--workers=50")
+    assert "continuing where the last run stopped" in run("a.txt")
 
 
 def test_what_cannot_be_done_at_all_leaves_nothing_of_what_was_done(stopped):
@@ -696,7 +696,7 @@ def test_what_was_written_before_needs_no_more_room(run, stopped, monkeypatch):
     stopped(write("a.txt", TEXT))
     free = len(TEXT.encode()) // 2 - 1000  # less than all of it is taken for
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - free, free))
-    assert "going on where the last run stopped" in run("a.txt")
+    assert "continuing where the last run stopped" in run("a.txt")
     assert text("train") + text("val") == TEXT
 
 
@@ -785,7 +785,7 @@ def test_a_dead_worker_ends_it_and_the_same_command_goes_on(large, run):
     children(process)[0].kill()
     _, err = process.communicate()
     assert process.returncode == 1 and err.startswith("error: a worker process ended abruptly") and err.count("\n") == 1
-    assert "going on where the last run stopped" in finish("d.jsonl.gz", "a.txt", "--workers=2")[1]
+    assert "continuing where the last run stopped" in finish("d.jsonl.gz", "a.txt", "--workers=2")[1]
     assert finish("d.jsonl.gz", "a.txt", dataset="whole")[0] == 0
     assert contents() == contents("data/whole")
 
@@ -856,7 +856,7 @@ def test_standard_input_that_is_empty(monkeypatch):
 def test_a_disk_that_is_too_small_is_noticed_first(run, monkeypatch):
     write("a.txt", "x" * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    assert problem("a.txt").startswith("data/own: takes about 0.5 MB of disk, and 0.0 MB are free")
+    assert problem("a.txt").startswith("data/own: needs about 0.5 MB of disk, but 0.0 MB are free")
     assert not Path("data").exists()
 
 
@@ -864,7 +864,7 @@ def test_a_disk_is_judged_by_the_characters_once_they_are_counted(run, monkeypat
     """Before, a character might have four bytes."""
     write("a.txt", "x" * 3 * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**7, 8 * 10**6, 2 * 10**6))
-    assert problem("a.txt").startswith("data/own: takes about 6.0 MB of disk, and 2.0 MB are free")
+    assert problem("a.txt").startswith("data/own: needs about 6.0 MB of disk, but 2.0 MB are free")
     assert not Path("data").exists()
 
 
@@ -881,11 +881,11 @@ def test_a_disk_that_gets_full_can_be_mended(run, monkeypatch):
 
     monkeypatch.setattr(prepare, "COMMIT", 0.0)
     monkeypatch.setattr(prepare.shuffle.Buckets, "add", full)
-    expected = "data/own: cannot be written to (No space left on device); when that is mended, the same command goes on"
-    assert problem("a.txt") == expected
+    expected = "data/own: cannot be written to (No space left on device); once that is fixed, run the same command"
+    assert problem("a.txt").startswith(expected)
     assert not Path("data/own/meta.json").exists()
     monkeypatch.setattr(prepare.shuffle.Buckets, "add", add)
-    assert "going on where the last run stopped" in run("a.txt")
+    assert "continuing where the last run stopped" in run("a.txt")
     assert text("train") + text("val") == TEXT
 
 
@@ -902,7 +902,7 @@ def test_a_missing_package(name, package, extra, monkeypatch):
 
 def test_more_workers_than_memory_allows(run):
     write("a.txt", TEXT)
-    assert "--workers=50: take up to" in problem("a.txt", "--workers=50")
+    assert "--workers=50: need up to" in problem("a.txt", "--workers=50")
 
 
 def test_a_mistyped_setting():

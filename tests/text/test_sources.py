@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nanogpt.config import UserError
 from nanogpt.text import sources
 from nanogpt.text.cutting import last_character
-from nanogpt.text.sources import Problems, blocks, explain, find, read_block
+from nanogpt.text.sources import Problems, ReadOptions, blocks, explain, find, read_block
 
 TEXT = "".join(f"Line {i} of a text with Größe and 世界.\n" for i in range(200))
 
@@ -49,19 +49,21 @@ def listed(*arguments):
 def documents(found, start=(0, 0, 0), field="text", replace=False, longest=10**6):
     """[text of each document], the Problems, and where each block ended."""
     texts, problems, ends = [], Problems(), []
-    for block in blocks(found, list(start), last_character, field, longest, "."):
+    for block in blocks(found, list(start), ReadOptions(last_character, field, longest, ".")):
         got, noted = read_block(block, field, replace)
-        for text, raw, first in got:
+        for text, raw, first, _ in got:
             assert replace or raw.decode() == text
             if first:
                 texts.append("")
             elif not texts:
                 texts.append("...")
             texts[-1] += text
-        for key, (where, what, count) in noted.items():
-            problems.note(*key, where, what, count)
+        problems.add(noted)
         ends.append(block.next)
     return texts, problems, ends
+
+
+OPTIONS = ReadOptions(last_character, "text", 10**6, ".")
 
 
 def refused(*arguments, **settings):
@@ -242,20 +244,20 @@ def test_a_block_holds_many_small_documents_and_no_large_one():
         write(f"f/{i:03}.txt", "x" * 90)
     write("g.txt", TEXT)
     found = listed("f", "g.txt")
-    sizes = [len(b.data) for b in blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")]
+    sizes = [len(b.data) for b in blocks(found, [0, 0, 0], OPTIONS)]
     assert max(sizes) <= 1000 and len(sizes) < 35
 
 
 def test_a_block_knows_how_much_has_been_read():
     found = listed(write("a.txt", TEXT), write("b.txt.gz", gzip.compress(TEXT.encode())))
-    done = [b.done for b in blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")]
+    done = [b.done for b in blocks(found, [0, 0, 0], OPTIONS)]
     assert done == sorted(done) and done[-1] == sum(s.size for s in found)
 
 
 @pytest.mark.parametrize("more", ["more", ""])
 def test_a_file_that_changes_meanwhile_is_noticed(more):
     found = listed(write("a.txt", TEXT))
-    reading = blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")
+    reading = blocks(found, [0, 0, 0], OPTIONS)
     next(reading)
     write("a.txt", TEXT[::-1] + more)
     os.utime("a.txt", ns=(0, found[0].mtime + 1))  # however coarse the clock of the disk is
@@ -291,7 +293,7 @@ def test_archives_and_devices():
     os.mkfifo("pipe")
     assert refused("a.tar.gz", "pipe") == [
         "a.tar.gz: is an archive of files; unpack it and give the folder",
-        "pipe: is no regular file; a - in its place reads standard input",
+        "pipe: is not a regular file; use - to read standard input",
     ]
 
 
@@ -349,8 +351,8 @@ def test_any_bytes_are_text_or_a_problem(raw):
     [
         ('{"text": 5}', "the field 'text' holds int, not text"),
         ('["text"]', "expected an object with a field for the text"),
-        ('{"text": "x"', "is no JSON (Expecting ',' delimiter: column 13)"),
-        ("[" * 100_000, "is no JSON (RecursionError)"),
+        ('{"text": "x"', "is not JSON (Expecting ',' delimiter: column 13)"),
+        ("[" * 100_000, "is not JSON (RecursionError)"),
     ],
 )
 def test_a_bad_line_has_its_number(line, complaint):
@@ -421,7 +423,7 @@ def test_a_row_too_long_for_the_memory(rows_in_group, place):
     parquet("a.parquet", {"text": texts}, rows_in_group)
     assert documents(listed("a.parquet"))[0] == texts
     (line,) = refused("a.parquet", longest=20_000)
-    assert line.startswith(f"a.parquet: {place} is longer than 0 MB, which is as much as --memory lets one take")
+    assert line.startswith(f"a.parquet: {place} is longer than 0 MB, the limit that --memory sets")
 
 
 def test_a_row_of_a_hub_dataset_too_long_for_the_memory(tmp_path, monkeypatch):
@@ -455,7 +457,7 @@ def test_a_json_of_json_lines_is_read_as_such_and_a_line_says_so(packing):
 def test_any_other_json_is_read_as_plain_text_and_a_line_says_so(content):
     found, notes = find([write("a.json", content)], None, None)
     assert documents(found)[0] == [content]
-    assert notes == ["a.json: is read as plain text, braces and all"]
+    assert notes == ["a.json: is read as plain text, not as JSON"]
 
 
 def test_folders_that_links_name_are_read_once_whatever_circles_they_make():
@@ -534,7 +536,7 @@ def test_a_line_too_long_for_the_memory():
     write("a.jsonl", json.dumps({"text": "x"}) + "\n" + json.dumps({"text": "x" * 50_000}))
     assert documents(listed("a.jsonl"))[0] == ["x", "x" * 50_000]
     (line,) = refused("a.jsonl", longest=20_000)
-    assert line.startswith("a.jsonl:2: the line is longer than 0 MB, which is as much as --memory lets one take")
+    assert line.startswith("a.jsonl:2: the line is longer than 0 MB, the limit that --memory sets")
 
 
 @pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
@@ -548,7 +550,7 @@ def test_a_truncated_archive(packing):
 def test_what_is_no_archive(packing):
     write(f"a.txt{packing}", "not packed at all")
     (line,) = refused(f"a.txt{packing}")
-    assert line.startswith(f"a.txt{packing}: is no sound {packing} archive (")
+    assert line.startswith(f"a.txt{packing}: is not a valid {packing} archive (")
 
 
 def test_bad_parquet():
@@ -557,7 +559,7 @@ def test_bad_parquet():
     parquet("a.parquet", {"text": [1]})
     assert refused("a.parquet") == ["a.parquet: row 1: the field 'text' holds int, not text"]
     write("a.parquet", "no parquet at all")
-    assert refused("a.parquet")[0].startswith("a.parquet: is no sound Parquet file (")
+    assert refused("a.parquet")[0].startswith("a.parquet: is not a valid Parquet file (")
 
 
 @pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("hf:x", "datasets")])
