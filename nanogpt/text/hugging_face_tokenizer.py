@@ -14,10 +14,10 @@ from nanogpt.text.tokenizer import (
     CharTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
+    problem_of_chars,
+    problem_of_tokens,
     spelled,
     tokens_from,
-    what_is_wrong_with,
-    what_is_wrong_with_tokens,
 )
 
 # What a Hugging Face tokenizer.json says that splits a text into characters.
@@ -93,7 +93,7 @@ def of_our_kind(file: dict, ids: dict[str, int]) -> dict | None:
     separated = tokens[-1] == END_OF_TEXT
     own = tokens[: len(tokens) - separated]
     model, before = file["model"], file.get("pre_tokenizer") or {}
-    if model["type"] == "WordLevel" and before == CHARACTERS and not what_is_wrong_with(own):
+    if model["type"] == "WordLevel" and before == CHARACTERS and not problem_of_chars(own):
         unknown = model["unk_token"] if model["unk_token"] in own else None
         return CharTokenizer(own, unknown, separated).to_json()
     changed = [
@@ -105,7 +105,7 @@ def of_our_kind(file: dict, ids: dict[str, int]) -> dict | None:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if own == [CHAR_OF[b] for b in range(256)] and not merges:
         return {"type": "byte"}
-    if not before.get("use_regex", True) or what_is_wrong_with_tokens(tokens_from(own)):
+    if not before.get("use_regex", True) or problem_of_tokens(tokens_from(own)):
         return None
     merged = [merge.replace(" ", "") for merge in merges]
     if (
@@ -145,7 +145,8 @@ def to_files(tok: Tokenizer, block_size: int) -> dict[str, dict]:
         unknown, end = tok.unknown, tok.unknown if tok.eot is None else END_OF_TEXT
     else:
         merges = tok.merges() if isinstance(tok, BPETokenizer) else None
-        ids = {spelled(tok.token_bytes(i)): i for i in range(tok.eot)} | {END_OF_TEXT: tok.eot}
+        last = tok.vocab_size - 1
+        ids = {spelled(tok.token_bytes(i)): i for i in range(last)} | {END_OF_TEXT: last}
         content = bpe_file(ids, merges or [], merges is not None)
         unknown = end = END_OF_TEXT  # as OpenAI's own files have it
     named = dict(bos_token=end, eos_token=end, pad_token=end, unk_token=unknown or end)

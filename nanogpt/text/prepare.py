@@ -107,16 +107,6 @@ class Work:
                 raise UserError(f"{target}: another `nanogpt prepare` is at work there ({e.strerror})") from None
             self.lock.sign()
 
-    @contextlib.contextmanager
-    def workers(self, processes: int, **settings: Any) -> Iterator[Pool]:
-        """A Pool that is closed at the end."""
-        pool = Pool(processes, **settings)
-        try:
-            yield pool
-        finally:
-            pool.close()
-            self.peak = max(self.peak, pool.peak)
-
     def load(self, plan: dict[str, Any]) -> list[str]:
         """Load the saved state, or begin a new one if there is none or its plan was another. Returns notes about it."""
         self.state = State(plan)
@@ -222,8 +212,8 @@ def given_tokenizer(cfg: PrepareConfig) -> Tokenizer | None:
     kind, _ = tokenizer.named(cfg.tokenizer)
     try:
         if kind == "bpe":
-            tokenizer.import_tiktoken("bpe")
-            tokenizer.import_tokenizers()
+            tokenizer.require("tiktoken", "bpe")
+            tokenizer.require("tokenizers", "bpe")
         if kind == "folder":
             return tokenizer.from_json(dataset.tokenizer_of(cfg.tokenizer))
         return tokenizer.from_json({"type": kind}) if kind in ("byte", "gpt2") else None
@@ -313,7 +303,7 @@ def make_tokenizer(work: Work) -> Tokenizer:
         return train_bpe(work, size)
     present, characters = np.zeros(0x110000, dtype=bool), 0
     present[ord(tokenizer.UNKNOWN)] = True
-    with work.workers(work.processes, **worker_settings(cfg)) as pool:
+    with contextlib.closing(Pool(work.processes, **worker_settings(cfg))) as pool:
         for _, about, (codes,) in read(work, pool, "survey", last_character):
             present[codes] = True
             characters += about["characters"]
@@ -327,12 +317,13 @@ def train_bpe(work: Work, size: int) -> Tokenizer:
     cfg = work.cfg
     # in a separate process, unless the text is small: its end frees the memory that training needs
     settings = worker_settings(cfg) | dict(budget=cfg.memory * MEGABYTE // 2, vocab_size=size)
-    with work.workers(min(1, work.processes), **settings) as pool:
+    with contextlib.closing(Pool(min(1, work.processes), **settings)) as pool:
         for _ in read(work, pool, "sample", last_character):
             pass
         print(f"tokenizer: training bpe:{size}", flush=True)
         end = sources.Block("text", [], b"", [], 0)
         ((_, about, _),) = pool.map([end], lambda: "train")
+        work.peak = pool.peak
     tok = tokenizer.from_json(about["tokenizer"])
     if about["stride"] > 1:
         print(f"tokenizer: trained on one of {about['stride']} parts of the text, as --memory={cfg.memory} allows")
@@ -407,6 +398,7 @@ def read(work: Work, pool: Pool, task: str, cut: sources.Cut) -> Iterator[tuple[
             raise
         except UserError as e:
             raise UserError(*explain(), *e.problems) from None
+    work.peak = max(work.peak, pool.peak)
     if lines := explain():
         raise UserError(*lines)
 
@@ -428,9 +420,10 @@ def encode(work: Work, tok: Tokenizer) -> None:
     state = work.state
     settings = worker_settings(work.cfg, state.tokenizer, separate=not work.one_text)
     counts = np.array(state.counts, dtype=np.int64)
-    with contextlib.closing(buckets), work.workers(work.processes, **settings) as pool:
+    with contextlib.closing(buckets), contextlib.closing(Pool(work.processes, **settings)) as pool:
         for block, about, (ids, fragments, found, times) in read(work, pool, "encode", cut):
-            fragments = name_documents(fragments, state.key)
+            begins = np.maximum.accumulate(np.where(fragments["first"] != 0, np.arange(len(fragments)), -1))
+            fragments["key"] = np.where(begins >= 0, fragments["digest"][begins], np.uint64(state.key))
             with writing_to(work.target):
                 buckets.add(ids, fragments)
             counts[found] += times
@@ -456,14 +449,6 @@ def open_buckets(work: Work) -> shuffle.Buckets:
         counts = [0] * len(state.counts)
         work.state = State(state.plan, state.stage, state.tokenizer, bits=state.bits, counts=counts)
         return shuffle.Buckets(work.folder, state.bits, dtype)
-
-
-def name_documents(fragments: np.ndarray, key: int) -> np.ndarray:
-    """A copy with keys: the digest of each document's first fragment. `key` is that of the document that continues."""
-    place = np.maximum.accumulate(np.where(fragments["first"] != 0, np.arange(len(fragments)), -1))
-    fragments = fragments.copy()
-    fragments["key"] = np.where(place >= 0, fragments["digest"][place], np.uint64(key))
-    return fragments
 
 
 def commit(work: Work, buckets: shuffle.Buckets, counts: np.ndarray) -> None:
@@ -548,15 +533,11 @@ def too_little(work: Work, split: str) -> UserError:
     enough = math.ceil((WINDOW + 1) / (val_share if split == "val" else 1 - val_share))
     name = found[0].name if len(found) == 1 else f"the {len(found)} sources"
     left_out = f"; {sources.left_out(state.empty, cfg.field)}" if state.empty else ""
+    tokens = state.split["tokens"]
     return UserError(
-        f"{name}: too little text: {state.split['tokens'][split]} tokens to {what}, of {all_tokens(state):,}, are less "
+        f"{name}: too little text: {tokens[split]} tokens to {what}, of {sum(tokens.values()):,}, are less "
         f"than one window of {WINDOW} and the token after it; a text of {enough:,} tokens would do{left_out}"
     )
-
-
-def all_tokens(state: State) -> int:
-    """The number of tokens in the dataset; `state.tokens` counts dropped duplicates as well."""
-    return sum(state.split["tokens"].values())
 
 
 def publish(work: Work) -> None:
@@ -634,7 +615,8 @@ def advise(**about: Any) -> None:
 
 def how_split(state: State) -> str:
     """How the validation text was chosen, in words."""
-    share = f"the last {state.split['tokens']['val'] / max(all_tokens(state), 1):.1%} of"
+    tokens = state.split["tokens"]
+    share = f"the last {tokens['val'] / sum(tokens.values()):.1%} of"
     if state.split["how"] == "end":
         return f"{share} the text"
     train, val = state.split["documents"].values()

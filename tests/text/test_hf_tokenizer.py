@@ -309,7 +309,7 @@ def test_documents_need_an_end_of_text(here, capsys):
     Path("a.txt").write_text(REAL)
     Path("b.txt").write_text(REAL)
     line = problem(capsys, "prepare", "a.txt", "b.txt", "--dataset=own", "--tokenizer=hf")
-    assert "--tokenizer=hf: has no end-of-text token to stand between documents" in line
+    assert "--tokenizer=hf: has no end-of-text token to separate documents" in line
     assert cli.main(["prepare", "a.txt", "--dataset=own", "--tokenizer=hf"]) == 0
     assert "separator" not in json.loads(Path("data/own/meta.json").read_text())
 

@@ -271,7 +271,8 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(fd):
         raise OSError("No space left on device")
 
+    monkeypatch.setattr(shakespeare, "download", lambda: "text")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        shakespeare.save(tmp_path / "input.txt", "text")
+        get_text(tmp_path)
     assert not list(tmp_path.iterdir())

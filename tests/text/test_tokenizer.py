@@ -214,8 +214,8 @@ def test_bpe_json_round_trip(bpe):
         (lambda tokens: tokens[1:], "the byte 0x00 is missing"),
         (lambda tokens: [*tokens, tokens[300]], "occurs twice"),
         (lambda tokens: [*tokens, ""], "is empty"),
-        (lambda tokens: [*tokens, 5], "5 spells no bytes"),
-        (lambda tokens: [*tokens, "世"], "'世' spells no bytes"),
+        (lambda tokens: [*tokens, 5], "5 does not spell bytes"),
+        (lambda tokens: [*tokens, "世"], "'世' does not spell bytes"),
     ],
 )
 def test_bad_bpe_json(bpe, change, complaint):
