@@ -9,12 +9,14 @@ import contextlib
 import difflib
 import glob
 import gzip
+import importlib
 import json
 import lzma
 import math
 import os
 import re
 import stat
+import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -292,14 +294,10 @@ def nearest_path(path: Path) -> str:
 
 def check_unchanged(source: Source) -> None:
     """Raise UserError if a file has changed since it was found."""
-    if source.kind == "hf":
-        return
-    try:
-        about = os.stat(source.path)
-    except OSError as e:
-        raise UserError(f"{source.name}: cannot be read any more: {e.strerror}") from None
-    if (about.st_size, about.st_mtime_ns) != (source.size, source.mtime):
-        raise UserError(f"{source.name}: was changed while it was read; start again")
+    if source.kind != "hf":
+        about = describe(Path(source.path))
+        if (about.size, about.mtime) != (source.size, source.mtime):
+            raise UserError(f"{source.name}: was changed while it was read; start again")
 
 
 # -- raw bytes
@@ -367,14 +365,18 @@ def decompressor(source: Source) -> tuple[Callable[[BinaryIO], Any], tuple[type[
         return lzma.open, (lzma.LZMAError,)
     if source.packing != ".zst":
         return contextlib.nullcontext, ()
-    try:
-        from compression import zstd  # from Python 3.14
-    except ImportError:
-        try:
-            from backports import zstd
-        except ImportError:
-            raise UserError(f"{source.name}: reading .zst takes {installs('data')}") from None
+    zstd = require(
+        "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", f"{source.name}: reading .zst"
+    )
     return zstd.open, (zstd.ZstdError,)
+
+
+def require(package: str, purpose: str) -> Any:
+    """An optional package. If it is missing, the UserError names the extra that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{purpose} takes {installs('data')}") from None
 
 
 def blocks(sources: list[Source], start: list[int], options: ReadOptions) -> Iterator[Block]:
@@ -476,11 +478,7 @@ def read_rows(source: Source, start: list[int], options: ReadOptions) -> Iterato
 
 def parquet_rows(source: Source, row: int, options: ReadOptions) -> Iterator[tuple[Any, int]]:
     """Yield (value, bytes of the file read) from a row of a Parquet file on; a text is its bytes, not yet decoded."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{source.name}: reading .parquet takes {installs('data')}") from None
+    pyarrow, parquet = (require(name, f"{source.name}: reading .parquet") for name in ("pyarrow", "pyarrow.parquet"))
     with opened(source) as (stream, raw), contextlib.ExitStack() as stack:
         if source.packing:  # Parquet is read from its end, so it is unpacked to a file first
             raw = stack.enter_context(tempfile.TemporaryFile(dir=options.folder))
@@ -527,10 +525,7 @@ def raw_values(column: Any, pyarrow: Any) -> Iterator[Any]:
 
 def hub_rows(source: Source, row: int, field: str) -> Iterator[tuple[Any, int]]:
     """Yield (value, 0) from a row of a dataset on: one of the Hugging Face hub, or a folder in its format; streamed."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{source.name}: reading it takes {installs('data')}") from None
+    datasets = require("datasets", f"{source.name}: reading it")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below, once
     name, _, config = source.path.partition(":")
     try:

@@ -33,7 +33,6 @@ SLICE = 2**15  # characters passed to BPE training at a time
 WORD = re.compile(r"\w+|[^\w\s]+")  # roughly GPT-2's words, to count how many there are
 AHEAD = 2  # blocks submitted per process before the first result is awaited
 
-
 Result = tuple[dict[str, Any], list[np.ndarray]]
 
 
