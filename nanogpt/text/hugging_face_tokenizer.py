@@ -96,11 +96,15 @@ def of_our_kind(file: dict, ids: dict[str, int]) -> dict | None:
     if model["type"] == "WordLevel" and before == CHARACTERS and not problem_of_chars(own):
         unknown = model["unk_token"] if model["unk_token"] in own else None
         return CharTokenizer(own, unknown, separated).to_json()
-    changed = [
-        model.get(key) for key in ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-    ]
+    others = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     level = before.get("type") == "ByteLevel" and not before.get("add_prefix_space", True)
-    if model["type"] != "BPE" or any(changed) or not level or not separated or added.keys() - {END_OF_TEXT}:
+    if (
+        model["type"] != "BPE"
+        or any(map(model.get, others))
+        or not level
+        or not separated
+        or added.keys() - {END_OF_TEXT}
+    ):
         return None
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if own == [CHAR_OF[b] for b in range(256)] and not merges:
@@ -108,10 +112,8 @@ def of_our_kind(file: dict, ids: dict[str, int]) -> dict | None:
     if not before.get("use_regex", True) or problem_of_tokens(tokens_from(own)):
         return None
     merged = [merge.replace(" ", "") for merge in merges]
-    if (
-        own == [*BYTE_OF, *merged]
-        and hashlib.sha256("\n".join(["#version: 0.2", *merges, ""]).encode()).hexdigest() == BPE_SHA256
-    ):
+    merges_file = "\n".join(["#version: 0.2", *merges, ""]).encode()
+    if own == [*BYTE_OF, *merged] and hashlib.sha256(merges_file).hexdigest() == BPE_SHA256:
         return {"type": "gpt2"}
     if [token for token in own if len(token) > 1] != merged:
         return None

@@ -35,8 +35,8 @@ from nanogpt.text.sources import BLOCK, STANDARD_INPUT, CannotWrite, Problems, S
 from nanogpt.text.tokenizer import Tokenizer
 from nanogpt.text.workers import Pool, cores, peak_memory
 
-VAL_SHARE, VAL_TOKENS = 0.1, 2_000_000  # what is validated on: this part of the text, but at most so many tokens
-WINDOW = 64  # each split must hold a window of so many tokens, and the token after it
+VAL_SHARE, VAL_TOKENS = 0.1, 2_000_000  # the share of the tokens to validate on, and their largest number
+WINDOW = 64  # tokens of a window; each split must hold one, and the token after it
 LARGE = 50 * 10**6  # bytes of text for which characters are short tokens
 COMMIT = 5.0  # seconds between two saves of the state
 FEW = 4 * BLOCK  # bytes of text that this process encodes itself before others would have started
@@ -79,7 +79,6 @@ class State:
     key: int = 0  # of the document that continues in the next block
     bytes: int = 0  # of text
     tokens: int = 0
-    documents: int = 0
     replaced: int = 0  # bytes that were not in the encoding
     empty: int = 0  # rows and lines without text
     counts: list[int] = field(default_factory=list)  # how often each id occurs
@@ -341,7 +340,7 @@ def begin(work: Work, tok: Tokenizer) -> None:
 
 
 def choose_bits(cfg: PrepareConfig, found: list[Source], vocab_size: int) -> int:
-    """The number of bits that select a bucket: so many that each bucket is small compared with the memory."""
+    """The number of bits that select a bucket. Each bucket must be small compared with the memory."""
     if is_one_text(found):
         return 0
     if any(s.kind == "hf" for s in found):
@@ -431,7 +430,6 @@ def encode(work: Work, tok: Tokenizer) -> None:
             state.bytes += about["bytes"]
             state.replaced += about["problems"].count("utf8")
             state.empty += about["problems"].count("empty")
-            state.documents += int(fragments["first"].sum())
             state.key = int(fragments["key"][-1]) if len(fragments) else state.key
             state.position = block.next
             if time.monotonic() - work.last > COMMIT:
@@ -504,7 +502,7 @@ def draw(work: Work, buckets: shuffle.Buckets) -> None:
     """Shuffle and split documents. Some are validated on; if they are too large or unequal, the end of each."""
     cfg, state = work.cfg, work.state
     buckets.unique = cfg.drop_duplicates
-    masks, total, state.documents, dropped = shuffle.choose(buckets, lambda n: val_tokens(cfg, n))
+    masks, total, dropped = shuffle.choose(buckets, lambda n: val_tokens(cfg, n))
     train, val = (shuffle.Sink(work.folder, split, buckets.dtype, cfg.shard_tokens) for split in ("train", "val"))
     if masks is None:
         separator = None if work.one_text else end_of_text(state)

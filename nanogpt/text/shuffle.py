@@ -16,7 +16,7 @@ from nanogpt import files
 from nanogpt.text.workers import FRAGMENT
 
 MAX_BITS = 6  # 64 buckets, of two open files each
-FEW = 10  # documents are too few to train on if more are validated on
+FEW = 10  # fewer documents are not enough to train on, if more are validated on
 GATHER = 2**20  # ids that are sorted at a time
 
 
@@ -176,11 +176,11 @@ class Sink:
 Masks = list[np.ndarray]  # for each bucket that was looked at, which of its groups are validated on
 
 
-def choose(buckets: Buckets, target: Callable[[int], int]) -> tuple[Masks | None, int, int, int]:
+def choose(buckets: Buckets, target: Callable[[int], int]) -> tuple[Masks | None, int, int]:
     """Choose documents for validation, in random order, each that fits, until they have `target(ids in all)` ids.
 
-    Returns (masks, ids in all, documents in all, duplicates dropped). The masks are None if the target is missed by
-    far, or if only FEW documents, all of them larger, would be left to train on.
+    Returns (masks, ids in all, duplicates dropped). The masks are None if the target is missed by far, or if fewer than
+    FEW documents, all of them larger, would be left to train on.
     """
     total = documents = dropped = 0
     for bucket in buckets:
@@ -198,7 +198,7 @@ def choose(buckets: Buckets, target: Callable[[int], int]) -> tuple[Masks | None
                 masks[-1][i] = True
                 val, taken = val + size, taken + count
     fair = val >= 0.75 * wanted and documents > 1 and documents - taken >= min(taken, FEW)
-    return (masks if fair else None), total, documents, dropped
+    return (masks if fair else None), total, dropped
 
 
 def write_documents(buckets: Buckets, masks: Masks, train: Sink, val: Sink, limit: int) -> Iterator[int]:

@@ -591,15 +591,15 @@ def read_block(block: Block, field: str, replace: bool) -> tuple[list[Document],
     """
     reader = BlockReader(field, replace)
     begin = 0
-    for source, offset, line, size, first in block.parts:
-        raw = block.data[begin : begin + size]
-        begin += size
-        if offset == 0:
+    for part in map(Part._make, block.parts):
+        raw = block.data[begin : begin + part.size]
+        begin += part.size
+        if part.offset == 0:
             raw = raw.removeprefix(BOM)
         if block.kind == "jsonl":
-            reader.read_lines(raw, source, line)
+            reader.read_lines(raw, part)
         else:
-            reader.read_text(raw, Part(source, offset, line, size, first), row=block.kind == "rows")
+            reader.read_text(raw, part, row=block.kind == "rows")
     return reader.documents, reader.problems
 
 
@@ -633,12 +633,12 @@ class BlockReader:
             self.problems.note(source, "utf8", place(e), f"0x{raw[e.start]:02x}", count)
             return text if self.replace else ""
 
-    def read_lines(self, raw: bytes, source: int, line: int) -> None:
+    def read_lines(self, raw: bytes, part: Part) -> None:
         """Read lines of JSON."""
-        first = line == 0
-        for number, row in enumerate(raw.split(b"\n"), line + 1):
+        first = part.line == 0
+        for line, row in enumerate(raw.split(b"\n"), part.line + 1):
             if row.strip():
-                self.read_line(row, source, number, first)
+                self.read_line(row, part.source, line, first)
                 first = False
 
     def read_line(self, row: bytes | str, source: int, line: int, first: bool) -> None:

@@ -76,12 +76,7 @@ class CharTokenizer(Tokenizer):
     """
 
     def __init__(self, chars: Any, unknown: str | None = None, separated: bool = False) -> None:
-        problem = problem_of_chars(chars)
-        if not problem and unknown is not None and (not isinstance(unknown, str) or unknown not in chars):
-            problem = f"unknown: expected one of the chars, not {repr(unknown)[:40]}"
-        if not problem and not isinstance(separated, bool):
-            problem = f"separated: expected true or false, not {repr(separated)[:40]}"
-        if problem:
+        if problem := problem_of_chars(chars, unknown, separated):
             raise UserError(f"character tokenizer: {problem}")
         self.chars = list(chars)
         self.unknown = unknown
@@ -124,9 +119,9 @@ class CharTokenizer(Tokenizer):
         return (END_OF_TEXT if id == self.eot else self.chars[id]).encode("utf-8")
 
     def to_json(self) -> dict[str, Any]:
+        plain = {"type": "char", "chars": self.chars}
         reserved = {"unknown": self.unknown, "separated": self.eot is not None}
-        reserved = {} if self.unknown is None and self.eot is None else reserved
-        return {"type": "char", "chars": self.chars} | reserved
+        return plain if self.unknown is None and self.eot is None else plain | reserved
 
     def count_unknown(self, text: str) -> int:
         """The number of characters of `text` that are not in the vocabulary."""
@@ -246,7 +241,7 @@ class GPT2Tokenizer(BPETokenizer):
             return
         try:
             self.encoding = require("tiktoken", "gpt2").get_encoding("gpt2")
-        except (OSError, ValueError) as e:  # no connection; other bytes than tiktoken expects
+        except (OSError, ValueError) as e:  # no connection, or other bytes than tiktoken expects
             raise OSError(
                 f"GPT-2's vocabulary is not on this machine: {installs('gpt2')} installs it "
                 f"(tiktoken's own download failed: {type(e).__name__})"
@@ -281,7 +276,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if len(self.tokens) != len(vocabulary) or not 0 < self.vocab_size <= MOST_TOKENS:
             raise UserError(f"Hugging Face tokenizer: ids must be below {MOST_TOKENS:,}, and of one token each")
         if wrong := [token for token, id in added.items() if vocabulary.get(token) != id]:
-            raise UserError(f"Hugging Face tokenizer: {wrong[0]!r} does not get the id that the file gives it")
+            raise UserError(f"Hugging Face tokenizer: {wrong[0]!r} has another id than in added_tokens")
         if eot is not None and (type(eot) is not int or eot not in self.tokens):
             raise UserError(f"Hugging Face tokenizer: eot: expected the id of a token or null, not {repr(eot)[:40]}")
         self.file, self.eot = file, eot
@@ -417,8 +412,8 @@ def named(name: str) -> tuple[str, int | None]:
     )
 
 
-def problem_of_chars(chars: Any) -> str | None:
-    """Why `chars` is not a valid vocabulary of characters, or None."""
+def problem_of_chars(chars: Any, unknown: Any = None, separated: Any = False) -> str | None:
+    """Why these are not valid arguments of CharTokenizer, or None."""
     if not isinstance(chars, (list, tuple, str)):
         return f"chars: expected a list of characters, not {type(chars).__name__}"
     if not chars:
@@ -432,7 +427,9 @@ def problem_of_chars(chars: Any) -> str | None:
         if c in seen:
             return f"chars[{i}]: {c!r} occurs twice"
         seen.add(c)
-    return None
+    if unknown is not None and (not isinstance(unknown, str) or unknown not in chars):
+        return f"unknown: expected one of the chars, not {repr(unknown)[:40]}"
+    return None if isinstance(separated, bool) else f"separated: expected true or false, not {repr(separated)[:40]}"
 
 
 def problem_of_tokens(tokens: list[bytes]) -> str | None:

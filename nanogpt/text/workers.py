@@ -140,7 +140,8 @@ class Pool:
     """`processes` workers with the settings of `Worker`; without any, this process does the work."""
 
     def __init__(self, processes: int, **settings: Any) -> None:
-        self.processes, self.peaks = processes, {0: 0}
+        self.processes = processes
+        self.peaks: dict[int, int] = {}  # peak memory of each worker, by process id
         self.local = None if processes else Worker(settings)
         if processes:
             context = multiprocessing.get_context("spawn")
@@ -153,32 +154,32 @@ class Pool:
                 yield block, *self.local.do(task(), block)
             return
         pending: deque[tuple[Block, Future]] = deque()
-        for block in blocks:
-            if len(pending) == AHEAD * self.processes:
+        try:
+            for block in blocks:
+                if len(pending) == AHEAD * self.processes:
+                    yield self.result(*pending.popleft())
+                pending.append((block, self.submit(task(), block)))
+            while pending:
                 yield self.result(*pending.popleft())
-            pending.append((block, self.submit(task(), block)))
-        while pending:
-            yield self.result(*pending.popleft())
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a worker process ended abruptly, perhaps out of memory; run the same command again to continue, with "
+                "fewer --workers to use less memory"
+            ) from None
 
     def submit(self, task: str, block: Block) -> Future:
         """Start a task. Worker processes start here, and inherit a blocked SIGINT: Ctrl-C is for the main process."""
-        before = (
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
-        )
+        set_mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
+        before = set_mask and set_mask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self.executor.submit(do, task, block)
-        except BrokenProcessPool:
-            raise died() from None
         finally:
-            if before is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if set_mask:
+                set_mask(signal.SIG_SETMASK, before)
 
     def result(self, block: Block, future: Future) -> tuple[Block, dict, list[np.ndarray]]:
         """Wait for the result of a block."""
-        try:
-            about, arrays, pid, peak = future.result()
-        except BrokenProcessPool:
-            raise died() from None
+        about, arrays, pid, peak = future.result()
         self.peaks[pid] = peak
         block.data = b""
         return block, about, arrays
@@ -213,14 +214,6 @@ def start_worker(settings: dict[str, Any]) -> None:
 def do(task: str, block: Block) -> tuple[dict, list[np.ndarray], int, int]:
     """What a worker process does with a block, its process id and its peak memory."""
     return *worker.do(task, block), os.getpid(), peak_memory()
-
-
-def died() -> RunFailed:
-    """The error about a worker process that ended by itself."""
-    return RunFailed(
-        "a worker process ended abruptly, perhaps out of memory; run the same command again to continue, with fewer "
-        "--workers to use less memory"
-    )
 
 
 def peak_memory() -> int:
