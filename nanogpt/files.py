@@ -53,7 +53,7 @@ def append_to(path: Path | str) -> TextIO:
     return open(path, "a", buffering=1, encoding="utf-8", opener=lambda *_: handle)  # so its name is the path
 
 
-def create(path: Path | str, mode: str = "xb", buffering: int = -1) -> IO:
+def create(path: Path | str, mode: str = "xb", buffering: int = -1) -> Any:
     """A new file at `path`, open for writing. An existing one is removed first, so a symbolic link is not followed."""
     Path(path).unlink(missing_ok=True)
     return open(path, mode, buffering)

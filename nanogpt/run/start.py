@@ -82,6 +82,7 @@ def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> GP
     """The model that `find_weights` found, or a new one, on the device. UserError if it does not fit the settings."""
     torch.manual_seed(cfg.seed)
     resuming = cfg.init_from in ("resume", "auto")
+    assert dataset.tokenizer_json is not None, "open_dataset sets it"
     if found is None:
         gpt_config = GPTConfig(**shape(cfg), dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
         memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)

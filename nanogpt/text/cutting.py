@@ -5,7 +5,7 @@ import unicodedata
 
 import numpy as np
 
-LONGEST_RUN = 500_000  # white space characters; tiktoken's regular expression gives up on some 700,000
+LONGEST_RUN = 500_000  # white space characters; tiktoken's regular expression fails on about 700,000
 
 
 def code_points(text: str) -> np.ndarray:
@@ -14,20 +14,20 @@ def code_points(text: str) -> np.ndarray:
 
 
 def last_character(data: bytes) -> int:
-    """Where the last character of the UTF-8 bytes `data` begins, or a byte that is part of none."""
+    """Where the last character of the UTF-8 bytes `data` begins, or the index of a last byte that is invalid."""
     for place in range(len(data) - 1, max(len(data) - 5, 0), -1):
         if data[place] & 0xC0 != 0x80:
             return place
-    return len(data) - 1 if len(data) > 4 else 0  # four bytes that go on and none that begins: no UTF-8
+    return len(data) - 1 if len(data) > 4 else 0  # four continuation bytes: not UTF-8
 
 
-# A word of GPT-2's pattern ends where a visible character stands before white space: no alternative goes on from
-# the one to the other, and none looks back. The white space that is looked ahead at begins after the cut.
+# A word of GPT-2's pattern ends between a visible character and white space: no alternative matches across that
+# place, and none looks back. The white space that the pattern looks ahead at is after the cut.
 ASCII_WORD_END = re.compile(rb"[!-~](?=[ \n\t\r])")
 
 
 def last_word(data: bytes) -> int:
-    """The last place in the UTF-8 bytes `data` where GPT-2's pattern certainly ends a word; 0 where there is none."""
+    """The last place in the UTF-8 bytes `data` where GPT-2's pattern certainly ends a word; 0 if there is none."""
     for size in (256, 2**13, len(data)):
         begin = max(len(data) - size, 0)
         ends = [match.end() for match in ASCII_WORD_END.finditer(data, begin)]
@@ -42,11 +42,11 @@ def last_change(data: bytes, begin: int) -> int:
     """The same for any script, from `begin` on: where letters, numbers, other visible characters and space meet."""
     while begin < len(data) and data[begin] & 0xC0 == 0x80:
         begin += 1
-    text = data[begin:].decode("utf-8", "surrogateescape")  # bytes that are no UTF-8 are of no class
+    text = data[begin:].decode("utf-8", "surrogateescape")  # invalid bytes are of no class
     after, end = None, len(data)
     for c in reversed(text):
         before = word_class(c)
-        # an apostrophe may begin 's, a space may begin a word, and white space may be looked ahead at
+        # an apostrophe may begin 's, a space may begin a word, and the pattern looks ahead at white space
         if before and after and before != after and before != "Z" and not (c == "'" and after == "L"):
             return end
         after = before
@@ -55,7 +55,7 @@ def last_change(data: bytes, begin: int) -> int:
 
 
 def word_class(c: str) -> str | None:
-    """L, N, Z (white space) or O (others) as GPT-2's pattern sees `c`; None where versions of Unicode may disagree."""
+    """L, N, Z (white space) or O (others) as GPT-2's pattern classifies `c`; None if versions of Unicode may disagree."""
     kind = unicodedata.category(c)[0]
     if c in " \n\t\r":
         return "Z"
@@ -65,7 +65,7 @@ def word_class(c: str) -> str | None:
 
 
 def without_long_runs(text: str) -> list[str]:
-    """`text` in parts that have no longer run of white space than tiktoken can bear: nearly always the text itself."""
+    """`text` in parts without a run of white space too long for tiktoken: nearly always the text itself."""
     if not any(text[i].isspace() for i in range(LONGEST_RUN, len(text), LONGEST_RUN)):
         return [text]
     places = [0]

@@ -43,33 +43,25 @@ def write_dataset(folder: str | Path, tok: tokenizer.Tokenizer, train_ids: Array
             raise ValueError(f"{split}: a token id is outside the vocabulary of {tok.vocab_size}")
         contents[f"{split}.bin"] = ids.astype(id_dtype(tok.vocab_size)).tobytes()
     contents["meta.json"] = meta_json(tok.to_json(), tok.vocab_size)
-    write_files(folder, contents)
-
-
-def meta_json(tokenizer_json: dict, vocab_size: int, **optional: Any) -> bytes:
-    """The bytes of `meta.json`. `optional` may hold `separator` and `files`."""
-    meta = {"tokenizer": tokenizer_json, "vocab_size": vocab_size, "dtype": id_dtype(vocab_size), **optional}
-    return (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def write_files(folder: Path, contents: dict[str, bytes]) -> None:
-    """Write {name: bytes} to temporary files, flush them to disk, then rename them all.
-
-    The old meta.json is removed first and the new one is renamed last, so a dataset is always whole or absent.
-    """
-    temporary = {name: files.temporary(folder / name) for name in sorted(contents, key="meta.json".__eq__)}
+    temporary = {name: files.temporary(folder / name) for name in contents}
     try:
         for name, path in temporary.items():
             with files.create(path) as f:
                 f.write(contents[name])
                 files.sync(f)
-        (folder / "meta.json").unlink(missing_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)  # first removed, and last renamed
         for name, path in temporary.items():
             os.replace(path, folder / name)
         files.flush(folder)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def meta_json(tokenizer_json: dict, vocab_size: int, **optional: Any) -> bytes:
+    """The bytes of `meta.json`. `optional` may hold `separator` and `files`."""
+    meta = {"tokenizer": tokenizer_json, "vocab_size": vocab_size, "dtype": id_dtype(vocab_size), **optional}
+    return (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 # -- opening
@@ -125,14 +117,15 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"--dataset={folder.name}: {folder}/ {what}{hint}")
     try:
         meta = json.loads(files.read(path))
-        vocab_size = meta["vocab_size"]
+        vocab_size, separator = meta["vocab_size"], meta.get("separator", 0)
         valid = (
             type(vocab_size) is int
             and 0 < vocab_size < 2**31
             and meta["dtype"] in DTYPES
             and isinstance(meta["tokenizer"], dict)
             and all(is_list_of_files(names) for names in meta.get("files", {}).values())
-            and ("separator" not in meta or is_id(meta["separator"], vocab_size))
+            and type(separator) is int
+            and 0 <= separator < vocab_size
         )
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from None
@@ -167,11 +160,6 @@ def is_list_of_files(names: object) -> bool:
     )
 
 
-def is_id(value: object, vocab_size: int) -> bool:
-    """Whether this is a token id."""
-    return type(value) is int and 0 <= value < vocab_size
-
-
 def how_to_prepare(folder: Path) -> str:
     """The end of a message: the command that prepares the dataset, the nearest name, or the prepared datasets."""
     recipe = f"{folder / 'prepare.py'}"
@@ -203,7 +191,7 @@ def tokenizer_of(folder: str | Path) -> dict:
     return hugging_face_tokenizer.read(folder)
 
 
-def require_same_tokenizer(dataset: str, of_dataset: dict | None, of_model: dict, model: str | Path) -> None:
+def require_same_tokenizer(dataset: str, of_dataset: dict, of_model: dict, model: str | Path) -> None:
     """Raise UserError unless a dataset and the model named or stored at `model` have the same tokenizer, as JSON."""
     try:
         if tokenizer.same(of_dataset, of_model):

@@ -14,21 +14,21 @@ from nanogpt.text.tokenizer import (
     CharTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
+    problem_of_chars,
+    problem_of_tokens,
     spelled,
     tokens_from,
-    what_is_wrong_with,
-    what_is_wrong_with_tokens,
 )
 
-# What a Hugging Face tokenizer.json says that splits a text into characters.
+# In tokenizer.json: split a text into characters.
 CHARACTERS = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 
 
 def read(folder: str | Path) -> dict:
-    """The tokenizer, as JSON, of a model in Hugging Face's format: of one of our kinds if it is exactly that.
+    """The tokenizer, as JSON, of a model in Hugging Face's format: one of our own kinds if it is exactly equal to it.
 
-    Read from `tokenizer.json`, or GPT-2's older form, `vocab.json` and `merges.txt`. UserError if neither is there,
-    or cannot be read: which tokenizer a model was trained with is never guessed.
+    Read from `tokenizer.json`, or GPT-2's older form, `vocab.json` and `merges.txt`. Raises UserError if neither
+    exists or can be read: a model's tokenizer is never guessed.
     """
     path = Path(folder) / "tokenizer.json"
     try:
@@ -58,24 +58,24 @@ def read(folder: str | Path) -> dict:
     except ImportError as e:
         raise UserError(f"{path}: {e}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise UserError(f"{path}: describes no tokenizer ({type(e).__name__}: {str(e)[:200]})") from None
+        raise UserError(f"{path}: does not describe a tokenizer ({type(e).__name__}: {str(e)[:200]})") from None
 
 
 def read_object(path: Path) -> dict:
     """The JSON object in a file; an empty one if there is no such file."""
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(found, dict):
-        raise ValueError(f"{path.name} is no object")
+        raise ValueError(f"{path.name} is not an object")
     return found
 
 
 def read_vocabulary(folder: Path, settings: dict) -> dict | None:
-    """What tokenizer.json would say, from GPT-2's `vocab.json` and `merges.txt`; None if they do not settle it."""
+    """The content of tokenizer.json, from GPT-2's `vocab.json` and `merges.txt`; None if they do not determine it."""
     kind = str(settings.get("tokenizer_class", "GPT2Tokenizer")).removesuffix("Fast")
     if kind != "GPT2Tokenizer" or settings.get("add_prefix_space") or (folder / "added_tokens.json").exists():
         return None
     if read_object(folder / "config.json").get("model_type", "gpt2") != "gpt2":
-        return None  # another model's words are cut in another manner
+        return None  # other models split words differently
     if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
         return None
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -84,7 +84,7 @@ def read_vocabulary(folder: Path, settings: dict) -> dict | None:
 
 
 def of_our_kind(file: dict, ids: dict[str, int]) -> dict | None:
-    """What a tokenizer.json with these {token: id} is as one of our own kinds, as JSON; None if it is none exactly."""
+    """The tokenizer of one of our own kinds, as JSON, that a tokenizer.json with these {token: id} equals, or None."""
     tokens = sorted(ids, key=ids.__getitem__)
     added = {token["content"]: token for token in file["added_tokens"]}
     flags = [token.get(flag) for token in added.values() for flag in ("single_word", "lstrip", "rstrip")]
@@ -93,25 +93,27 @@ def of_our_kind(file: dict, ids: dict[str, int]) -> dict | None:
     separated = tokens[-1] == END_OF_TEXT
     own = tokens[: len(tokens) - separated]
     model, before = file["model"], file.get("pre_tokenizer") or {}
-    if model["type"] == "WordLevel" and before == CHARACTERS and not what_is_wrong_with(own):
+    if model["type"] == "WordLevel" and before == CHARACTERS and not problem_of_chars(own):
         unknown = model["unk_token"] if model["unk_token"] in own else None
         return CharTokenizer(own, unknown, separated).to_json()
-    changed = [
-        model.get(key) for key in ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
-    ]
+    others = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
     level = before.get("type") == "ByteLevel" and not before.get("add_prefix_space", True)
-    if model["type"] != "BPE" or any(changed) or not level or not separated or added.keys() - {END_OF_TEXT}:
+    if (
+        model["type"] != "BPE"
+        or any(map(model.get, others))
+        or not level
+        or not separated
+        or added.keys() - {END_OF_TEXT}
+    ):
         return None
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     if own == [CHAR_OF[b] for b in range(256)] and not merges:
         return {"type": "byte"}
-    if not before.get("use_regex", True) or what_is_wrong_with_tokens(tokens_from(own)):
+    if not before.get("use_regex", True) or problem_of_tokens(tokens_from(own)):
         return None
     merged = [merge.replace(" ", "") for merge in merges]
-    if (
-        own == [*BYTE_OF, *merged]
-        and hashlib.sha256("\n".join(["#version: 0.2", *merges, ""]).encode()).hexdigest() == BPE_SHA256
-    ):
+    merges_file = "\n".join(["#version: 0.2", *merges, ""]).encode()
+    if own == [*BYTE_OF, *merged] and hashlib.sha256(merges_file).hexdigest() == BPE_SHA256:
         return {"type": "gpt2"}
     if [token for token in own if len(token) > 1] != merged:
         return None
@@ -120,14 +122,14 @@ def of_our_kind(file: dict, ids: dict[str, int]) -> dict | None:
 
 
 def bpe_file(ids: dict[str, int], merges: list[str], words: bool = True) -> dict:
-    """The tokenizer.json of byte-level BPE with these {token: id}; with `words`, nothing is merged across GPT-2's words."""
+    """The tokenizer.json of byte-level BPE with these {token: id}; with `words`, text is first split as in GPT-2."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": words}
     content = {"pre_tokenizer": level, "decoder": level, "model": {"type": "BPE", "vocab": ids, "merges": merges}}
     return whole_file(content, ids.get(END_OF_TEXT))
 
 
 def whole_file(content: dict, eot: int | None) -> dict:
-    """A tokenizer.json of this `content`, with all that the format demands besides."""
+    """A tokenizer.json with this `content` and the other fields that the format requires."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [] if eot is None else [{"id": eot, "content": END_OF_TEXT, "special": True} | flags]
     absent = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
@@ -145,9 +147,10 @@ def to_files(tok: Tokenizer, block_size: int) -> dict[str, dict]:
         unknown, end = tok.unknown, tok.unknown if tok.eot is None else END_OF_TEXT
     else:
         merges = tok.merges() if isinstance(tok, BPETokenizer) else None
-        ids = {spelled(tok.token_bytes(i)): i for i in range(tok.eot)} | {END_OF_TEXT: tok.eot}
+        last = tok.vocab_size - 1
+        ids = {spelled(tok.token_bytes(i)): i for i in range(last)} | {END_OF_TEXT: last}
         content = bpe_file(ids, merges or [], merges is not None)
-        unknown = end = END_OF_TEXT  # as OpenAI's own files have it
+        unknown = end = END_OF_TEXT  # as in OpenAI's own files
     named = dict(bos_token=end, eos_token=end, pad_token=end, unk_token=unknown or end)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",

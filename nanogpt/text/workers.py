@@ -28,20 +28,18 @@ FRAGMENT = np.dtype([("key", "<u8"), ("digest", "<u8"), ("tokens", "<u4"), ("fir
 # A document, or one block of a larger document: `digest` is a hash of its bytes, `tokens` its number of ids, `first`
 # whether it starts a document. `key`, the digest of the document's first fragment, is filled in later.
 
-COUNT = np.dtype([("id", "<u4"), ("n", "<u4")])
 TRAINING = 300, 45  # bytes of memory that BPE training takes per distinct word, and per byte of it
 SLICE = 2**15  # characters passed to BPE training at a time
 WORD = re.compile(r"\w+|[^\w\s]+")  # roughly GPT-2's words, to count how many there are
 AHEAD = 2  # blocks submitted per process before the first result is awaited
 
-
-Result = tuple[dict, list[np.ndarray]]
+Result = tuple[dict[str, Any], list[np.ndarray]]
 
 
 class Worker:
     """Processes blocks. `settings` are those of `prepare.worker_settings`."""
 
-    def __init__(self, settings: dict) -> None:
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.kept: list[list[str]] = []  # texts to train a tokenizer on: of every stride-th block
         self.stride, self.number = 1, 0
@@ -54,7 +52,7 @@ class Worker:
         """(dict, arrays) from a block; `task` is the name of one of the methods below."""
         documents, problems = read_block(block, self.settings["field"], self.settings["replace"])
         about, arrays = getattr(self, task)(documents)
-        return about | {"problems": [[*key, *value] for key, value in problems.items()]}, arrays
+        return about | {"problems": problems}, arrays
 
     def check(self, documents: list[Document]) -> Result:
         """Find problems only."""
@@ -62,7 +60,7 @@ class Worker:
 
     def survey(self, documents: list[Document]) -> Result:
         """The code points that occur, and the number of characters."""
-        text = "".join(text for text, _, _ in documents)
+        text = "".join(document.text for document in documents)
         present = np.zeros(0x110000, dtype=bool)
         present[code_points(text)] = True
         return {"characters": len(text)}, [np.flatnonzero(present).astype(np.uint32)]
@@ -70,7 +68,7 @@ class Worker:
     def sample(self, documents: list[Document]) -> Result:
         """Keep the texts to train a tokenizer on. If they exceed the budget, drop every other block."""
         if self.number % self.stride == 0:
-            self.kept.append([text for text, _, _ in documents])
+            self.kept.append([document.text for document in documents])
             self.add_words(self.kept[-1])
             while self.cost > self.settings["budget"] and len(self.kept) > 1:
                 self.kept, self.stride = self.kept[::2], 2 * self.stride
@@ -96,12 +94,10 @@ class Worker:
         return {"tokenizer": tok.to_json(), "stride": self.stride}, []
 
     def encode(self, documents: list[Document]) -> Result:
-        """The ids of a block's documents, their FRAGMENTs, and how often each id occurs (COUNT)."""
-        pieces = [piece for document in documents for piece in self.pieces(*document)]
-        fragments = np.zeros(len(pieces), FRAGMENT)
-        for i, (_, raw, first) in enumerate(pieces):
-            fragments[i] = (0, self.digest(raw), 0, first)
-        ids, lengths = self.ids([text for text, _, _ in pieces])
+        """The ids of a block's documents, their FRAGMENTs, the ids that occur, and how often each does."""
+        pieces = [piece for document in documents for piece in self.pieces(document)]
+        fragments = np.array([(0, self.digest(piece.raw), 0, piece.first) for piece in pieces], FRAGMENT)
+        ids, lengths = self.ids([piece.text for piece in pieces])
         if self.settings["separate"]:
             begins = fragments["first"] != 0
             ids = np.insert(ids, (np.cumsum(lengths) - lengths)[begins], self.tokenizer.eot)
@@ -109,20 +105,18 @@ class Worker:
         fragments["tokens"] = lengths
         counts = np.bincount(ids, minlength=1)
         found = np.flatnonzero(counts)
-        sparse = np.empty(len(found), COUNT)
-        sparse["id"], sparse["n"] = found, counts[found]
-        return {"bytes": sum(len(raw) for _, raw, _ in pieces)}, [ids, fragments, sparse]
+        return {"bytes": sum(len(piece.raw) for piece in pieces)}, [ids, fragments, found, counts[found]]
 
-    def pieces(self, text: str, raw: bytes, first: bool) -> Iterator[Document]:
+    def pieces(self, document: Document) -> Iterator[Document]:
         """Yield a document in parts of at most one block, cut like a text file; nearly always there is one part."""
-        begin = 0
+        begin, (text, raw, first, _) = 0, document
         while len(raw) - begin >= BLOCK:
             part = raw[begin : begin + BLOCK]
             place = self.tokenizer.cut(part) or last_character(part)
-            yield part[:place].decode("utf-8", "replace"), part[:place], first
+            yield Document(part[:place].decode("utf-8", "replace"), part[:place], first)
             begin, first = begin + place, False
         if begin < len(raw):
-            yield (text if begin == 0 else raw[begin:].decode("utf-8", "replace")), raw[begin:], first
+            yield Document(raw[begin:].decode("utf-8", "replace") if begin else text, raw[begin:], first)
 
     def ids(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """All ids in one array, and the number of ids of each text."""
@@ -145,8 +139,9 @@ worker: Worker  # of this process, if it is one of the pool
 class Pool:
     """`processes` workers with the settings of `Worker`; without any, this process does the work."""
 
-    def __init__(self, processes: int, **settings) -> None:
-        self.processes, self.peaks = processes, {0: 0}
+    def __init__(self, processes: int, **settings: Any) -> None:
+        self.processes = processes
+        self.peaks: dict[int, int] = {}  # peak memory of each worker, by process id
         self.local = None if processes else Worker(settings)
         if processes:
             context = multiprocessing.get_context("spawn")
@@ -159,32 +154,32 @@ class Pool:
                 yield block, *self.local.do(task(), block)
             return
         pending: deque[tuple[Block, Future]] = deque()
-        for block in blocks:
-            if len(pending) == AHEAD * self.processes:
+        try:
+            for block in blocks:
+                if len(pending) == AHEAD * self.processes:
+                    yield self.result(*pending.popleft())
+                pending.append((block, self.submit(task(), block)))
+            while pending:
                 yield self.result(*pending.popleft())
-            pending.append((block, self.submit(task(), block)))
-        while pending:
-            yield self.result(*pending.popleft())
+        except BrokenProcessPool:
+            raise RunFailed(
+                "a worker process ended abruptly, perhaps out of memory; run the same command again to continue, with "
+                "fewer --workers to use less memory"
+            ) from None
 
     def submit(self, task: str, block: Block) -> Future:
         """Start a task. Worker processes start here, and inherit a blocked SIGINT: Ctrl-C is for the main process."""
-        before = (
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
-        )
+        set_mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
+        before = set_mask and set_mask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self.executor.submit(do, task, block)
-        except BrokenProcessPool:
-            raise died() from None
         finally:
-            if before is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if set_mask:
+                set_mask(signal.SIG_SETMASK, before)
 
     def result(self, block: Block, future: Future) -> tuple[Block, dict, list[np.ndarray]]:
         """Wait for the result of a block."""
-        try:
-            about, arrays, pid, peak = future.result()
-        except BrokenProcessPool:
-            raise died() from None
+        about, arrays, pid, peak = future.result()
         self.peaks[pid] = peak
         block.data = b""
         return block, about, arrays
@@ -206,12 +201,13 @@ class Pool:
             self.processes = 0
 
 
-def start_worker(settings: dict) -> None:
+def start_worker(settings: dict[str, Any]) -> None:
     """Set up a worker process. It ends when its parent does, even if the parent is killed."""
     global worker
 
-    def follow_parent():
-        multiprocessing.parent_process().join()
+    def follow_parent() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
@@ -221,14 +217,6 @@ def start_worker(settings: dict) -> None:
 def do(task: str, block: Block) -> tuple[dict, list[np.ndarray], int, int]:
     """What a worker process does with a block, its process id and its peak memory."""
     return *worker.do(task, block), os.getpid(), peak_memory()
-
-
-def died() -> RunFailed:
-    """The error about a worker process that ended by itself."""
-    return RunFailed(
-        "a worker process ended abruptly, perhaps out of memory; run the same command again to continue, with fewer "
-        "--workers to use less memory"
-    )
 
 
 def peak_memory() -> int:

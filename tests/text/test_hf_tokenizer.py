@@ -1,4 +1,4 @@
-"""Others' models in Hugging Face's format: their own tokenizer, with its own ids, or a line; never a guess."""
+"""Tokenizers of models in Hugging Face's format: read with their own ids, or refused in one line, never guessed."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def bytewise(specials, size=400, **settings):
 
 
 def wordpiece():
-    """WordPiece as BERT has it, which lowers case and adds [CLS] and [SEP]; it truncates and pads besides."""
+    """WordPiece as in BERT, which lowers case and adds [CLS] and [SEP]; it also truncates and pads."""
     tok = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tok.normalizer, tok.pre_tokenizer = tokenizers.normalizers.BertNormalizer(), before.BertPreTokenizer()
     tok.decoder = decoders.WordPiece()
@@ -75,7 +75,7 @@ def exactly_gpt2s_size(first):
 
 
 def merged_out_of_other_parts():
-    """BPE in which `the` can only be made of t and he, so that it never is: t and h come together first."""
+    """BPE in which `the` can only be merged from t and he, which never happens: t and h are merged first."""
     alphabet = sorted(before.ByteLevel.alphabet())
     merges = [("t", "h"), ("h", "e"), ("t", "he")]
     tokens = [*alphabet, *map("".join, merges), END]
@@ -99,7 +99,7 @@ OTHERS = {  # how it is made, the id of its end of text, what it is here
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_the_ids_are_those_of_the_file(tmp_path, kind):
+def test_ids_equal_those_of_the_tokenizers_library(tmp_path, kind):
     make, eot, ours = OTHERS[kind]
     make().save(str(tmp_path / "tokenizer.json"))
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -124,7 +124,7 @@ def test_the_ids_are_those_of_the_file(tmp_path, kind):
     assert lengths is None if changes else lengths[tok.encode(REAL)].sum() == len(REAL.encode())
 
 
-def test_a_text_that_spells_the_end_of_text_out_is_a_text_like_any_other(tmp_path):
+def test_end_of_text_spelled_out_is_ordinary_text(tmp_path):
     bytewise([END]).save(str(tmp_path / "tokenizer.json"))
     tok = from_json(from_hugging_face(tmp_path))
     assert tok.eot not in tok.encode(f"a{END}b") and tok.decode(tok.encode(f"a{END}b")) == f"a{END}b"
@@ -133,14 +133,14 @@ def test_a_text_that_spells_the_end_of_text_out_is_a_text_like_any_other(tmp_pat
 @pytest.mark.parametrize(
     "settings, eot", [({"eos_token": "</s>"}, 1), ({"eos_token": {"content": "</s>"}}, 1), ({}, None)]
 )
-def test_another_end_of_text_is_the_one_that_the_folder_names(tmp_path, settings, eot):
+def test_end_of_text_is_read_from_tokenizer_config(tmp_path, settings, eot):
     unigram().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert from_json(from_hugging_face(tmp_path)).eot == eot
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_the_older_form_of_gpt2s_files_is_read(tmp_path, first):
+def test_reads_vocab_json_and_merges_txt(tmp_path, first):
     theirs = exactly_gpt2s_size(first)
     theirs.model.save(str(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merges.txt", "vocab.json"]
@@ -151,7 +151,7 @@ def test_the_older_form_of_gpt2s_files_is_read(tmp_path, first):
         from_hugging_face(tmp_path)
 
 
-def test_gpt2_is_known_by_its_tokens_and_nothing_else(tmp_path):
+def test_gpt2_is_recognised_only_by_its_merges(tmp_path):
     write_tokenizer(tmp_path, {"type": "gpt2"})
     assert from_hugging_face(tmp_path) == {"type": "gpt2"}
     file = json.loads((tmp_path / "tokenizer.json").read_text())
@@ -183,7 +183,7 @@ def break_it(file, change):
     "change",
     ["the id of a special token", "an id twice", "an id out of reach", "a merge of no tokens", "no model", "a list"],
 )
-def test_a_tokenizer_that_cannot_be_read_gets_one_line(tmp_path, change):
+def test_invalid_tokenizer_is_reported_in_one_line(tmp_path, change):
     file = json.loads(bytewise([END, "<pad>"]).to_str())
     (tmp_path / "tokenizer.json").write_text(json.dumps(break_it(file, change)))
     with pytest.raises(UserError) as caught:
@@ -193,13 +193,13 @@ def test_a_tokenizer_that_cannot_be_read_gets_one_line(tmp_path, change):
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "[" * 100_000, "\0"])
-def test_a_broken_file_gets_one_line(tmp_path, content):
+def test_broken_file_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match="describes no tokenizer"):
+    with pytest.raises(UserError, match="does not describe a tokenizer"):
         from_hugging_face(tmp_path)
 
 
-def test_tokenizers_are_compared_by_their_tokens():
+def test_same_compares_tokens():
     gpt2 = GPT2Tokenizer()
     assert same({"type": "gpt2"}, super(GPT2Tokenizer, gpt2).to_json())  # the same tokens, otherwise described
     assert same({"type": "char", "chars": ["a", "b"]}, {"type": "char", "chars": ["a", "b"], "unknown": "b"})
@@ -207,7 +207,7 @@ def test_tokenizers_are_compared_by_their_tokens():
     assert not same({"type": "char", "chars": ["a", "b"]}, {"type": "byte"})
 
 
-# -- through the front doors
+# -- commands
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ def here(tiny, monkeypatch):
 
 
 def model_of(tok, folder="hf"):
-    """A model in Hugging Face's format with this tokenizer of theirs."""
+    """A model in Hugging Face's format with this tokenizer."""
     config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=16, vocab_size=tok.get_vocab_size())
     to_hugging_face(GPT(config), CharTokenizer([chr(0xF0000 + i) for i in range(config.vocab_size)]), folder)
     (Path(folder) / "tokenizer_config.json").unlink()
@@ -227,7 +227,7 @@ def model_of(tok, folder="hf"):
 
 
 def problem(capsys, *command):
-    """The one line with which a command is refused; it changes nothing."""
+    """The one line of a command's error; the command must change nothing."""
     was = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     capsys.readouterr()
     assert cli.main(list(command)) == 2
@@ -254,7 +254,7 @@ WRITE = ["--device=cpu", "--num_samples=1", "--max_new_tokens=5", "--start=the"]
     ids=lambda command: command[0],
 )
 @pytest.mark.parametrize("size", [60, 50_257])
-def test_a_folder_without_a_tokenizer_is_taken_for_nobodys(here, capsys, command, size):
+def test_folder_without_tokenizer_is_refused(here, capsys, command, size):
     Path("a.txt").write_text(REAL)
     config = GPTConfig(n_layer=1, n_head=1, n_embd=2, block_size=16, vocab_size=size)
     to_hugging_face(GPT(config), CharTokenizer([chr(0xF0000 + i) for i in range(size)]), "hf")
@@ -264,7 +264,7 @@ def test_a_folder_without_a_tokenizer_is_taken_for_nobodys(here, capsys, command
     assert "hf: has no tokenizer; expected the model's own tokenizer.json there" in line
 
 
-def test_a_dataset_of_another_tokenizer_is_refused_and_the_line_that_is_named_fits(here, capsys):
+def test_dataset_of_another_tokenizer_is_refused_and_the_suggested_command_works(here, capsys):
     model_of(bytewise([END], 300))
     for command in (["train", *SMALL], ["eval", "--device=cpu", "--dataset=tiny"]):
         line = problem(capsys, *command, "--init_from=hf")
@@ -293,7 +293,7 @@ def test_a_dataset_of_another_tokenizer_is_refused_and_the_line_that_is_named_fi
     assert from_hugging_face("again") == meta["tokenizer"] == tokenizer_of("out") == tokenizer_of("data/own")
 
 
-def test_a_run_goes_on_with_its_own_tokenizer_on_other_text(here, capsys):
+def test_training_continues_on_other_text_with_the_same_tokenizer(here, capsys):
     assert cli.main(["train", *SMALL, "--max_iters=1"]) == 0
     other = Path("data/other")
     write_dataset(other, CharTokenizer("0123456789"), [1] * 200, [2] * 100)
@@ -304,17 +304,17 @@ def test_a_run_goes_on_with_its_own_tokenizer_on_other_text(here, capsys):
     assert cli.main(["train", *SMALL, "--dataset=more", "--init_from=out", "--out_dir=tuned"]) == 0
 
 
-def test_documents_need_an_end_of_text(here, capsys):
+def test_several_documents_need_an_end_of_text_token(here, capsys):
     model_of(wordpiece())
     Path("a.txt").write_text(REAL)
     Path("b.txt").write_text(REAL)
     line = problem(capsys, "prepare", "a.txt", "b.txt", "--dataset=own", "--tokenizer=hf")
-    assert "--tokenizer=hf: has no end-of-text token to stand between documents" in line
+    assert "--tokenizer=hf: has no end-of-text token to separate documents" in line
     assert cli.main(["prepare", "a.txt", "--dataset=own", "--tokenizer=hf"]) == 0
     assert "separator" not in json.loads(Path("data/own/meta.json").read_text())
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(here, capsys):
+def test_tokenizer_larger_than_the_model_is_refused(here, capsys):
     model_of(bytewise([END], 300))
     bytewise([END], 301).save("hf/tokenizer.json")
     line = problem(capsys, "sample", *WRITE, "--init_from=hf")

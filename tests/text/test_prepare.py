@@ -1,4 +1,4 @@
-"""`nanogpt prepare` as a person uses it: any text, any size, stopped at any moment, and fed with anything."""
+"""`nanogpt prepare`: datasets of any text and size, stopped at any moment, and invalid input."""
 
 import errno
 import io
@@ -108,7 +108,7 @@ def problem(*args, **kwargs):
 
 
 @pytest.mark.parametrize("name", ["char", "byte", "gpt2", "bpe:300"])
-def test_a_text_is_all_there_and_its_end_is_validated_on(run, name):
+def test_one_text_is_complete_and_its_end_is_validated_on(run, name):
     if name == "gpt2":
         pytest.importorskip("tiktoken")
     write("a.txt", TEXT)
@@ -122,19 +122,19 @@ def test_a_text_is_all_there_and_its_end_is_validated_on(run, name):
     assert f"{len(train):,} tokens to train on, {len(val):,} to validate on: the last 10.0% of the text" in printed
 
 
-def test_the_characters_are_those_of_the_text_and_one_for_all_others(run):
+def test_char_vocabulary_is_the_text_and_an_unknown_token(run):
     run(write("a.txt", TEXT))
     t = from_json(meta()["tokenizer"])
     assert t.chars == sorted({*TEXT, "\ufffd"}) and t.unknown == "\ufffd"
 
 
-def test_as_much_is_validated_on_as_asked(run):
+def test_val_fraction(run):
     write("a.txt", "x" * 10_000)
     run("a.txt", "--val_fraction=0.25")
     assert (len(ids("train")), len(ids("val"))) == (7500, 2500)
 
 
-def test_of_a_large_text_enough_is_validated_on(run, monkeypatch):
+def test_validation_tokens_are_limited(run, monkeypatch):
     monkeypatch.setattr(prepare, "VAL_TOKENS", 300)
     run(write("a.txt", TEXT))
     assert len(ids("val")) == 300
@@ -149,7 +149,7 @@ def test_standard_input(run, monkeypatch):
     assert contents() == expected
 
 
-def test_broken_utf8_is_replaced_on_request(run):
+def test_invalid_utf8_is_replaced_on_request(run):
     raw = TEXT.encode() + b"\xff\xfe" + TEXT.encode()
     write("a.txt", raw)
     assert "a.txt: is not UTF-8 in 2 places, the first at byte" in problem("a.txt")
@@ -158,7 +158,7 @@ def test_broken_utf8_is_replaced_on_request(run):
     assert "replaced: 2 places" in printed
 
 
-def test_text_in_another_encoding_becomes_the_same_dataset(run, monkeypatch):
+def test_encoding_does_not_change_the_dataset(run, monkeypatch):
     latin = "".join(f"Straße {i}: größer, ältlich, «déjà vu»\n" for i in range(400))
     run(write("a.txt", latin))
     expected = contents()
@@ -194,7 +194,7 @@ def test_rows_without_text_and_characters_of_any_kind(run):
     )
 
 
-def test_what_is_told(run):
+def test_printed_report(run):
     write("a.txt", "a" * 600 + "b" * 300 + "\n" * 100)
     printed = run("a.txt")
     assert "tokenizer: char, 4 tokens in its vocabulary; 1.00 bytes a token" in printed
@@ -206,7 +206,7 @@ def test_what_is_told(run):
 
 
 @pytest.mark.parametrize("name", ["char", "byte", "bpe:300"])
-def test_each_document_is_there_once_behind_a_separator(run, name):
+def test_each_document_occurs_once_after_a_separator(run, name):
     jsonl("d.jsonl", DOCUMENTS)
     printed = run("d.jsonl", f"--tokenizer={name}")
     train, val = documents("train"), documents("val")
@@ -218,7 +218,7 @@ def test_each_document_is_there_once_behind_a_separator(run, name):
     assert train != [d for d in DOCUMENTS if d in train]  # shuffled
 
 
-def test_the_seed_decides_about_order_and_split(run):
+def test_seed_determines_order_and_split(run):
     jsonl("d.jsonl", DOCUMENTS)
     drawn = []
     for seed in (1, 1, 2):
@@ -227,7 +227,7 @@ def test_the_seed_decides_about_order_and_split(run):
     assert drawn[0] == drawn[1] and drawn[0][1] != drawn[2][1]
 
 
-def test_neither_the_order_of_files_nor_their_packing_changes_anything(run):
+def test_order_and_format_of_files_do_not_change_the_dataset(run):
     jsonl("a.jsonl", DOCUMENTS[:100])
     jsonl("b.jsonl", DOCUMENTS[100:])
     run("a.jsonl", "b.jsonl")
@@ -240,7 +240,7 @@ def test_neither_the_order_of_files_nor_their_packing_changes_anything(run):
 
 
 @pytest.mark.parametrize("bits, block", [(0, 700), (3, 2**20), (6, 700)])
-def test_neither_blocks_nor_buckets_change_anything(run, bits, block, monkeypatch):
+def test_block_size_and_number_of_buckets_do_not_change_the_dataset(run, bits, block, monkeypatch):
     long = [DOCUMENTS[0] * 100, TEXT, *DOCUMENTS]
     jsonl("d.jsonl", long)
     run("d.jsonl")
@@ -254,7 +254,7 @@ def test_neither_blocks_nor_buckets_change_anything(run, bits, block, monkeypatc
         assert contents() == expected
 
 
-def test_processes_change_nothing(run):
+def test_number_of_processes_does_not_change_the_dataset(run):
     jsonl("d.jsonl", [TEXT * 30, *DOCUMENTS * 4])
     write("a.txt", TEXT * 150)
     for args in (["d.jsonl"], ["a.txt"], ["a.txt", "d.jsonl", "--tokenizer=bpe:300", "--drop_duplicates=True"]):
@@ -264,7 +264,7 @@ def test_processes_change_nothing(run):
         assert contents() == expected
 
 
-def test_equal_documents_are_in_one_split_and_are_dropped_on_request(run):
+def test_duplicates_are_in_one_split_and_are_dropped_on_request(run):
     repeated = [d for d in DOCUMENTS for _ in range(2)]
     jsonl("d.jsonl", [*repeated, TEXT * 2, TEXT * 2, TEXT])
     run("d.jsonl", "--val_fraction=0.3")
@@ -277,7 +277,7 @@ def test_equal_documents_are_in_one_split_and_are_dropped_on_request(run):
     assert 0.27 < val / (train + val) < 0.38  # of what is left
 
 
-def test_long_documents_that_begin_alike_are_no_duplicates(run, monkeypatch):
+def test_long_documents_with_the_same_beginning_are_not_duplicates(run, monkeypatch):
     for module in (sources, workers):
         monkeypatch.setattr(module, "BLOCK", 1000)
     alike = [TEXT + "a", TEXT + "b", TEXT + "a"]
@@ -288,7 +288,7 @@ def test_long_documents_that_begin_alike_are_no_duplicates(run, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [1000, 2**20])
-def test_of_few_large_documents_the_ends_are_validated_on(run, block, monkeypatch):
+def test_few_large_documents_are_split_at_their_ends(run, block, monkeypatch):
     for module in (sources, workers):
         monkeypatch.setattr(module, "BLOCK", block)
     for i in range(3):
@@ -301,14 +301,14 @@ def test_of_few_large_documents_the_ends_are_validated_on(run, block, monkeypatc
     assert "the last 10.0% of each of the 3 documents" in printed
 
 
-def test_of_few_large_documents_equal_ones_are_dropped(run):
+def test_few_large_documents_without_duplicates(run):
     books = [f"Book {i} " + TEXT for i in range(3)]
     jsonl("d.jsonl", [*books, books[0]])
     assert "of each of the 3 documents" in run("d.jsonl", "--drop_duplicates=True")
     assert sorted(a + b for a, b in zip(documents("train"), documents("val"), strict=True)) == books
 
 
-def test_the_share_that_is_told_is_of_what_is_left_without_duplicates(run):
+def test_printed_share_does_not_count_duplicates(run):
     books = [f"Book {i} " + TEXT for i in range(3)]
     jsonl("d.jsonl", books + [books[0]] * 17)
     printed = run("d.jsonl", "--drop_duplicates=True")
@@ -317,7 +317,7 @@ def test_the_share_that_is_told_is_of_what_is_left_without_duplicates(run):
     assert "less than one window" in (said := problem("e.jsonl", "--drop_duplicates=True")) and ", of 52, are" in said
 
 
-def test_of_few_large_documents_in_a_large_vocabulary_nothing_is_mixed_up(run):
+def test_few_large_documents_with_a_large_vocabulary(run):
     chars = "".join(chr(c) for c in range(0x20, 0x12000) if not 0xD800 <= c < 0xE000)
     books = [f"Book {i} " + chars for i in range(3)]
     jsonl("d.jsonl", books)
@@ -326,7 +326,7 @@ def test_of_few_large_documents_in_a_large_vocabulary_nothing_is_mixed_up(run):
     assert sorted(a + b for a, b in zip(documents("train"), documents("val"), strict=True)) == books
 
 
-def test_one_document_that_is_larger_than_all_others_is_not_all_there_is_to_train_on(run):
+def test_one_large_document_is_not_all_of_the_training_split(run):
     small = [f"Note {i}. " + "word " * 20 for i in range(20)]
     jsonl("d.jsonl", [TEXT * 10, *small])
     printed = run("d.jsonl", f"--val_fraction={len(''.join(small)) / len(''.join([TEXT * 10, *small]))}")
@@ -336,14 +336,14 @@ def test_one_document_that_is_larger_than_all_others_is_not_all_there_is_to_trai
     )
 
 
-def test_a_note_among_books_is_not_all_there_is_to_validate_on(run):
+def test_one_small_document_is_not_all_of_the_validation_split(run):
     jsonl("d.jsonl", ["x" * 100, *(f"Book {i} " + TEXT for i in range(3))])
     assert "of each of the 4 documents, which cannot be divided well as wholes" in run("d.jsonl")
     assert len(documents("train")) == len(documents("val")) == 4
 
 
 @pytest.mark.parametrize("large, wholes", [(10, True), (9, False)])
-def test_ten_documents_are_enough_to_train_on_where_more_are_validated_on(run, large, wholes):
+def test_ten_documents_are_enough_for_the_training_split(run, large, wholes):
     small, large = [f"{i:020}" for i in range(30)], [f"{i} " + "word " * 400 for i in range(large)]
     jsonl("d.jsonl", small + large)
     share = 30 * 21 / sum(len(d) + 1 for d in small + large)
@@ -351,7 +351,7 @@ def test_ten_documents_are_enough_to_train_on_where_more_are_validated_on(run, l
     assert set(documents("val")) <= set(small) if wholes else len(documents("val")) == len(small + large)
 
 
-def test_of_two_equally_large_documents_one_can_be_validated_on(run):
+def test_two_equally_large_documents_are_divided(run):
     jsonl("d.jsonl", ["a" * 100, "b" * 100])
     assert "1 of 2 documents, drawn at random" in run("d.jsonl", "--val_fraction=0.5")
     assert {*documents("train"), *documents("val")} == {"a" * 100, "b" * 100}
@@ -363,7 +363,7 @@ def test_of_two_equally_large_documents_one_can_be_validated_on(run):
     share=st.floats(0.05, 0.5),
     drop=st.booleans(),
 )
-def test_whatever_the_documents_none_is_lost(here, texts, share, drop):
+def test_no_document_is_lost(here, texts, share, drop):
     texts = [f"{i % 25} {t.replace(END, '')} {'x' * 20}" for i, t in enumerate(texts)]
     jsonl("d.jsonl", texts)
     try:
@@ -382,7 +382,7 @@ def test_whatever_the_documents_none_is_lost(here, texts, share, drop):
 # -- any vocabulary, any size
 
 
-def test_a_large_vocabulary_takes_four_bytes_an_id(run):
+def test_large_vocabulary_takes_four_bytes_per_id(run):
     chars = "".join(chr(c) for c in range(0x20, 0x12000) if not 0xD800 <= c < 0xE000)
     write("a.txt", chars * 2)
     run("a.txt")
@@ -390,7 +390,7 @@ def test_a_large_vocabulary_takes_four_bytes_an_id(run):
     assert text("train") + text("val") == chars * 2
 
 
-def test_the_files_of_a_split_are_full_however_its_ids_come(here):
+def test_sink_fills_each_file(here):
     sink = prepare.shuffle.Sink(here, "train", "uint16", 10)
     parts = np.split(np.arange(33), [3, 3, 10, 14, 16, 29])
     for part in parts:
@@ -402,7 +402,7 @@ def test_the_files_of_a_split_are_full_however_its_ids_come(here):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "d.jsonl"])
-def test_a_large_split_is_in_several_files(run, name):
+def test_large_split_is_written_to_several_files(run, name):
     write("a.txt", TEXT * 4)
     jsonl("d.jsonl", DOCUMENTS * 4)
     run(name)
@@ -418,8 +418,8 @@ def test_a_large_split_is_in_several_files(run, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["one long line", "documents", "one file of lines"])
-def test_memory_stays_within_its_bound(kind, here, figure):
-    """A corpus of several times the bound; all processes together."""
+def test_memory_stays_within_the_limit(kind, here, figure):
+    """The corpus is several times the limit, which holds for all processes together."""
     psutil = pytest.importorskip("psutil")
     block = (TEXT * 60).encode()
     with open("a.txt" if kind != "documents" else "a.jsonl", "wb") as f:
@@ -443,14 +443,14 @@ def test_memory_stays_within_its_bound(kind, here, figure):
     assert peak < 300e6
 
 
-# -- the processes, and what they keep
+# -- worker processes
 
 
-def test_what_bpe_is_trained_on_fits_the_memory_and_is_spread_evenly():
+def test_bpe_sample_fits_the_memory_and_is_evenly_spread():
     worker = workers.Worker(prepare.worker_settings(PrepareConfig()) | {"budget": 10_000, "vocab_size": 300})
     texts = [f"word{i} " * 20 for i in range(100)]
     for text in texts:
-        worker.sample([(text, b"", True)])
+        worker.sample([sources.Document(text, b"", True)])
     assert worker.cost <= 10_000 and len(worker.kept) > 5
     assert worker.kept == [[text] for text in texts[:: worker.stride]]
 
@@ -460,7 +460,7 @@ def test_bpe_is_trained_on_all_of_a_long_text(run):
     assert len(from_json(meta()["tokenizer"]).encode(" lamp")) == 1
 
 
-def test_as_many_processes_as_cores_and_as_the_memory_allows(monkeypatch, capsys):
+def test_number_of_workers_follows_cores_and_memory(monkeypatch, capsys):
     monkeypatch.setattr(prepare, "cores", lambda: 8)
 
     def workers(memory, size=10**9, kind="text", packing=""):
@@ -472,13 +472,13 @@ def test_as_many_processes_as_cores_and_as_the_memory_allows(monkeypatch, capsys
     assert (workers(600, packing=".xz"), workers(600, kind="rows"), workers(4000, size=10**6)) == (3, 2, 0)
 
 
-def test_a_bucket_is_small_beside_the_memory():
+def test_buckets_are_small_compared_with_the_memory():
     cfg, found = PrepareConfig(memory=200), [sources.Source("a", "a", "jsonl", size=2 * 10**8)]
     bits = prepare.choose_bits(cfg, found, 100)
     assert 4 * 10**8 >> bits <= 200 * 10**6 // 8 < 4 * 10**8 >> (bits - 1)
 
 
-def test_workers_get_no_more_blocks_than_they_have_use_for():
+def test_workers_read_few_blocks_ahead():
     taken, pool = [], workers.Pool(1, **prepare.worker_settings(PrepareConfig()))
 
     def blocks():
@@ -518,7 +518,7 @@ def children(process):
     return found
 
 
-def test_workers_end_with_the_process_that_started_them_and_load_no_pytorch(large):
+def test_workers_end_with_their_parent_and_do_not_load_pytorch(large):
     process = start_and_dwell("d.jsonl.gz", "--workers=2")
     started = children(process)
     assert len(started) == 2
@@ -530,7 +530,7 @@ def test_workers_end_with_the_process_that_started_them_and_load_no_pytorch(larg
         p.wait(timeout=600)
 
 
-# -- stopped, and going on
+# -- stopped and continued
 
 CODE = """
 import sys, nanogpt.text.prepare as p, nanogpt.text.sources as s, nanogpt.text.workers as l
@@ -541,18 +541,18 @@ cli.enter("prepare")
 """
 DWELL = """
 import time
-def commit(state, *rest, real=p.commit, noted=[]):
+def commit(work, *rest, real=p.commit, noted=[]):
     if len(noted) == 2:
         print("NOW", flush=True)
         time.sleep(600)
-    noted.append(state.tokens)
-    real(state, *rest)
+    noted.append(work.state.tokens)
+    real(work, *rest)
 p.commit = commit
 """
 
 
 def start(*args, dataset="own", more=""):
-    """The program in a process of its own, which notes after every small block what it has done."""
+    """Start the program in another process, which saves its state after every small block."""
     command = [sys.executable, "-c", CODE.format(more=more), *args, f"--dataset={dataset}"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
@@ -565,7 +565,7 @@ def finish(*args, **kwargs):
 
 
 def start_and_dwell(*args):
-    """The same, when two blocks of many have been noted, and a third has been written; there it stays."""
+    """The same; it waits when the state of two blocks has been saved, and a third block has been written."""
     process = start(*args, more=DWELL)
     assert any(line == "NOW\n" for line in process.stdout), process.communicate()
     assert json.loads(Path("data/own/.prepare/state.json").read_text())["tokens"] > 0
@@ -581,7 +581,7 @@ RESUMED = [
 
 @pytest.fixture
 def large(here):
-    """Sources of 2 MB, and some that are packed."""
+    """Sources of 2 MB, some of them compressed."""
     import gzip
 
     write("a.txt", TEXT * 100)
@@ -590,7 +590,7 @@ def large(here):
 
 
 @pytest.mark.parametrize("args", RESUMED, ids=["text", "several", "workers"])
-def test_killed_and_started_again_it_makes_the_same_bytes(large, args):
+def test_killed_and_restarted_writes_the_same_bytes(large, args):
     assert finish(*args, dataset="whole")[0] == 0
     for _ in range(2):
         process = start_and_dwell(*args)
@@ -598,13 +598,13 @@ def test_killed_and_started_again_it_makes_the_same_bytes(large, args):
         process.communicate()
         assert not Path("data/own/meta.json").exists()
     code, out, err = finish(*args)
-    assert (code, err) == (0, "") and "going on where the last run stopped" in out
+    assert (code, err) == (0, "") and "continuing where the last run stopped" in out
     assert contents() == contents("data/whole")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", RESUMED, ids=["text", "several", "workers"])
-def test_killed_at_ten_random_moments_it_makes_the_same_bytes(large, args, figure):
+def test_killed_at_ten_random_moments_writes_the_same_bytes(large, args, figure):
     began = time.monotonic()
     assert finish(*args, dataset="whole")[0] == 0
     seconds, draw, kills = time.monotonic() - began, random.Random(7), 0
@@ -625,20 +625,20 @@ def test_killed_at_ten_random_moments_it_makes_the_same_bytes(large, args, figur
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_says_how_to_go_on(large, signum, code):
+def test_ctrl_c_says_how_to_continue(large, signum, code):
     process = start_and_dwell("a.txt", "--workers=2")
     for target in [*children(process), process] if signum == signal.SIGINT else [process]:  # as a terminal does
         target.send_signal(signum)
     out, err = process.communicate()
     assert process.returncode == code
-    assert err.strip() == "stopped; data/own is as it was, and the same command goes on from here"
+    assert err.strip() == "stopped; data/own is unchanged; run the same command again to continue"
     assert not Path("data/own/meta.json").exists()
-    assert "going on where the last run stopped" in finish("a.txt")[1]
+    assert "continuing where the last run stopped" in finish("a.txt")[1]
 
 
 @pytest.fixture
 def stopped(run, monkeypatch):
-    """stopped("a.txt"): the preparation ended after some blocks, as if it had been killed."""
+    """stopped("a.txt") ends a preparation after some blocks, as if it had been killed."""
 
     def stopped(*args):
         add, done = prepare.shuffle.Buckets.add, []
@@ -660,23 +660,23 @@ def stopped(run, monkeypatch):
     return stopped
 
 
-def test_a_source_that_changed_in_between_is_noticed(run, stopped):
+def test_changed_source_starts_again(run, stopped):
     stopped(write("a.txt", TEXT))
     write("a.txt", TEXT.replace("lamp", "lump"))
-    assert "starting again, not where the last run stopped: a.txt has changed" in run("a.txt")
+    assert "starting again, not continuing the last run: a.txt has changed" in run("a.txt")
     assert text("train") + text("val") == TEXT.replace("lamp", "lump")
 
 
-def test_other_settings_and_namesare_noticed(run, stopped):
+def test_other_settings_or_sources_start_again(run, stopped):
     write("b.txt", TEXT)
     stopped(write("a.txt", TEXT))
-    assert "starting again, not where the last run stopped: another --seed" in run("a.txt", "--seed=5")
+    assert "starting again, not continuing the last run: another --seed" in run("a.txt", "--seed=5")
     stopped("a.txt")
-    assert "starting again, not where the last run stopped: the sources are others" in run("b.txt")
+    assert "starting again, not continuing the last run: other sources" in run("b.txt")
 
 
-def test_standard_input_goes_on_too(run, stopped, monkeypatch):
-    for expected in ("", "going on", ""):
+def test_standard_input_can_continue(run, stopped, monkeypatch):
+    for expected in ("", "continuing", ""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
         if expected:
             assert expected in run("-")
@@ -687,37 +687,37 @@ def test_standard_input_goes_on_too(run, stopped, monkeypatch):
 
 
 @pytest.mark.parametrize("lose", [lambda path: os.truncate(path, 100), os.unlink], ids=["a part", "a file"])
-def test_what_the_disk_lost_is_made_again(run, stopped, lose):
+def test_incomplete_buckets_are_encoded_again(run, stopped, lose):
     stopped(write("a.txt", TEXT))
     lose("data/own/.prepare/bucket-00.ids")
     run("a.txt")
     assert text("train") + text("val") == TEXT
 
 
-def test_what_cannot_be_done_now_keeps_what_was_done(run, stopped):
+def test_wrong_setting_keeps_the_saved_state(run, stopped):
     stopped(write("a.txt", TEXT))
-    assert "--workers=50: take up to" in problem("a.txt", "--workers=50")
-    assert "going on where the last run stopped" in run("a.txt")
+    assert "--workers=50: need up to" in problem("a.txt", "--workers=50")
+    assert "continuing where the last run stopped" in run("a.txt")
 
 
-def test_what_cannot_be_done_at_all_leaves_nothing_of_what_was_done(stopped):
+def test_invalid_source_removes_the_saved_state(stopped):
     stopped(write("a.txt", TEXT))
     write("a.txt", b"x" * 5000 + b"\0")
     assert "a.txt: is not text" in problem("a.txt")
     assert not Path("data/own").exists()
 
 
-def test_what_was_written_before_needs_no_more_room(run, stopped, monkeypatch):
+def test_continuing_needs_less_disk(run, stopped, monkeypatch):
     stopped(write("a.txt", TEXT))
     free = len(TEXT.encode()) // 2 - 1000  # less than all of it is taken for
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - free, free))
-    assert "going on where the last run stopped" in run("a.txt")
+    assert "continuing where the last run stopped" in run("a.txt")
     assert text("train") + text("val") == TEXT
 
 
 @pytest.mark.parametrize("name", ["a.txt", "d.jsonl"])
-def test_nothing_takes_its_place_before_it_is_on_the_disk(run, name, monkeypatch):
-    """meta.json, which makes a dataset of the files, comes last; and no state tells of more than buckets hold."""
+def test_files_are_flushed_before_they_are_renamed(run, name, monkeypatch):
+    """meta.json, which completes a dataset, comes last; and no state is saved before the buckets are on disk."""
     write("a.txt", TEXT)
     jsonl("d.jsonl", DOCUMENTS)
     fsync, replace, flushed, events = os.fsync, os.replace, set(), []
@@ -748,8 +748,8 @@ def test_nothing_takes_its_place_before_it_is_on_the_disk(run, name, monkeypatch
 
 @pytest.mark.parametrize("name", ["a.txt", "d.jsonl"])
 @pytest.mark.parametrize("fails", range(1, 9))
-def test_killed_while_the_files_take_their_places(run, name, fails, monkeypatch):
-    """A dataset is whole or absent at every moment, and it can be made whole."""
+def test_killed_while_files_are_renamed(run, name, fails, monkeypatch):
+    """A dataset is whole or absent at every moment, and the same command completes it."""
     run(write("old.txt", "old " * 1000))
     old = contents()
     write("a.txt", TEXT)
@@ -780,13 +780,13 @@ def test_killed_while_the_files_take_their_places(run, name, fails, monkeypatch)
     assert sorted(contents()) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_a_lock_that_cannot_be_had_is_told_in_a_line():
+def test_lock_that_cannot_be_created_is_reported_in_one_line():
     write("a.txt", TEXT)
     os.makedirs("data/own/.prepare/lock")
     assert problem("a.txt").startswith("data/own: cannot be written to (Is a directory)")
 
 
-def test_two_at_once_are_refused(run, large):
+def test_second_process_is_refused(run, large):
     process = start_and_dwell("a.txt")
     holder = f"process {process.pid} on {socket.gethostname()}"
     assert problem("a.txt") == f"data/own: another `nanogpt prepare` is at work there ({holder})"
@@ -794,18 +794,18 @@ def test_two_at_once_are_refused(run, large):
     process.communicate()
 
 
-def test_a_dead_worker_ends_it_and_the_same_command_goes_on(large, run):
+def test_dead_worker_is_reported_and_the_same_command_continues(large, run):
     process = start("d.jsonl.gz", "a.txt", "--workers=2", more=DWELL.replace("sleep(600)", "sleep(3)"))
     assert any(line == "NOW\n" for line in process.stdout)
     children(process)[0].kill()
     _, err = process.communicate()
     assert process.returncode == 1 and err.startswith("error: a worker process ended abruptly") and err.count("\n") == 1
-    assert "going on where the last run stopped" in finish("d.jsonl.gz", "a.txt", "--workers=2")[1]
+    assert "continuing where the last run stopped" in finish("d.jsonl.gz", "a.txt", "--workers=2")[1]
     assert finish("d.jsonl.gz", "a.txt", dataset="whole")[0] == 0
     assert contents() == contents("data/whole")
 
 
-# -- what is refused: a line, and no trace
+# -- invalid input: one line, and nothing is left behind
 
 
 @pytest.mark.parametrize(
@@ -837,21 +837,21 @@ def test_bad_input_changes_nothing(run, name, data, complaint, earlier):
     assert contents() == before if earlier else not Path("data").exists()
 
 
-def test_a_text_of_just_one_window_is_enough(run):
+def test_validation_split_of_one_window_is_enough(run):
     assert "a text of 650 tokens would do" in problem(write("a.txt", "x" * 640))
     run(write("a.txt", "x" * 650))
     assert len(ids("val")) == 65
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/tmp/x", "..", "."])
-def test_a_name_that_would_leave_data(name):
+def test_dataset_name_that_is_a_path_is_refused(name):
     write("a.txt", TEXT)
     expected = f"--dataset={name}: must be the name of a folder in data/, not a path, and begin with neither . nor -; "
     assert problem("a.txt", dataset=name) == expected + "--root=FOLDER is for datasets that lie elsewhere"
     assert sorted(p.name for p in Path().iterdir()) == ["a.txt"]
 
 
-def test_everything_that_is_missing_comes_at_once():
+def test_all_missing_settings_are_reported_at_once():
     with pytest.raises(UserError) as caught:
         prepare.main(["--tokenizer=gtp2"])
     assert [line.split(":")[0] for line in caught.value.problems] == [
@@ -862,28 +862,28 @@ def test_everything_that_is_missing_comes_at_once():
     assert "did you mean gpt2?" in caught.value.problems[2]
 
 
-def test_standard_input_that_is_empty(monkeypatch):
+def test_empty_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     assert problem("-") == "standard input: is empty"
     assert not Path("data").exists()
 
 
-def test_a_disk_that_is_too_small_is_noticed_first(run, monkeypatch):
+def test_too_little_disk_is_reported_first(run, monkeypatch):
     write("a.txt", "x" * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    assert problem("a.txt").startswith("data/own: takes about 0.5 MB of disk, and 0.0 MB are free")
+    assert problem("a.txt").startswith("data/own: needs about 0.5 MB of disk, but 0.0 MB are free")
     assert not Path("data").exists()
 
 
-def test_a_disk_is_judged_by_the_characters_once_they_are_counted(run, monkeypatch):
-    """Before, a character might have four bytes."""
+def test_needed_disk_is_estimated_from_the_number_of_characters(run, monkeypatch):
+    """Before that, a character may have four bytes."""
     write("a.txt", "x" * 3 * 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**7, 8 * 10**6, 2 * 10**6))
-    assert problem("a.txt").startswith("data/own: takes about 6.0 MB of disk, and 2.0 MB are free")
+    assert problem("a.txt").startswith("data/own: needs about 6.0 MB of disk, but 2.0 MB are free")
     assert not Path("data").exists()
 
 
-def test_a_disk_that_gets_full_can_be_mended(run, monkeypatch):
+def test_full_disk_is_reported_and_the_same_command_continues(run, monkeypatch):
     write("a.txt", TEXT)
     for module in (sources, workers):
         monkeypatch.setattr(module, "BLOCK", 1000)
@@ -896,11 +896,11 @@ def test_a_disk_that_gets_full_can_be_mended(run, monkeypatch):
 
     monkeypatch.setattr(prepare, "COMMIT", 0.0)
     monkeypatch.setattr(prepare.shuffle.Buckets, "add", full)
-    expected = "data/own: cannot be written to (No space left on device); when that is mended, the same command goes on"
-    assert problem("a.txt") == expected
+    expected = "data/own: cannot be written to (No space left on device); once that is fixed, run the same command"
+    assert problem("a.txt").startswith(expected)
     assert not Path("data/own/meta.json").exists()
     monkeypatch.setattr(prepare.shuffle.Buckets, "add", add)
-    assert "going on where the last run stopped" in run("a.txt")
+    assert "continuing where the last run stopped" in run("a.txt")
     assert text("train") + text("val") == TEXT
 
 
@@ -908,19 +908,19 @@ def test_a_disk_that_gets_full_can_be_mended(run, monkeypatch):
     "name, package, extra",
     [("gpt2", "tiktoken", "gpt2"), ("bpe:500", "tiktoken", "bpe"), ("bpe:500", "tokenizers", "bpe")],
 )
-def test_a_missing_package(name, package, extra, monkeypatch):
+def test_missing_package(name, package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     write("a.txt", TEXT)
     said = problem("a.txt", f"--tokenizer={name}")
     assert said.startswith(f"--tokenizer={name}: ") and f"pip install -c constraints.txt -e '.[{extra}]'" in said
 
 
-def test_more_workers_than_memory_allows(run):
+def test_more_workers_than_memory_allows_is_refused(run):
     write("a.txt", TEXT)
-    assert "--workers=50: take up to" in problem("a.txt", "--workers=50")
+    assert "--workers=50: need up to" in problem("a.txt", "--workers=50")
 
 
-def test_a_mistyped_setting():
+def test_mistyped_setting():
     assert (
         problem("a.txt", "--tokeniser=char")
         == "--tokeniser=char: there is no setting 'tokeniser'; did you mean tokenizer?"
@@ -934,12 +934,12 @@ def test_help(capsys):
     assert capsys.readouterr().out.startswith("usage: nanogpt prepare SOURCE ... [--key=value ...]\n")
 
 
-# -- from a text to a model that writes, in three scripts
+# -- prepare, train, sample
 
 
 @pytest.mark.parametrize("name", ["char", "byte", "gpt2", "bpe:400"])
 def test_prepare_train_and_sample(here, run_door, name):
-    """As three commands of a shell, without a word about where anything lies."""
+    """Three commands in a shell, without any paths."""
     write("my.txt", "".join(f"Grüße, 世界! Привет, мир {i}! 👋🏽 {'é' * (i % 3)}\n" for i in range(300)))
     code = "from nanogpt.commands.cli import enter; enter()"
     command = [sys.executable, "-c", code, "prepare", "my.txt", "--dataset=my", f"--tokenizer={name}", "--trial=False"]
@@ -956,7 +956,7 @@ def test_prepare_train_and_sample(here, run_door, name):
     assert "vocabulary" not in sampled.stderr
 
 
-def test_the_printed_command_trains_on_the_dataset_wherever_it_is(here, monkeypatch, capfd):
+def test_printed_command_trains_on_a_dataset_in_any_folder(here, monkeypatch, capfd):
     monkeypatch.setattr(prepare, "advise", ADVISE)
     write("my.txt", TEXT)
     assert cli.main(["prepare", "my.txt", "--dataset=my data", "--root=some where/data", "--trial=False"]) == 0
@@ -989,7 +989,7 @@ def test_the_printed_command_trains_on_the_dataset_wherever_it_is(here, monkeypa
         ("raise SystemExit(3)", "its process ended with 3"),
     ],
 )
-def test_advice_that_cannot_be_had_is_said_and_fails_nothing(monkeypatch, capfd, torch, said):
+def test_failed_advice_is_reported_and_the_dataset_stays(monkeypatch, capfd, torch, said):
     monkeypatch.setattr(prepare, "advise", ADVISE)
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     write("torch.py", torch)
@@ -1001,7 +1001,7 @@ def test_advice_that_cannot_be_had_is_said_and_fails_nothing(monkeypatch, capfd,
     assert text("train") + text("val") == TEXT
 
 
-def test_files_of_ones_own_beside_the_dataset_stay(run, here):
+def test_other_files_in_the_folder_stay(run, here):
     write("a.txt", "some text " * 300)
     folder = here / "data" / "own"
     folder.mkdir(parents=True)
@@ -1016,5 +1016,5 @@ def test_files_of_ones_own_beside_the_dataset_stay(run, here):
 @pytest.mark.parametrize(
     "token, expected", [("e\u0301".encode(), "'e\u0301'"), ("\u0301".encode(), "'\\u0301'"), (b"\xcc", "'\\xcc'")]
 )
-def test_tokens_are_quoted_so_that_they_can_be_read(token, expected):
+def test_tokens_are_quoted_readably(token, expected):
     assert prepare.quoted(token) == expected

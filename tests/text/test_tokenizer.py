@@ -55,7 +55,7 @@ def test_unknown_characters_are_named_in_one_line():
     assert "9 characters are '\\n', 'a'-'g', 'z'" in message
 
 
-def test_a_large_vocabulary_is_cut_short_in_the_message():
+def test_large_vocabulary_is_truncated_in_the_message():
     with pytest.raises(ValueError) as e:
         CharTokenizer.train("".join(map(chr, range(0x4E00, 0x6E00, 2)))).encode("x")
     assert len(str(e.value)) < 500 and str(e.value).endswith("...")
@@ -70,7 +70,7 @@ def test_char_id_outside_the_vocabulary(id):
         t.token_bytes(id)
 
 
-def test_char_has_a_token_for_unknown_characters():
+def test_char_with_an_unknown_token():
     t = CharTokenizer(["a", "b", tok.UNKNOWN], unknown=tok.UNKNOWN)
     assert t.encode("abßa世") == [0, 1, 2, 0, 2]
     assert t.encode_numpy("abßa世").tolist() == [0, 1, 2, 0, 2]
@@ -80,12 +80,12 @@ def test_char_has_a_token_for_unknown_characters():
 
 
 @pytest.mark.parametrize("text", ["abXYb\x7f", "abXYbß"], ids=["ascii", "not ascii"])
-def test_unknown_characters_become_that_token_in_an_array_too(text):
+def test_encode_numpy_maps_unknown_characters(text):
     t = CharTokenizer(["a", "b", tok.UNKNOWN], unknown=tok.UNKNOWN)
     assert t.encode_numpy(text).tolist() == t.encode(text) == [0, 1, 2, 2, 1, 2]
 
 
-def test_char_without_such_a_token_is_as_it_always_was():
+def test_char_without_an_unknown_token():
     t = CharTokenizer(["a", "b"])
     assert t.to_json() == {"type": "char", "chars": ["a", "b"]}
     assert (t.vocab_size, t.eot, t.unknown) == (2, None, None)
@@ -100,7 +100,7 @@ def test_char_with_an_end_of_text():
     assert from_json(json.loads(json.dumps(t.to_json()))).eot == 2
 
 
-# -- any text: what is encoded is decoded, by each tokenizer, from arrays too, and after JSON
+# -- round trips of any text, with each tokenizer
 
 SCRIPTS = "aZ09 '\"\n\t\r\u00a0\u0301ßéЖш世界、。한글עבאبहिन्दी👩\u200d🚀🏽\ufeff\ufffd\x00"
 any_text = st.one_of(texts, st.text(st.sampled_from(SCRIPTS)))
@@ -143,7 +143,7 @@ def test_round_trip_of_trained_bpe(bpe, text):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["char", "byte", "gpt2", "bpe"])
-def test_a_hundred_thousand_texts_go_round(name, gpt2, bpe, figure):
+def test_round_trip_of_a_hundred_thousand_texts(name, gpt2, bpe, figure):
     failures = []
 
     @settings(max_examples=100_000, database=None)
@@ -159,7 +159,7 @@ def test_a_hundred_thousand_texts_go_round(name, gpt2, bpe, figure):
     assert not failures
 
 
-def test_a_character_that_is_several_tokens_appears_when_it_is_whole():
+def test_bytes_of_several_tokens_decode_to_one_character():
     """As sample.py writes it, token by token."""
     text, decoder = "né 👩\u200d🚀", codecs.getincrementaldecoder("utf-8")("replace")
     t = ByteTokenizer()
@@ -178,7 +178,7 @@ def test_bytes():
 # -- trained BPE
 
 
-def test_trained_bpe_is_hugging_faces(bpe):
+def test_trained_bpe_equals_hugging_face(bpe):
     """The same tokens as `tokenizers` itself finds with the vocabulary that it trained."""
     import tokenizers as hf
 
@@ -194,7 +194,7 @@ def test_trained_bpe_is_hugging_faces(bpe):
     assert [bpe.token_bytes(i) for i in bpe.encode(text)] == theirs
 
 
-def test_trained_bpe_is_as_large_as_asked_and_always_the_same(bpe):
+def test_trained_bpe_has_the_requested_size_and_is_deterministic(bpe):
     assert (bpe.vocab_size, bpe.eot) == (600, 599)
     again = BPETokenizer.train(iter([Path(__file__).read_text(encoding="utf-8")] * 2), 600)
     assert again.to_json() == bpe.to_json()
@@ -214,8 +214,8 @@ def test_bpe_json_round_trip(bpe):
         (lambda tokens: tokens[1:], "the byte 0x00 is missing"),
         (lambda tokens: [*tokens, tokens[300]], "occurs twice"),
         (lambda tokens: [*tokens, ""], "is empty"),
-        (lambda tokens: [*tokens, 5], "5 spells no bytes"),
-        (lambda tokens: [*tokens, "世"], "'世' spells no bytes"),
+        (lambda tokens: [*tokens, 5], "5 does not spell bytes"),
+        (lambda tokens: [*tokens, "世"], "'世' does not spell bytes"),
     ],
 )
 def test_bad_bpe_json(bpe, change, complaint):
@@ -263,12 +263,12 @@ def test_names_of_tokenizers(name, found):
         ("", "expected char"),
     ],
 )
-def test_names_of_no_tokenizers(name, complaint):
+def test_invalid_names_of_tokenizers(name, complaint):
     with pytest.raises(ValueError, match=complaint):
         named(name)
 
 
-# -- a text in parts
+# -- cutting a text
 
 WORDS = st.text(st.sampled_from("a'sté9 \n\t\r\u00a0\u3000!日本語。、x'llve\u0301𝒳½Ⅷ👍\u1680\u200b"), max_size=60)
 
@@ -294,7 +294,7 @@ WORDS |= st.lists(st.sampled_from(PHRASES)).map("".join)
 
 
 def in_parts(t, data, size):
-    """Ids of the parts into which `cut` divides the bytes, each at most `size`; what has no cut stays whole."""
+    """Ids of the parts into which `cut` divides the bytes, each at most `size` if there is a place to cut."""
     parts = []
     while len(data) > size and (place := t.cut(data[:size])):
         parts.append(data[:place])
@@ -319,18 +319,18 @@ def test_cutting_never_changes_the_tokens_of_any_text(gpt2, text, size):
     "text",
     ["two words", "end.\nnext", "日本。語", "abc123", "don't", "(x", "x)y", "mit Größe", "а б", "é\u0301e"],
 )
-def test_there_is_a_place_to_cut(gpt2, text):
+def test_cut_finds_a_place(gpt2, text):
     assert 0 < gpt2.cut(text.encode()) < len(text.encode())
 
 
 @pytest.mark.parametrize("text", ["word", "    ", "日本語", "\n\n", "'s", ""])
-def test_there_is_none_within_a_word(gpt2, text):
+def test_cut_finds_no_place_within_a_word(gpt2, text):
     assert gpt2.cut(text.encode()) == 0
 
 
 @given(st.binary(max_size=40))
-def test_bytes_that_are_no_text_can_be_cut_too(gpt2, data):
-    """And decoding the parts gives what decoding the whole gives."""
+def test_cut_accepts_invalid_utf8(gpt2, data):
+    """Decoding the parts gives the same text as decoding the whole."""
     for t in (gpt2, ByteTokenizer()):
         if place := t.cut(data):
             parts = data[:place].decode("utf-8", "replace") + data[place:].decode("utf-8", "replace")
@@ -338,8 +338,8 @@ def test_bytes_that_are_no_text_can_be_cut_too(gpt2, data):
 
 
 @pytest.mark.parametrize("run", [" ", "\n", " \n"])
-def test_long_white_space_is_no_problem(gpt2, run, monkeypatch):
-    """tiktoken's regular expression gives up on a million of it."""
+def test_long_white_space(gpt2, run, monkeypatch):
+    """tiktoken's regular expression fails on a million characters of it."""
     text = "x" + run * (1_200_000 // len(run)) + "y"
     assert gpt2.decode(gpt2.encode(text)) == text
     assert gpt2.encode_numpy(text).tolist() == gpt2.encode(text)
@@ -427,7 +427,7 @@ def test_gpt2_interface(gpt2):
             gpt2.token_bytes(id)
 
 
-def test_our_ranks_are_those_of_the_published_encoder(gpt2):
+def test_ranks_equal_the_published_encoder(gpt2):
     """vocab.bpe, from which we compute the ids, against encoder.json, which lists them."""
     listed = json.loads(tok.gpt2_file().with_name("encoder.json").read_text(encoding="utf-8"))
     ranks = tok.bpe_ranks(tok.gpt2_file())
@@ -439,7 +439,7 @@ def test_our_ranks_are_those_of_the_published_encoder(gpt2):
 
 
 @pytest.mark.network
-def test_our_encoding_is_tiktokens(gpt2):
+def test_encoding_equals_tiktoken(gpt2):
     import tiktoken
 
     theirs = tiktoken.get_encoding("gpt2")
@@ -448,7 +448,7 @@ def test_our_encoding_is_tiktokens(gpt2):
     assert gpt2.encode(text) == theirs.encode_ordinary(text)
 
 
-def test_the_pattern_cuts_as_tiktokens_does(gpt2):
+def test_pattern_equals_that_of_tiktoken(gpt2):
     import tiktoken
     from tiktoken_ext import openai_public
 
@@ -465,7 +465,7 @@ def test_the_pattern_cuts_as_tiktokens_does(gpt2):
     same()
 
 
-def test_gpt2_files_with_other_bytes_are_refused(gpt2, tmp_path):
+def test_gpt2_file_with_other_bytes_is_refused(gpt2, tmp_path):
     path = tmp_path / "vocab.bpe"
     path.write_bytes(tok.gpt2_file().read_bytes().replace(b"h e\n", b"e h\n", 1))
     with pytest.raises(ValueError, match="wrong SHA-256: expected 1ce166.*, got ") as e:
@@ -492,7 +492,7 @@ def test_gpt2_without_its_vocabulary(monkeypatch):
     assert "\n" not in str(e.value)
 
 
-def test_gpt2_needs_no_network_and_runs_no_foreign_package(gpt2):
+def test_gpt2_needs_no_network_and_imports_no_foreign_package(gpt2):
     code = (
         "import socket, sys, nanogpt.text.tokenizer as t\n"
         "assert 'tiktoken' not in sys.modules\n"  # only where it is used
@@ -503,7 +503,7 @@ def test_gpt2_needs_no_network_and_runs_no_foreign_package(gpt2):
     assert result.stdout == "[15496, 995] False\n", result.stderr
 
 
-# -- text as it comes
+# -- Stream
 
 
 class Pieces:
@@ -514,7 +514,7 @@ class Pieces:
 
 
 def cut(data, places):
-    """The pieces of `data`, which is cut at these places."""
+    """The pieces of `data`, cut at these places."""
     edges = [0, *sorted({p % (len(data) + 1) for p in places}), len(data)]
     return [data[a:b] for a, b in zip(edges, edges[1:], strict=False)]
 
@@ -535,12 +535,12 @@ def until_stop(text, stop):
 
 
 @given(texts, st.lists(st.integers(0, 1000)))
-def test_a_stream_shows_whole_characters_and_all_of_them(text, places):
+def test_stream_shows_all_text_in_whole_characters(text, places):
     shown, stopped = stream(cut(text.encode(), places))
     assert "".join(shown) == text and not stopped
 
 
-def test_a_character_is_shown_when_it_is_complete():
+def test_stream_shows_a_character_when_it_is_complete():
     assert stream([b"a\xf0", b"\x9f\x8e", b"\xad", b"b\xc3"])[0] == ["a", "", "🎭", "b", "\ufffd"]
     assert stream([b"\xff", b"a"])[0] == ["\ufffd", "a", ""]
 
@@ -549,13 +549,13 @@ few = st.text("abé", max_size=12)
 
 
 @given(few, st.lists(st.text("abé", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0, 1000)))
-def test_a_stream_ends_before_a_stop_string_however_it_is_cut(text, stop, places):
+def test_stream_ends_before_a_stop_string(text, stop, places):
     shown, stopped = stream(cut(text.encode(), places), stop)
     assert ("".join(shown), stopped) == until_stop(text, stop)
 
 
 @given(few, st.lists(st.text("abé", min_size=1, max_size=4), max_size=3))
-def test_a_stream_holds_back_no_more_than_it_must(text, stop):
+def test_stream_holds_back_only_possible_stop_strings(text, stop):
     s = Stream(Pieces([c.encode() for c in text]), stop)
     shown = ""
     for i in range(len(text)):
@@ -565,5 +565,5 @@ def test_a_stream_holds_back_no_more_than_it_must(text, stop):
             assert not held or any(x.startswith(held) for x in stop)
 
 
-def test_what_may_be_a_stop_string_is_shown_when_it_is_none():
+def test_stream_shows_held_text_that_is_not_a_stop_string():
     assert stream([b"a\n", b"\n", b"b", b"\n"], ["\n\nEND"])[0] == ["a", "", "\n\nb", "", "\n"]
