@@ -240,7 +240,13 @@ class ExportConfig:
         "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
-    to: str = setting("", "folder to write, which must not exist yet or be empty", path=True, group="Result")
+    to: str = setting(
+        "",
+        "what to write, and must not exist yet: NAME.gguf, or a folder in Hugging Face's format",
+        path=True,
+        group="Result",
+    )
+    dtype: str = setting("float32", "number format of the weights in it", choices=DTYPES)
 
     def problems(self):
         """What no setting shows alone: nothing here."""

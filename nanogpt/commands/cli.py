@@ -20,7 +20,7 @@ COMMANDS = {  # name: (module, what it does)
     "sample": ("nanogpt.commands.sample", "write text with a trained GPT"),
     "talk": ("nanogpt.commands.talk", "play with a trained GPT in the terminal"),
     "serve": ("nanogpt.serve.start", "let programs and browsers write with a trained GPT"),
-    "export": ("nanogpt.commands.export", "write a trained GPT in Hugging Face's format"),
+    "export": ("nanogpt.commands.export", "write a trained GPT for other programs: llama.cpp, Ollama, transformers"),
     "eval": ("nanogpt.commands.eval", "tell how well a trained GPT predicts a text"),
 }
 
