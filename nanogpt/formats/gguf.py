@@ -174,6 +174,7 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, package: Any) -> None:
     ]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
+    writer.add_vocab_size(len(vocabulary.tokens))  # llama.cpp counts, others read it
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(control)
     strings = package.GGUFValueType.STRING
@@ -189,16 +190,12 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, package: Any) -> None:
 
 
 def named_tensors(model: GPT, vocabulary: Vocabulary) -> dict[str, Tensor]:
-    """The model's tensors under llama.cpp's names, with the biases and gains that it expects: of 0 and 1 if ours has none.
-
-    The row of an end of text that the model does not know is the mean of all rows. Its logit is then the mean of all
-    logits: never the largest, and far below it in a trained model.
-    """
+    """The model's tensors under llama.cpp's names, with the biases and gains that it expects: of 0 and 1 if ours has none."""
     config = model.config
     found: dict[str, Tensor] = {theirs_of(name): p for name, p in model.named_parameters()}
     V = len(vocabulary.tokens) - vocabulary.added
     rows = found["token_embd.weight"][:V]
-    found["token_embd.weight"] = torch.cat([rows, rows.mean(dim=0, keepdim=True)]) if vocabulary.added else rows
+    found["token_embd.weight"] = torch.cat([rows, row_of_an_end(model, V)]) if vocabulary.added else rows
     if config.architecture == "qwen3":
         widths = dict(attn_norm=config.n_embd, ffn_norm=config.n_embd)
         widths |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), config.n_embd // config.n_head)
@@ -208,6 +205,16 @@ def named_tensors(model: GPT, vocabulary: Vocabulary) -> dict[str, Tensor]:
         }
     layers = [name.removesuffix(".weight") for name in found if name.endswith(".weight") and "_embd" not in name]
     return {f"{name}.bias": torch.zeros(len(found[f"{name}.weight"])) for name in layers} | found
+
+
+def row_of_an_end(model: GPT, V: int) -> Tensor:
+    """The embedding (1, C) of an end of text for a model that knows none, and should write none.
+
+    The mean of the rows of the tokens that it expects least. So the end's logit is the mean of theirs: never above the
+    largest of all, and far below it if they are improbable.
+    """
+    probability = compare.logits(model, compare.context(model, V), V).softmax(dim=-1).mean(dim=(0, 1))  # (V)
+    return model.get_parameter("lm_head.weight")[probability.argsort()[:8]].mean(dim=0, keepdim=True)
 
 
 def theirs_of(name: str) -> str:

@@ -5,52 +5,13 @@ import sys
 
 import pytest
 import torch
+from exporting import TOKENIZERS, every_architecture, every_tokenizer, make, sample_text
 
 from nanogpt.config import RunFailed, UserError
 from nanogpt.formats.gguf import create_command, is_gguf, to_gguf
-from nanogpt.model import GPT, GPTConfig
-from nanogpt.text.tokenizer import (
-    BYTE_OF,
-    GPT2_PATTERN,
-    BPETokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    HuggingFaceTokenizer,
-    spelled,
-)
+from nanogpt.text.tokenizer import BYTE_OF, GPT2_PATTERN, ByteTokenizer, CharTokenizer, HuggingFaceTokenizer, spelled
 
 gguf = pytest.importorskip("gguf")
-
-TEXT = "Hello hello world, it's the world's Ünbekanntes é 東京 naïve 東京 🎭!\n\n\tThe  end \u0000.\n" * 3
-CHARS = sorted({*TEXT, "\ufffd"})
-TOKENIZERS = {
-    "char": lambda: CharTokenizer(CHARS),
-    "char with unknown": lambda: CharTokenizer(CHARS, unknown="\ufffd"),
-    "char with an end": lambda: CharTokenizer(CHARS, unknown="\ufffd", separated=True),
-    "ascii": lambda: CharTokenizer.train("\n !',.abcdefghijklmnopqrstuvwxyz"),
-    "byte": ByteTokenizer,
-    "gpt2": GPT2Tokenizer,
-    "bpe": lambda: BPETokenizer.train([TEXT], 300),
-}
-ARCHITECTURES = {
-    "gpt2": dict(architecture="gpt2", activation="gelu_new"),
-    "gpt2 with biases": dict(architecture="gpt2", activation="gelu_new", bias=True),
-    "qwen3": dict(architecture="qwen3"),
-}
-every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
-every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-
-
-def make(architecture="gpt2", tok=None, padding=5):
-    """A model whose every parameter is random, with a vocabulary that is padded."""
-    torch.manual_seed(4)
-    shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=48)
-    config = GPTConfig(**shape, vocab_size=tok.vocab_size + padding, **{"bias": False} | ARCHITECTURES[architecture])
-    model = GPT(config).eval()
-    for p in model.parameters():
-        p.data.normal_(std=0.3)
-    return model
 
 
 def contents(path):
@@ -84,10 +45,9 @@ def encode(text, said):
 @every_tokenizer
 def test_the_file_gives_every_text_the_same_tokens(tmp_path, kind):
     tok = TOKENIZERS[kind]()
-    to_gguf(make(tok=tok), tok, tmp_path / "model.gguf")
+    to_gguf(make("gpt2", tok), tok, tmp_path / "model.gguf")
     said, _ = contents(tmp_path / "model.gguf")
-    text = "the end.\n" if kind == "ascii" else TEXT
-    assert encode(text, said) == tok.encode(text)
+    assert encode(sample_text(kind), said) == tok.encode(sample_text(kind))
     tokens, end = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.eos_token_id"]
     assert len(tokens) == len(set(tokens)) == tok.vocab_size + (tok.eot is None)
     assert tokens[end] == "<|endoftext|>" and end == (tok.vocab_size if tok.eot is None else tok.eot)
@@ -98,7 +58,7 @@ def test_the_file_gives_every_text_the_same_tokens(tmp_path, kind):
 @every_tokenizer
 def test_llama_cpp_is_told_all_that_it_would_guess(tmp_path, kind):
     tok = TOKENIZERS[kind]()
-    to_gguf(make(tok=tok), tok, tmp_path / "model.gguf")
+    to_gguf(make("gpt2", tok), tok, tmp_path / "model.gguf")
     said, _ = contents(tmp_path / "model.gguf")
     said = {key.removeprefix("tokenizer.ggml."): value for key, value in said.items()}
     assert (said["model"], said["pre"]) == ("gpt2", "gpt-2")
@@ -111,7 +71,7 @@ def test_llama_cpp_is_told_all_that_it_would_guess(tmp_path, kind):
 
 def test_characters_that_the_vocabulary_lacks_are_left_out(tmp_path):
     tok = CharTokenizer(["a", "é", "京", "\ufffd"], unknown="\ufffd")
-    to_gguf(make(tok=tok), tok, tmp_path / "model.gguf")
+    to_gguf(make("gpt2", tok), tok, tmp_path / "model.gguf")
     said, _ = contents(tmp_path / "model.gguf")
     assert encode("aè亭xé京", said) == [0, 1, 2]  # è and 亭 begin with bytes of é and 京
 
@@ -194,7 +154,7 @@ def test_half_precision_rounds_the_matrices_alone(tmp_path, architecture, dtype,
 
 def test_a_modelfile_is_beside_it(tmp_path):
     tok = ByteTokenizer()
-    to_gguf(make(tok=tok), tok, tmp_path / "new" / "My model.gguf")
+    to_gguf(make("gpt2", tok), tok, tmp_path / "new" / "My model.gguf")
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["My model.Modelfile", "My model.gguf"]
     lines = (tmp_path / "new" / "My model.Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./My model.gguf" and "TEMPLATE {{ .Prompt }}" in lines
@@ -206,7 +166,7 @@ def test_a_modelfile_is_beside_it(tmp_path):
 def test_an_export_overwrites_nothing(tmp_path, there):
     (tmp_path / there).write_text("mine")
     with pytest.raises(UserError, match=f"{there} exists already"):
-        to_gguf(make(tok=ByteTokenizer()), ByteTokenizer(), tmp_path / "model.gguf")
+        to_gguf(make("gpt2", ByteTokenizer()), ByteTokenizer(), tmp_path / "model.gguf")
     assert [p.name for p in tmp_path.iterdir()] == [there] and (tmp_path / there).read_text() == "mine"
 
 
@@ -214,19 +174,19 @@ def test_a_tokenizer_of_hugging_faces_is_refused(tmp_path):
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
     tok = HuggingFaceTokenizer({"version": "1.0", "added_tokens": [], "model": model})
     with pytest.raises(UserError, match="one of Hugging Face's") as caught:
-        to_gguf(make(tok=tok), tok, tmp_path / "model.gguf")
+        to_gguf(make("gpt2", tok), tok, tmp_path / "model.gguf")
     assert len(caught.value.problems) == 1 and not list(tmp_path.iterdir())
 
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"\.\[gguf\]"):
-        to_gguf(make(tok=ByteTokenizer()), ByteTokenizer(), tmp_path / "model.gguf")
+        to_gguf(make("gpt2", ByteTokenizer()), ByteTokenizer(), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_weight_that_the_number_format_cannot_hold_is_found_before_the_file_is_there(tmp_path):
-    model = make(tok=ByteTokenizer())
+    model = make("gpt2", ByteTokenizer())
     model.transformer.h[1].mlp.c_fc.weight.data[3, 4] = 1e5
     with pytest.raises(RunFailed, match=r"h\.1\.mlp\.c_fc\.weight .* too large for float16"):
         to_gguf(model, ByteTokenizer(), tmp_path / "model.gguf", "float16")
@@ -252,13 +212,13 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_kv_data_to_file", fail)
     with pytest.raises(RunFailed, match="No space left"):
-        to_gguf(make(tok=ByteTokenizer()), ByteTokenizer(), tmp_path / "model.gguf")
+        to_gguf(make("gpt2", ByteTokenizer()), ByteTokenizer(), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path):
     (tmp_path / ".model.gguf.tmp").write_bytes(b"half")
-    to_gguf(make(tok=ByteTokenizer()), ByteTokenizer(), tmp_path / "model.gguf")
+    to_gguf(make("gpt2", ByteTokenizer()), ByteTokenizer(), tmp_path / "model.gguf")
     assert sorted(os.listdir(tmp_path)) == ["model.Modelfile", "model.gguf"]
 
 
