@@ -1,11 +1,12 @@
 """Write a trained model for other programs, and compare the logits of what was written with the original's.
 
-`--to=NAME.gguf` makes a file for llama.cpp and Ollama, `--to=FOLDER` Hugging Face's format. The folder is read by
-transformers if it is installed, otherwise by our own reader of that format.
+`--to=NAME.gguf` makes a file for llama.cpp and Ollama, `--to=FOLDER` Hugging Face's format. The file is run by llama.cpp if
+llama-cpp-python is installed. The folder is read by transformers if it is installed, otherwise by our own reader.
 """
 
 import importlib.util
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,10 @@ def to_gguf(found: Trained, cfg: ExportConfig) -> None:
     print(f"largest logit difference to the file, read again: {difference}")
     if (approximate := gelu_difference(found.model)) is not None:
         print(f"llama.cpp approximates GELU by tanh, which changes the logits by up to {approximate}")
+    if (run := llama_difference(found.model, found.tokenizer.vocab_size, cfg.to)) is not None:
+        print(f"largest logit difference to llama.cpp: {run}")
+        if not run.allowed("bfloat16" if cfg.dtype == "bfloat16" else "float16"):  # its tables are in half precision
+            raise RunFailed(f"{cfg.to}: llama.cpp computes something else from it; do not use it")
     print(f"to use it in Ollama: {gguf.create_command(cfg.to)}")
 
 
@@ -49,6 +54,22 @@ def gelu_difference(model: GPT) -> Difference | None:
     other.load_weights(dict(model.named_parameters()))
     idx = comparing.context(model, V)
     return comparing.difference(comparing.logits(other, idx, V), comparing.logits(model, idx, V))
+
+
+@torch.inference_mode()
+def llama_difference(model: GPT, V: int, path: str) -> Difference | None:
+    """How far llama.cpp's logits are from the model's, over a full context; None if llama-cpp-python is not installed."""
+    if not importlib.util.find_spec("llama_cpp"):
+        return None
+    import llama_cpp
+
+    idx = comparing.context(model, V)
+    T, exact = idx.shape[1], llama_cpp.GGML_TYPE_F32
+    options = dict(n_ctx=T, logits_all=True, type_k=exact, type_v=exact, flash_attn=False, verbose=False)
+    with closing(llama_cpp.Llama(path, n_gpu_layers=0, **options)) as theirs:
+        theirs.eval(idx[0].tolist())
+        found = torch.tensor(theirs.scores[:T, :V])
+    return comparing.difference(found, comparing.logits(model, idx, V)[0])
 
 
 def to_folder(found: Trained, cfg: ExportConfig) -> None:

@@ -2,10 +2,14 @@
 
 import warnings
 
+import numpy
 import pytest
 import torch
 from exporting import TOKENIZERS, every_architecture, every_tokenizer, make, sample_text
+from support import SMALL
 
+from nanogpt import train
+from nanogpt.commands import export
 from nanogpt.formats.gguf import to_gguf
 from nanogpt.formats.hugging_face import to_hugging_face
 
@@ -40,7 +44,7 @@ def greedy(model, tok, text):
 
 def largest(found, expected):
     """The largest difference of their logits, which is measured against the largest logit."""
-    return (torch.as_tensor(found) - expected).abs().max().item()
+    return (torch.as_tensor(numpy.array(found)) - expected).abs().max().item()
 
 
 def continued(theirs, ids):
@@ -106,6 +110,14 @@ def test_llama_cpp_leaves_unknown_characters_out(tmp_path, llama):
     assert llama(tmp_path / "model.gguf").tokenize("TQhè亭e".encode(), special=False) == tok.encode("The")
 
 
+def test_an_export_is_run_by_llama_cpp(tiny, monkeypatch, capfd, llama):
+    monkeypatch.chdir(tiny.parent.parent)
+    train.main(SMALL)
+    export.main(["--to=tiny.gguf"])
+    (line,) = [line for line in capfd.readouterr().out.splitlines() if "to llama.cpp" in line]
+    assert float(line.split(": ")[1].split(";")[0]) < 1e-2
+
+
 def exported(tmp_path, architecture, tok):
     """A model, written in Hugging Face's format, and what it writes."""
     model = make(architecture, tok)
@@ -141,7 +153,7 @@ def test_ctranslate2_writes_the_same_text(tmp_path, architecture, kind, figure):
     words = their_tokenizer(folder).convert_ids_to_tokens(ours)
     how = dict(max_length=36, sampling_topk=1, include_prompt_in_result=False, end_token=[])
     assert theirs.generate_batch([words[:12]], **how)[0].sequences_ids[0] == ours[12:]
-    difference = largest(theirs.forward_batch([words]).to_device(package.Device.cpu), expected)
+    difference = largest(theirs.forward_batch([words]), expected[None])
     figure(f"CTranslate2, {architecture}, {kind}", f"48 tokens equal, logits within {difference:.1e}")
     assert difference < 1e-4 * expected.abs().max()
 
@@ -153,7 +165,6 @@ def test_mlx_computes_the_same_logits(tmp_path, architecture, kind, figure):
         "mlx_lm", reason="mlx-lm is not installed; `pip install mlx-lm mlx-cpu` does it on Linux"
     )
     import mlx.core
-    import numpy
 
     tok = TOKENIZERS[kind]()
     folder, model = exported(tmp_path, architecture, tok)
