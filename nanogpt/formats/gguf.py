@@ -4,6 +4,7 @@ The library `gguf` writes and reads the bytes. Here is what they have to be for 
 each of our tokenizers as byte-level BPE, the only kind of llama.cpp's that gives every text the ids that we give it.
 """
 
+import os
 import re
 import shlex
 import struct
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,14 +70,14 @@ def to_gguf(model: GPT, tok: Tokenizer, path: str | Path, dtype: str = "float32"
     """
     path = Path(path)
     for there in (path, modelfile(path)):
-        if there.exists():
+        if os.path.lexists(there):
             raise UserError(f"--to={path}: {there} exists already; name a new file")
     package, vocabulary = import_gguf(path), as_bpe(tok, path)
     try:
         with files.whole(path) as new:
             write(new, model, vocabulary, dtype, package)
             found = check(read(new, model.config, package), model, tok.vocab_size, dtype)
-        files.write(modelfile(path), modelfile_text(path, model.config.block_size).encode())
+            files.write(modelfile(path), modelfile_text(path, model.config.block_size).encode())
     except OSError as e:
         raise RunFailed(f"--to={path}: cannot be written ({e.strerror or e})") from None
     except ValueError as e:
@@ -142,7 +144,8 @@ def write(path: Path, model: GPT, vocabulary: Vocabulary, dtype: str, package: A
             array = tensor.detach().contiguous().numpy()
             plain = tensor.dim() == 1 or name.startswith("position_embd")  # as llama.cpp expects them
             stored = package.GGMLQuantizationType.F32 if plain else kind
-            writer.add_tensor(name, package.quants.quantize(array, stored), raw_dtype=stored)
+            with np.errstate(over="ignore"):  # `check` finds a weight that is too large
+                writer.add_tensor(name, package.quants.quantize(array, stored), raw_dtype=stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -168,15 +171,13 @@ def add_shape(writer: Any, config: GPTConfig) -> None:
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary, package: Any) -> None:
     """The tokenizer, and that nothing is added to a text."""
-    control = [
-        package.TokenType.CONTROL if i == vocabulary.end else package.TokenType.NORMAL
-        for i in range(len(vocabulary.tokens))
-    ]
+    types = [package.TokenType.NORMAL] * len(vocabulary.tokens)
+    types[vocabulary.end] = package.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_vocab_size(len(vocabulary.tokens))  # llama.cpp counts, others read it
     writer.add_token_list(vocabulary.tokens)
-    writer.add_token_types(control)
+    writer.add_token_types(types)
     strings = package.GGUFValueType.STRING
     writer.add_key_value(package.Keys.Tokenizer.MERGES, vocabulary.merges, package.GGUFValueType.ARRAY, strings)
     writer.add_bos_token_id(vocabulary.end)  # llama.cpp takes token 11 for both if they are not named
@@ -184,9 +185,7 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, package: Any) -> None:
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(False)
     if vocabulary.added:
-        writer.add_array(
-            "tokenizer.ggml.suppress_tokens", [vocabulary.end]
-        )  # the programs that know it never sample it
+        writer.add_array("tokenizer.ggml.suppress_tokens", [vocabulary.end])  # never sampled, if a program knows it
 
 
 def named_tensors(model: GPT, vocabulary: Vocabulary) -> dict[str, Tensor]:
@@ -197,12 +196,12 @@ def named_tensors(model: GPT, vocabulary: Vocabulary) -> dict[str, Tensor]:
     rows = found["token_embd.weight"][:V]
     found["token_embd.weight"] = torch.cat([rows, row_of_an_end(model, V)]) if vocabulary.added else rows
     if config.architecture == "qwen3":
-        widths = dict(attn_norm=config.n_embd, ffn_norm=config.n_embd)
-        widths |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), config.n_embd // config.n_head)
-        gains = {f"blk.{i}.{part}.weight": width for i in range(config.n_layer) for part, width in widths.items()}
-        return found | {
-            name: torch.ones(width) for name, width in (gains | {"output_norm.weight": config.n_embd}).items()
-        }
+        C, D = config.n_embd, config.n_embd // config.n_head
+        widths = {"output_norm": C}
+        for i in range(config.n_layer):
+            widths |= {f"blk.{i}.attn_norm": C, f"blk.{i}.ffn_norm": C}
+            widths |= {f"blk.{i}.attn_q_norm": D, f"blk.{i}.attn_k_norm": D}
+        return found | {f"{name}.weight": torch.ones(width) for name, width in widths.items()}
     layers = [name.removesuffix(".weight") for name in found if name.endswith(".weight") and "_embd" not in name]
     return {f"{name}.bias": torch.zeros(len(found[f"{name}.weight"])) for name in layers} | found
 
@@ -228,16 +227,16 @@ def theirs_of(name: str) -> str:
 
 
 def read(path: Path, expected: GPTConfig, package: Any) -> GPT:
-    """The GPT in a file that `write` wrote, by what the file says of it. `expected` settles what GGUF does not say: GELU's form.
+    """The GPT in a file that `write` wrote, built from what the file says.
 
-    Raises ValueError if the file does not hold all of a model.
+    expected: the shape that it must have, and the form of GELU, which GGUF does not say. Raises ValueError if the file has
+    another shape, or does not hold the tensors of a model.
     """
     reader = package.GGUFReader(path)
     said = {name: field.contents() for name, field in reader.fields.items()}
     arch = said["general.architecture"]
-    names = dict(
-        block_size="context_length", n_embd="embedding_length", n_layer="block_count", n_head="attention.head_count"
-    )
+    names = dict(block_size="context_length", n_embd="embedding_length", n_layer="block_count")
+    names["n_head"] = "attention.head_count"
     shape = {ours: said[f"{arch}.{theirs}"] for ours, theirs in names.items()}
     V = len(said["tokenizer.ggml.tokens"])
     config = GPTConfig(**shape, vocab_size=V, architecture=arch, bias=True, activation=expected.activation)
