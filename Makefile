@@ -6,13 +6,14 @@ DEMO_ARGS ?=
 
 RUN := .venv/bin/python
 OUT := out-shakespeare-char
+LLAMA := llama-cpp-python==0.3.36
 
 # Another environment's settings must not leak into ours.
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_TARGET PIP_PREFIX
 export PIP_USER := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test test-all torture constraints clean
+.PHONY: help install demo test test-all torture llama constraints clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -48,6 +49,9 @@ test-all: .venv/.installed-test ## run the long tests too
 
 torture: .venv/.installed-test ## kill, damage and interrupt runs, and print what was lost: nothing
 	@$(RUN) -m pytest -q -m torture $(PYTEST_ARGS) </dev/null
+
+llama: .venv/.installed-test ## build llama.cpp into .venv, in which the slow tests then run exports: ten minutes
+	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" $(RUN) -m pip install -q -c constraints.txt $(LLAMA)
 
 constraints: ## renew the pins of constraints.txt, all but torch's, which is chosen by hand
 	@$(PYTHON) -c "$$CHECK_PYTHON"

@@ -239,7 +239,13 @@ class ExportConfig(Config):
         "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
-    to: str = setting("", "folder to write; it must be empty or not exist yet", path=True, group="Result")
+    to: str = setting(
+        "",
+        "what to write: NAME.gguf, or a folder in Hugging Face's format; it must not exist yet",
+        path=True,
+        group="Result",
+    )
+    dtype: str = setting("float32", "number format of the exported weights", choices=DTYPES)
 
     def problems(self) -> Iterable[Problem]:
         """No combination of these settings is wrong."""

@@ -6,10 +6,12 @@ The callers know what the files hold. All errors are OSErrors.
 import errno
 import json
 import os
+import shutil
 import socket
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -101,6 +103,32 @@ def flush(path: Path | str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """The name under which to make a file or a folder of files: it becomes `path` at the end, once it is on the disk.
+
+    If the block raises, or the process is killed, there is nothing at `path`. What a killed process left is removed first.
+    """
+    new = path.with_name(f".{path.name}.tmp")
+    discard(new)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield new
+        for part in [*(new.iterdir() if new.is_dir() else ()), new]:
+            flush(part)
+        os.rename(new, path)
+    except BaseException:
+        discard(new)
+        raise
+    flush(path.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder, as far as that is possible; a symbolic link is not followed."""
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 REMOVED = "it was removed or replaced during the run"

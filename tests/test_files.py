@@ -78,3 +78,27 @@ def test_a_file_that_takes_anothers_place_is_another(tmp_path):
         assert files.identity(path) is None
         path.write_text("")
         assert files.identity(path) != files.identity(f.fileno())
+
+
+def make_file(path):
+    path.write_text("whole")
+
+
+def make_folder(path):
+    path.mkdir()
+    (path / "part").write_text("whole")
+
+
+@pytest.mark.parametrize("make", [make_file, make_folder])
+def test_what_is_made_appears_when_it_is_whole(tmp_path, make):
+    path = tmp_path / "new" / "x"
+    with pytest.raises(KeyboardInterrupt), files.whole(path) as new:
+        make(new)
+        assert not path.exists()
+        raise KeyboardInterrupt
+    assert not list(path.parent.iterdir())
+    make_folder(path.with_name(".x.tmp"))  # what a killed process left
+    with files.whole(path) as new:
+        assert not new.exists()
+        make(new)
+    assert [p.name for p in path.parent.iterdir()] == ["x"] and path.is_dir() == (make is make_folder)

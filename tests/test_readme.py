@@ -108,6 +108,7 @@ RULES = [
     Rule(r"^sh sample\.py .*--init_from=gpt2", add(" --init_from=tiny-gpt2" + WRITE), WROTE),
     Rule(r"^nanogpt talk ", instead("^", "echo ROMEO: | ", " --max_new_tokens=8 --device=cpu"), r"\S"),
     Rule(r"^nanogpt export ", add(""), r"logit"),
+    Rule(r"^ollama ", "echo {}".format, r"^ollama (create tale -f tale\.Modelfile|run tale )"),  # not to be had here
     Rule(r"^sh bench\.py ", add(" --iters=2 --warmup=1 --device=cpu"), r"^yardstick +[\d.]+ GFLOP/s(.*\n)*memory +\d+ MiB"),
     Rule(r"^sh sample\.py ", add(WRITE), WROTE),
 ]  # fmt: skip

@@ -22,7 +22,7 @@ COMMANDS = {  # name: (module, what it does)
     "sample": ("nanogpt.commands.sample", "generate text with a trained GPT"),
     "talk": ("nanogpt.commands.talk", "try out a trained GPT in the terminal"),
     "serve": ("nanogpt.serve.start", "serve a trained GPT to programs and browsers"),
-    "export": ("nanogpt.commands.export", "write a trained GPT in Hugging Face's format"),
+    "export": ("nanogpt.commands.export", "write a trained GPT for other programs: llama.cpp, Ollama, transformers"),
     "eval": ("nanogpt.commands.eval", "measure how well a trained GPT predicts a text"),
 }
 

@@ -1,7 +1,6 @@
 """Folders in Hugging Face's format: `load` reads a model, `to_hugging_face` writes one and its tokenizer."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanogpt import files
-from nanogpt.config import RunFailed, UserError
+from nanogpt.config import RunFailed, SampleConfig, UserError
 from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
 from nanogpt.run import memory
 from nanogpt.text import hugging_face_tokenizer
@@ -33,6 +32,7 @@ QWEN3_SHAPE = dict(
     n_head="num_attention_heads",
     n_embd="hidden_size",
 )
+SHARD = 5 * 10**9  # bytes in a file of weights, at most: as much as the hub and its readers expect
 # OpenAI's code multiplies x @ W with W (in, out); nn.Linear keeps W (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -127,7 +127,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not paths:
         raise UserError(f"{folder}: has neither model.safetensors nor pytorch_model.bin")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in paths:
         try:
             safe = path.suffix == ".safetensors"
@@ -145,11 +145,12 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def to_hugging_face(model: GPT, tok: Any, folder: str | Path) -> None:
+def to_hugging_face(model: GPT, tok: Any, folder: str | Path, dtype: str = "float32", card: str = "") -> None:
     """Write a model and its tokenizer as transformers' `from_pretrained` reads them: GPT-2's or Qwen3's classes.
 
-    folder: must be empty or not exist; it appears once it is complete. The ids that pad the model's vocabulary are left
-    out. Raises UserError if the folder holds something, RunFailed if it cannot be written.
+    folder: must be empty or not exist; it appears once it is complete. dtype: number format of all weights. card: the text
+    of its README.md. The ids that pad the model's vocabulary are left out. Raises UserError if the folder holds something,
+    RunFailed if it cannot be written.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -157,24 +158,46 @@ def to_hugging_face(model: GPT, tok: Any, folder: str | Path) -> None:
     modern = model.config.architecture == "qwen3"
     config, tensors = (as_qwen3 if modern else as_gpt2)(model, tok.vocab_size)
     end = tok.ids.get(tok.unknown) if tok.eot is None else tok.eot  # as in tokenizer_config.json
-    config |= {"bos_token_id": end, "eos_token_id": end, "dtype": "float32"}
-    of_tokenizer = hugging_face_tokenizer.to_files(tok, model.config.block_size)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    content = {"config.json": config | ends | {"dtype": dtype}}
+    content["generation_config.json"] = ends | {"pad_token_id": end} | how_we_sample()
+    content |= hugging_face_tokenizer.to_files(tok, model.config.block_size)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for name, content in ({"config.json": config} | of_tokenizer).items():
-            files.write_json(temporary / name, content)
-        weights = temporary / "model.safetensors"
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, weights, {"format": "pt"})
-        shutil.copymode(temporary / "config.json", weights)  # safetensors makes it readable by its owner only
-        for path in [*temporary.iterdir(), temporary]:
-            files.flush(path)
-        os.rename(temporary, folder)
-        files.flush(folder.parent)
+        with files.whole(folder) as new:
+            new.mkdir()
+            for name, value in content.items():
+                files.write_json(new / name, value)
+            if card:
+                files.write(new / "README.md", card.encode())
+            save_weights({name: t.detach().to(getattr(torch, dtype)) for name, t in tensors.items()}, new)
     except (OSError, SafetensorError) as e:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise RunFailed(f"--to={folder}: cannot be written ({getattr(e, 'strerror', None) or e})") from None
+
+
+def how_we_sample() -> dict[str, Any]:
+    """What a generation_config.json says so that `generate` samples as sample.py does."""
+    usual = SampleConfig()
+    return {"do_sample": True, "temperature": usual.temperature, "top_k": usual.top_k, "top_p": usual.top_p}
+
+
+def save_weights(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write model.safetensors, or several files of at most SHARD bytes and the index that says which tensor is in which."""
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    for name, t in tensors.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + t.nbytes > SHARD:
+            shards.append({})
+        shards[-1][name] = t
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    else:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        files.write_json(folder / "model.safetensors.index.json", index)
+    for file, shard in zip(names, shards, strict=True):
+        save_file({name: t.contiguous() for name, t in shard.items()}, folder / file, {"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # safetensors makes it readable by its owner only
 
 
 def as_gpt2(model: GPT, V: int) -> tuple[dict, dict[str, torch.Tensor]]:
@@ -184,9 +207,11 @@ def as_gpt2(model: GPT, V: int) -> tuple[dict, dict[str, torch.Tensor]]:
     config |= {theirs: getattr(ours, name) for name, theirs in SHAPE.items()}
     config |= {"vocab_size": V, "n_ctx": ours.block_size, "activation_function": ours.activation}  # some read n_ctx
     config |= {f"{part}_pdrop": ours.dropout for part in ("attn", "embd", "resid")}
-    named = {name.removeprefix("transformer."): t for name, t in model.named_parameters()}  # OpenAI's own names
+    named: dict[str, torch.Tensor] = {
+        n.removeprefix("transformer."): p for n, p in model.named_parameters()
+    }  # OpenAI's names
     tensors = {name: t.t() if name.endswith(TRANSPOSED) else t for name, t in named.items()}
-    tensors["wte.weight"] = model.transformer.wte.weight[:V]
+    tensors["wte.weight"] = named["wte.weight"][:V]
     if not ours.bias:  # theirs always has biases
         layers = [name.removesuffix(".weight") for name in tensors if name.startswith(("h.", "ln_f."))]
         widths = {f"{name}.bias": tensors[f"{name}.weight"].shape[-1] for name in layers}  # (in, out), or (out)
@@ -196,25 +221,22 @@ def as_gpt2(model: GPT, V: int) -> tuple[dict, dict[str, torch.Tensor]]:
 
 def as_qwen3(model: GPT, V: int) -> tuple[dict, dict[str, torch.Tensor]]:
     """The config.json and the tensors of a Qwen3ForCausalLM with a vocabulary of V. Its norms get gains of 1."""
-    ours, layers = model.config, model.transformer.h
+    ours = model.config
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **qwen3_fixed(vars(ours))}
     config |= {theirs: getattr(ours, name) for name, theirs in QWEN3_SHAPE.items()} | {"vocab_size": V}
     # as here, where a token past the end of the context attends to the last block_size ones
     config |= {"use_sliding_window": True, "sliding_window": ours.block_size, "max_window_layers": 0}
     config["layer_types"] = ["sliding_attention"] * ours.n_layer
-    tensors = {
-        "model.embed_tokens.weight": model.transformer.wte.weight[:V],
-        "model.norm.weight": torch.ones(ours.n_embd),
-    }
-    for i, block in enumerate(layers):
-        parts = {"self_attn": block.attn, "mlp": block.mlp}
-        for part, module in parts.items():
-            tensors |= {f"model.layers.{i}.{part}.{name}": t for name, t in module.named_parameters()}
-        for name, width in dict(input_layernorm=ours.n_embd, post_attention_layernorm=ours.n_embd).items():
-            tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(width)
-        for name in ("q_norm", "k_norm"):
-            tensors[f"model.layers.{i}.self_attn.{name}.weight"] = torch.ones(config["head_dim"])
-    return config, tensors
+    tensors: dict[str, torch.Tensor] = {}
+    for name, p in model.named_parameters():
+        name = name.replace("transformer.wte", "model.embed_tokens").replace("transformer.h", "model.layers")
+        tensors[name.replace(".attn.", ".self_attn.")] = p
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:V]
+    gains = {"model.norm": ours.n_embd}
+    for layer in (f"model.layers.{i}" for i in range(ours.n_layer)):
+        gains |= {f"{layer}.{name}": ours.n_embd for name in ("input_layernorm", "post_attention_layernorm")}
+        gains |= {f"{layer}.self_attn.{name}": config["head_dim"] for name in ("q_norm", "k_norm")}
+    return config, tensors | {f"{name}.weight": torch.ones(width) for name, width in gains.items()}
 
 
 def qwen3_fixed(shape: Mapping) -> dict:

@@ -59,6 +59,7 @@ def adamw_state(model: GPT, state: dict) -> dict[str, torch.Tensor]:
 def find_tokenizer(dataset: str, vocab_size: int, path: Path) -> dict:
     """The tokenizer, as JSON, of a nanoGPT model, which is stored with its dataset. Raises UserError if it is missing."""
     meta = Path("data") / Path(dataset).name / "meta.pkl"
+    found: dict
     found, size = {"type": "gpt2"}, tokenizer.GPT2Tokenizer.vocab_size  # what nanoGPT assumes without a meta.pkl
     if os.path.isfile(meta):
         chars = legacy.read_meta(meta)

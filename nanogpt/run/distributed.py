@@ -127,7 +127,7 @@ class Dist:
             yield
         except Exception as e:
             self.fail(e)
-        failure = self.failure
+        failure, self.failure = self.failure, None
         if self.max(int(failure is not None)):
             reasons: list[str | None] = [None] * self.world_size
             if self.world_size > 1:

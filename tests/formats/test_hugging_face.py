@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from exporting import TOKENIZERS, make, sample_text
 from safetensors.torch import load_file, save_file
 
 from nanogpt.config import RunFailed, UserError
@@ -521,6 +522,62 @@ def test_what_a_killed_export_left_is_in_nobodys_way(tmp_path):
     to_hugging_face(our_model(), CHARS, tmp_path / "to")
     assert [p.name for p in tmp_path.iterdir()] == ["to"]
     assert torch.equal(from_pretrained(tmp_path / "to").transformer.ln_f.weight, our_model().transformer.ln_f.weight)
+
+
+# What other readers want
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_half_precision_is_written_and_announced(tmp_path, architecture, dtype):
+    model = our_model(architecture)
+    to_hugging_face(model, CHARS, tmp_path / "to", dtype)
+    kind = getattr(torch, dtype)
+    assert {t.dtype for t in load_file(tmp_path / "to" / "model.safetensors").values()} == {kind}
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "to").dtype == kind
+    again = dict(from_pretrained(tmp_path / "to").named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(again[name], p[: len(again[name])].to(kind).float()), name
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+@torch.no_grad()
+def test_a_large_model_is_written_as_shards(tmp_path, monkeypatch, architecture):
+    monkeypatch.setattr(hugging_face, "SHARD", 3000)
+    model, ids = our_model(architecture), torch.tensor([[1, 2, 3]])
+    to_hugging_face(model, CHARS, tmp_path / "to")
+    shards = sorted(path.name for path in (tmp_path / "to").glob("*.safetensors"))
+    assert len(shards) > 2 and shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    index = json.loads((tmp_path / "to" / "model.safetensors.index.json").read_text())
+    held = {name: file for file in shards for name in load_file(tmp_path / "to" / file)}
+    assert index["weight_map"] == held
+    sizes = [sum(t.nbytes for t in load_file(tmp_path / "to" / file).values()) for file in shards]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    expected = model(ids, ids)[0][..., : CHARS.vocab_size]
+    torch.testing.assert_close(load_theirs(tmp_path / "to")(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    again = from_pretrained(tmp_path / "to").eval()
+    torch.testing.assert_close(again(ids, ids)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_pipeline_samples_as_we_do_and_stops_at_the_end(tmp_path, kind):
+    tok = TOKENIZERS[kind]()
+    to_hugging_face(make("gpt2", tok), tok, tmp_path / "to")
+    pipe = transformers.pipeline("text-generation", str(tmp_path / "to"))
+    usual = pipe.model.generation_config
+    assert (usual.do_sample, usual.temperature, usual.top_k) == (True, 0.8, 200)
+    known = tok.eot is not None or tok.unknown is not None
+    assert (usual.eos_token_id == usual.pad_token_id is not None) == known
+    text = sample_text(kind)[:10]
+    options = {} if known else {"pad_token_id": 0}
+    (found,) = pipe(text, max_new_tokens=4, do_sample=False, **options)
+    ids = (
+        make("gpt2", tok)
+        .generate(torch.tensor([tok.encode(text)]), 4, temperature=0, vocab_size=tok.vocab_size)[0]
+        .tolist()
+    )
+    if usual.eos_token_id not in ids:
+        assert found["generated_text"] == tok.decode(ids)
 
 
 def test_the_front_door_has_it_as_the_original_does(saved):
