@@ -147,6 +147,9 @@ class TrainConfig(Config):
         "auto", "torch.distributed backend: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
+    threads: int | str = setting(
+        "auto", "CPU threads of each process; auto: its share of the cores", int, low=1, high=10**4, auto=True
+    )
     dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
     deterministic: bool = setting(False, "bit-identical results on GPUs too, at some cost in speed; CPUs always are")
@@ -202,6 +205,9 @@ class TextConfig(Config):
     stop: str = setting("", "string that ends a text (\\n is a newline); separate several by |")
     seed: int | str = setting(1337, "seed of the sampling", int, low=0, high=2**63 - 1, auto=True, group="System")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
+    threads: int | str = setting(
+        "auto", "CPU threads of each process; auto: its share of the cores", int, low=1, high=10**4, auto=True
+    )
     dtype: str = setting("auto", "number format of weights and matrix products", choices=DTYPES, auto=True)
     int8: bool | str = setting(
         "auto", "8-bit weights, on CPUs; auto: if a large model is faster with them", bool, auto=True
@@ -293,6 +299,9 @@ class EvalConfig(Config):
     batch_size: int = setting(12, "windows at a time", low=1, high=10**6, group="System")
     backend: str = setting("auto", "torch.distributed backend: nccl or gloo", choices=("nccl", "gloo"), auto=True)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
+    threads: int | str = setting(
+        "auto", "CPU threads of each process; auto: its share of the cores", int, low=1, high=10**4, auto=True
+    )
     dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
 
     def problems(self) -> Iterable[Problem]:
@@ -413,6 +422,9 @@ class ServeConfig(Config):
         300.0, "time limit for a request, including waiting, in seconds", above=0.0, high=10.0**7
     )
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True, group="System")
+    threads: int | str = setting(
+        "auto", "CPU threads of each process; auto: its share of the cores", int, low=1, high=10**4, auto=True
+    )
     dtype: str = setting("auto", "number format of weights and matrix products", choices=DTYPES, auto=True)
     int8: bool | str = setting(
         "auto", "8-bit weights, on CPUs; auto: if a large model is faster with them", bool, auto=True

@@ -17,6 +17,7 @@ import torch.distributed as td
 
 from nanogpt.config import RunFailed, UserError
 from nanogpt.run.device import choose_device, choose_dtype, operand_dtype, prepare_device
+from nanogpt.run.threads import choose_threads
 
 
 class PeerLost(RunFailed):
@@ -153,6 +154,7 @@ def setup(cfg: Any, out: TextIO | None = None) -> Iterator[Dist]:
     say = partial(print, file=out, flush=True) if rank == 0 else lambda line: None
     if not several and (os.environ.get("WORLD_SIZE") or "1") != "1":
         say("processes: one, because LOCAL_RANK is not set, whatever RANK and WORLD_SIZE say; torchrun sets all three")
+    choose_threads(getattr(cfg, "threads", "auto"), say)
     device = choose_device(cfg, say, local_rank, several)
     dist = Dist(device, choose_dtype(cfg, device, say), rank, local_rank, world_size, out)
     prepare_device(device, dist.dtype, getattr(cfg, "deterministic", False), say)

@@ -29,11 +29,12 @@ from nanogpt import files
 from nanogpt.config import PrepareConfig, RunFailed, UserError
 from nanogpt.run import settings
 from nanogpt.run.signals import Stopped
+from nanogpt.run.threads import available_cores
 from nanogpt.text import dataset, shuffle, sources, tokenizer
 from nanogpt.text.cutting import last_character
 from nanogpt.text.sources import BLOCK, STANDARD_INPUT, CannotWrite, Problems, Source, writing_to
 from nanogpt.text.tokenizer import Tokenizer
-from nanogpt.text.workers import Pool, cores, peak_memory
+from nanogpt.text.workers import Pool, peak_memory
 
 VAL_SHARE, VAL_TOKENS = 0.1, 2_000_000  # the share of the tokens to validate on, and their largest number
 WINDOW = 64  # tokens of a window; each split must hold one, and the token after it
@@ -285,10 +286,11 @@ def choose_workers(cfg: PrepareConfig, found: list[Source]) -> int:
         return cfg.workers
     if sum(s.text_size() for s in found) < FEW and not any(s.kind == "hf" for s in found):
         return 0
-    if fit < cores():
-        enough = f"--memory={taken + EACH * cores()} would use all"
-        print(f"workers: {fit} of {cores()} cores, as --memory={cfg.memory} allows; {enough}")
-    return min(cores(), fit)
+    cores = available_cores()
+    if fit < cores:
+        enough = f"--memory={taken + EACH * cores} would use all"
+        print(f"workers: {fit} of {cores} cores, as --memory={cfg.memory} allows; {enough}")
+    return min(cores, fit)
 
 
 # -- the tokenizer

@@ -461,7 +461,7 @@ def test_bpe_is_trained_on_all_of_a_long_text(run):
 
 
 def test_number_of_workers_follows_cores_and_memory(monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "cores", lambda: 8)
+    monkeypatch.setattr(prepare, "available_cores", lambda: 8)
 
     def workers(memory, size=10**9, kind="text", packing=""):
         found = [sources.Source("a", "a", kind, packing, size)]
