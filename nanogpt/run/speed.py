@@ -35,7 +35,8 @@ def device_peak(dist: Any) -> float:
                 return tflops * 1e12 * dist.world_size
     rate = measured_peak(dist) * dist.world_size
     if dist.device.type == "cpu":
-        what = f"this CPU with {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        what = f"this CPU with {threads} thread{'s' if threads > 1 else ''}"
     else:
         what = torch.cuda.get_device_name(dist.device) if dist.device.type == "cuda" else "this GPU"
     dist.say(f"peak: {rate / 1e12:.3g} TFLOP/s, measured on {what} at {str(dist.dtype)[6:]}; MFU is relative to it")
