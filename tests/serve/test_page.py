@@ -241,6 +241,18 @@ def test_the_curve_fills_the_picture_without_the_loss_of_the_untrained_model(pag
     assert 6 < val[0][1] < val[-1][1] < 122
 
 
+@pytest.mark.parametrize("low, high", [(1.94, 2.13), (1.9, 2.6), (1.9, 4.2), (0.2, 11.0)])
+def test_the_labels_of_the_curve_are_evenly_spaced(page, low, high):
+    wait(page, "!document.getElementById('curve').hidden")
+    page.evaluate("([low, high]) => draw({train: [[0, high]], val: [[0, high], [5, low]]})", [low, high])
+    labels = page.evaluate(
+        "[...[...document.querySelectorAll('#curve svg')].at(-1).querySelectorAll('text[text-anchor=end]')].map(t => t.textContent)"
+    )
+    values = [float(label) for label in labels if "iterations" not in label]
+    gaps = {round(b - a, 9) for a, b in zip(values, values[1:], strict=False)}
+    assert len(values) >= 2 and len(gaps) == 1 and low <= values[0] <= values[-1] <= high
+
+
 def test_a_curve_that_does_not_fall_is_drawn_too(page):
     wait(page, "!document.getElementById('curve').hidden")
     page.evaluate("document.querySelector('#curve svg').remove(); draw({train: [], val: [[0, 2], [5, 2]]})")
