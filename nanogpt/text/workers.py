@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -32,6 +32,7 @@ TRAINING = 300, 45  # bytes of memory that BPE training takes per distinct word,
 SLICE = 2**15  # characters passed to BPE training at a time
 WORD = re.compile(r"\w+|[^\w\s]+")  # roughly GPT-2's words, to count how many there are
 AHEAD = 2  # blocks submitted per process before the first result is awaited
+WAIT = 5.0  # seconds to wait before looking whether a worker process has died
 
 Result = tuple[dict[str, Any], list[np.ndarray]]
 
@@ -178,7 +179,13 @@ class Pool:
                 set_mask(signal.SIG_SETMASK, before)
 
     def result(self, block: Block, future: Future) -> tuple[Block, dict, list[np.ndarray]]:
-        """Wait for the result of a block."""
+        """Wait for the result of a block. Raises BrokenProcessPool if a worker process has died.
+
+        The executor raises it itself, except if the worker died while it wrote a result: then it waits for the rest.
+        """
+        while not wait([future], WAIT).done:
+            if any(not process.is_alive() for process in (self.executor._processes or {}).values()):
+                raise BrokenProcessPool
         about, arrays, pid, peak = future.result()
         self.peaks[pid] = peak
         block.data = b""
@@ -194,10 +201,10 @@ class Pool:
         if self.processes:
             for process in list((self.executor._processes or {}).values()):  # public from Python 3.14: kill_workers
                 process.kill()
-            # A worker that was killed while it wrote a result has left half of it in the pipe, and this waits forever.
+            # If a worker was killed while it wrote a result, the executor waits for the rest of it.
             end = threading.Thread(target=self.executor.shutdown, kwargs=dict(cancel_futures=True), daemon=True)
             end.start()
-            end.join(timeout=5)
+            end.join(WAIT)
             self.processes = 0
 
 
