@@ -258,7 +258,9 @@ def check(found: GPT, model: GPT, V: int, dtype: str) -> Difference:
         rounded = p if p.dim() == 1 or name.endswith("wpe.weight") else p.to(getattr(torch, dtype)).float()
         rows = V if name.endswith("wte.weight") else len(p)
         if not torch.equal(again.pop(name)[:rows], rounded[:rows]):
-            raise ValueError(f"{name} reads differently, or is too large for {dtype}")
+            raise ValueError(f"{name} reads differently")
+        if not rounded.isfinite().all():
+            raise ValueError(f"{name} is not finite, or too large for {dtype}")
     if any(p.any() for p in again.values()):
         raise ValueError("it has biases that the model does not have")
     idx = compare.context(model, V)
