@@ -17,6 +17,7 @@ import torch.distributed as td
 
 from nanogpt.config import RunFailed, UserError
 from nanogpt.run.device import choose_device, choose_dtype, operand_dtype, prepare_device
+from nanogpt.step import forward_backward
 
 
 class PeerLost(RunFailed):
@@ -66,14 +67,25 @@ class Dist:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model with its gradients averaged over all processes, or the model itself if there is only one."""
+        """The model with its gradients averaged over all processes, or the model itself if there is only one.
+
+        A collective operation. DDP arranges gradients in buckets, and anew after its first backward pass, in the order
+        in which they became ready. From three processes on the order of additions depends on it, so that pass is made
+        here, with one token: a resumed run then adds in the same order as one that was never stopped.
+        """
         if self.world_size == 1:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device.index] if self.device.type == "cuda" else None
         # broadcast_buffers: the RoPE tables are the same on all ranks
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        idx = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        forward_backward(ddp, idx, idx, self)
+        with ddp.no_sync(), self.autocast():
+            ddp(idx, idx)  # buckets are arranged anew when the next forward pass begins
+        ddp.zero_grad(set_to_none=True)
+        return ddp
 
     def averaging(self, model: Any, when: bool) -> AbstractContextManager:
         """Context of a backward pass, which averages the gradients over all processes only if `when` is true."""

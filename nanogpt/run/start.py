@@ -202,7 +202,8 @@ def start(cfg: TrainConfig, dist: Dist) -> Iterator[Run]:
         run.open_outputs(stop, saved_in)
         try:
             with run.paused():
-                run.model = dist.wrap(compile_model(run))
+                run.model = dist.wrap(run.gpt)
+                run.model = compile_model(run)
             gc.freeze()  # exempt what exists by now from garbage collection: it stays for the whole run
             with suppress(signals.StopRequested):
                 yield run
@@ -250,14 +251,14 @@ def compile_model(run: Run) -> Any:
     def compiled(run: Run, micro_batch: int) -> Any:
         evaluated = data.largest_divisor(cfg.batch_size, micro_batch), cfg.block_size
         trained = data.share_batch(cfg, dist.world_size, micro_batch)[1], cfg.block_size
-        return compile.compiled(run.gpt, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
+        return compile.compiled(run.model, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
 
     run.log.progress.at("compiling the model (--compile)")  # instantaneous if it is not compiled
     try:
         with run.stop.at_once():
             return run.retry_smaller(compiled)
     except signals.Interrupted:
-        return run.gpt
+        return run.model
 
 
 def make_run(cfg: TrainConfig, found: Any, resuming: bool, dist: Dist) -> Run:

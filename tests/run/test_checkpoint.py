@@ -92,6 +92,19 @@ def test_two_processes_stopped_twice_end_as_two_that_never_were(start_two, recip
     assert ending(root / "whole") == ending(root / "parts")
 
 
+@pytest.mark.parametrize("processes", [3, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_more_processes_stopped_once_end_as_those_that_never_were(start_ranks, tmp_path, processes):
+    """From three on, sums depend on where DDP puts a gradient; the recipe has more than one bucket of them."""
+    args = ["--n_embd=128", "--n_layer=1", "--n_head=2", "--batch_size=3", "--gradient_accumulation_steps=8"]
+    args += ["--max_iters=6", "--eval_iters=5"]
+    assert [d.end() for d in start_ranks(processes, *args, "--out_dir=whole")] == [0] * processes
+    args += ["--out_dir=parts", "--init_from=auto"]
+    doors = start_ranks(processes, *args, before=partial(raise_at, [3], "1"))
+    assert [d.end() for d in doors] == [128 + signal.SIGTERM] * processes
+    assert [d.end() for d in start_ranks(processes, *args)] == [0] * processes
+    assert ending(tmp_path / "whole") == ending(tmp_path / "parts")
+
+
 def test_one_process_then_two_then_one_read_the_same_tokens_once(start, start_two, tmp_path):
     args = ["--max_iters=12", "--lr_decay_iters=12"]
     assert start(*args, "--out_dir=whole", before=partial(record_windows, "whole-read")).end() == 0
