@@ -127,8 +127,8 @@ def losses(out_dir="out"):
     return {r["step"]: r["loss"] for r in metrics(out_dir) if "loss" in r}
 
 
-def torchrun(processes, *args, cwd, program=ROOT / "train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def torchrun(processes, *args, cwd, program=ROOT / "train.py", options=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
     command += [str(program), *SMALL, *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
