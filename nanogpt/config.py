@@ -24,7 +24,6 @@ class UserError(ValueError):
     """An error that the user can fix: one line per problem, exit code 2, no traceback."""
 
     exit_code = 2
-    second_hand = False  # whether another process reports the reason
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -146,6 +145,7 @@ class TrainConfig(Config):
     backend: str = setting(
         "auto", "torch.distributed backend: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
     )
+    timeout: int = setting(600, "seconds that a process waits for the others before it stops", low=1, high=10**6)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
     threads: int | str = setting(
         "auto", "CPU threads of each process; auto: its share of the cores", int, low=1, high=10**4, auto=True

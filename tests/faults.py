@@ -153,7 +153,7 @@ class Watched:
     """The weights and the optimizer's state before each step, as a run in this process had them."""
 
     def __init__(self, monkeypatch):
-        self.before, self.sick_at = {}, set()
+        self.before, self.sick_at, self.step = {}, set(), 0
         real = train.train_step
 
         def train_step(run):

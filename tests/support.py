@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import nanogpt  # noqa: F401  (before PyTorch: it says how the threads wait)
@@ -126,8 +127,8 @@ def losses(out_dir="out"):
     return {r["step"]: r["loss"] for r in metrics(out_dir) if "loss" in r}
 
 
-def torchrun(processes, *args, cwd, program=ROOT / "train.py"):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+def torchrun(processes, *args, cwd, program=ROOT / "train.py", options=()):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *options]
     command += [str(program), *SMALL, *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
@@ -234,15 +235,21 @@ def start(tiny, tmp_path):
 
 
 @pytest.fixture
-def start_two(start):
-    """The same for a run of two processes, as `torchrun` would start them: returns both Doors."""
+def start_ranks(start):
+    """start_ranks(3, "--max_iters=2") starts a run of three processes, as `torchrun` would: returns their Doors."""
 
-    def start_two(*args, before=None):
-        place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-        ranks = [place | dict(RANK=r, LOCAL_RANK=r) for r in "01"]
+    def start_ranks(processes, *args, before=None, env=None):
+        place = dict(WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())) | (env or {})
+        ranks = [place | dict(RANK=str(r), LOCAL_RANK=str(r)) for r in range(processes)]
         return [start(*args, before=before, name=f"log-{e['RANK']}", env=e) for e in ranks]
 
-    return start_two
+    return start_ranks
+
+
+@pytest.fixture
+def start_two(start_ranks):
+    """The same for a run of two processes."""
+    return partial(start_ranks, 2)
 
 
 # -- figures of the long tests, printed as a table at the end

@@ -37,7 +37,7 @@ def measure(cfg: BenchConfig, dist: Dist) -> tuple[Run, float, list[dict[str, fl
     peak, flops = speed.device_peak(dist), run.gpt.flops_per_token(cfg.block_size) * tokens_per_iter(cfg)
     ahead = speed.expected_seconds(cfg.max_iters, flops, peak, micro_steps * cfg.n_layer)
     batch = size, cfg.block_size
-    run.model = dist.wrap(compile.compiled(run.gpt, cfg, dist, batch, batch, dist.max(int(ahead))))
+    run.model = compile.compiled(dist.wrap(run.gpt), cfg, dist, batch, batch, dist.max(int(ahead)))
     dist.say(f"bench: {cfg.warmup} iterations to warm up, {cfg.iters} to measure")
     run.model.register_forward_hook(lambda *_: clock.ends("forward"))
     seconds = []

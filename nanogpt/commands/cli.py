@@ -134,17 +134,21 @@ def main(argv: list[str]) -> int:
 
 
 def report(error: Any) -> int:
-    """Print the lines of a UserError, once however many processes `torchrun` started. Returns the exit code."""
+    """Print the lines of a UserError, once however many processes `torchrun` started. Returns the exit code.
+
+    If processes fail after they have met, run/launch.py prints the first failure, and there are no lines here.
+    """
     first, torchrun = os.environ.get("LOCAL_RANK", "0") == "0", "TORCHELASTIC_RUN_ID" in os.environ
     stopped = error.exit_code > 128  # by a request, which all processes got
     if stopped and not first:
         return error.exit_code
-    if torchrun and not (first and not error.second_hand):
-        # Another process probably has the same problem or knows more about it, but may report it later. When it has
-        # ended, torchrun ends this process; otherwise this process reports.
-        time.sleep(15 if error.second_hand else 10)
+    if torchrun and not first and error.problems:
+        # The first process probably has the same problem, but may report it later. When it has ended, torchrun ends
+        # this process; otherwise this process reports.
+        time.sleep(10)
+    whose = f"process {os.environ.get('RANK')} on {os.uname().nodename}: " if torchrun and not first else ""
     for problem in error.problems:
-        print(problem if stopped else f"error: {problem}", file=sys.stderr, flush=True)
+        print(problem if stopped else f"error: {whose}{problem}", file=sys.stderr, flush=True)
     return error.exit_code
 
 

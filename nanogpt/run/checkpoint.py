@@ -386,6 +386,14 @@ def write_settings(out_dir: Path | str, settings: dict, sources: dict[str, str],
     write_json(Path(out_dir) / "config.json", {"settings": settings, "sources": sources} | more)
 
 
+def launch_of(out_dir: Path | str) -> str | None:
+    """The launch that started the run in `out_dir`, as `launch.launch_id` names it, or None."""
+    try:
+        return json.loads(files.read(Path(out_dir) / "config.json"))["launch"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def _folders(out_dir: Path | str) -> list[Path]:
     """The checkpoints in `out_dir`, oldest first. A folder gets such a name only when it is complete."""
     found = [(NAME.fullmatch(p.name), p) for p in (Path(out_dir) / "checkpoints").glob("step-*")]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from nanogpt.model import GPT
 from nanogpt.run.device import Say, out_of_memory
 from nanogpt.run.distributed import Dist
 from nanogpt.step import forward_backward
@@ -30,14 +29,14 @@ def choose_compile(cfg: Any, device: torch.device, say: Say, seconds: float) -> 
 
 
 def compiled(
-    model: GPT,
+    model: torch.nn.Module,
     cfg: Any,
     dist: Dist,
     eval_shape: tuple[int, int] | None = None,
     train_shape: tuple[int, int] | None = None,
     seconds: float = 0.0,
 ) -> Any:
-    """The compiled model, with the same weights, or the model itself if `cfg.compile` is off or compilation fails.
+    """The compiled model, which may be one that DDP wraps, with the same weights, or the model itself if `cfg.compile` is off or compilation fails.
 
     eval_shape, train_shape: the (B, T) with which to try a forward pass, and a forward and backward pass; without
     eval_shape nothing is tried. seconds: estimated training time. Raises if the trial runs out of memory.
@@ -64,13 +63,17 @@ def compiled(
 
 
 def try_out(
-    fast: Any, model: GPT, dist: Dist, eval_shape: tuple[int, int], train_shape: tuple[int, int] | None
+    fast: Any, model: torch.nn.Module, dist: Dist, eval_shape: tuple[int, int], train_shape: tuple[int, int] | None
 ) -> None:
-    """Compile the graphs that a run needs. If the targets were the same tensor as idx, compilation would rely on it."""
+    """Compile the graphs that a run needs, without averaging gradients: a failure here may be of this process alone.
+
+    If the targets were the same tensor as idx, compilation would rely on it.
+    """
     try:
         if train_shape:
             idx = torch.zeros(train_shape, dtype=torch.int64, device=dist.device)
-            forward_backward(fast, idx, idx.clone(), dist)
+            with dist.averaging(fast, when=False):
+                forward_backward(fast, idx, idx.clone(), dist)
         model.eval()
         idx = torch.zeros(eval_shape, dtype=torch.int64, device=dist.device)
         with torch.no_grad(), dist.autocast():

@@ -4,11 +4,12 @@ There is one process unless `torchrun` started several (LOCAL_RANK is set). devi
 """
 
 import os
-import re
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any, TextIO
 
@@ -16,14 +17,11 @@ import torch
 import torch.distributed as td
 
 from nanogpt.config import RunFailed, UserError
+from nanogpt.run import launch
 from nanogpt.run.device import choose_device, choose_dtype, operand_dtype, prepare_device
+from nanogpt.run.signals import Stopped
 from nanogpt.run.threads import choose_threads
-
-
-class PeerLost(RunFailed):
-    """Another process ended while this one waited for it."""
-
-    second_hand = True
+from nanogpt.step import forward_backward
 
 
 @dataclass
@@ -67,14 +65,25 @@ class Dist:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model with its gradients averaged over all processes, or the model itself if there is only one."""
+        """The model with its gradients averaged over all processes, or the model itself if there is only one.
+
+        A collective operation. DDP arranges gradients in buckets, and anew after its first backward pass, in the order
+        in which they became ready. From three processes on the order of additions depends on it, so that pass is made
+        here, with one token: a resumed run then adds in the same order as one that was never stopped.
+        """
         if self.world_size == 1:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # broadcast_buffers: the RoPE tables are the same on all ranks
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        ddp.broadcast_buffers = False  # at each step: the RoPE tables stay the same on all ranks
+        idx = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        forward_backward(ddp, idx, idx, self)
+        with ddp.no_sync(), self.autocast():
+            ddp(idx, idx)  # buckets are arranged anew when the next forward pass begins
+        ddp.zero_grad(set_to_none=True)
+        return ddp
 
     def averaging(self, model: Any, when: bool) -> AbstractContextManager:
         """Context of a backward pass, which averages the gradients over all processes only if `when` is true."""
@@ -121,7 +130,7 @@ class Dist:
     def agree(self) -> Iterator[None]:
         """If a process fails within this context, or has failed before it (`fail`), all processes raise at its end.
 
-        The process that failed raises its own error; the others raise RunFailed with its rank and reason. There must
+        The process that failed raises its own error; the others raise PeerFailed with its rank and reason. There must
         be no collective operation within the context.
         """
         try:
@@ -134,7 +143,33 @@ class Dist:
             if self.world_size > 1:
                 td.all_gather_object(reasons, failure and (str(failure) or type(failure).__name__), self.host_group)
             told = (f"process {i} could not go on: {reason}" for i, reason in enumerate(reasons) if reason)
-            raise failure or RunFailed(*told)
+            raise failure or launch.PeerFailed(*told)
+
+    def require_same(self, facts: dict[str, Any]) -> None:
+        """Raise UserError, on all processes, with a line for each fact that is not what process 0 has."""
+        if self.world_size == 1:
+            return
+        found: list[Any] = [None] * self.world_size
+        td.all_gather_object(found, (socket.gethostname(), facts), self.host_group)
+        _, first = found[0]
+        wrong = [
+            f"process {rank} on {host}: {name} is {facts.get(name)}, and on process 0 it is {first.get(name)}"
+            for rank, (host, facts) in enumerate(found)
+            for name in first.keys() | facts.keys()
+            if facts.get(name) != first.get(name)
+        ]
+        if wrong:
+            raise UserError(*sorted(wrong))
+
+    def require_same_bits(self, tensors: Iterable[torch.Tensor], what: str) -> None:
+        """Raise RunFailed, on all processes, if the bits of float32 tensors are not the same on all of them."""
+        if self.world_size == 1:
+            return
+        sums = torch.stack([t.detach().view(torch.int32).sum(dtype=torch.int64) for t in tensors])
+        found = self.gather(sums[None])
+        odd = [str(rank) for rank in range(self.world_size) if not torch.equal(found[rank], found[0])]
+        if odd:
+            raise RunFailed(f"{what} on process {' and '.join(odd)} are not those on process 0: the run stops")
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -167,21 +202,39 @@ def setup(cfg: Any, out: TextIO | None = None) -> Iterator[Dist]:
         say(f"backend: {backend}, the one for {device.type} devices (--backend)")
     if backend == "nccl" and device.type != "cuda":
         raise UserError(f"--backend=nccl: needs GPUs, and the device is {device.type}; --backend=gloo")
+    timeout = timedelta(seconds=getattr(cfg, "timeout", 600))
+    launch.choose_interface(say)
     try:
-        td.init_process_group(backend, device_id=device if backend == "nccl" else None)
-    except (RuntimeError, ValueError) as e:
+        store, failures = launch.meet(rank, timeout)
+        group = dict(store=store, rank=rank, world_size=world_size, timeout=timeout)
+        td.init_process_group(backend, device_id=device if backend == "nccl" else None, **group)
+        dist.host_group = td.new_group(backend="gloo", timeout=timeout) if backend != "gloo" else td.group.WORLD
+        told = launch.Failures(failures, rank, world_size).told() if world_size > 1 else nullcontext()
+    except (RuntimeError, ValueError, OSError) as e:
         where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
         why = str(e).strip().partition("\n")[0]
         raise RunFailed(f"{where}: the {world_size} processes did not meet there ({why}); torchrun sets both") from None
+    sound = False
     try:
-        dist.host_group = td.new_group(backend="gloo") if backend != "gloo" else td.group.WORLD
-        yield dist
-    except RuntimeError as e:
-        if not re.search("Connection (closed|reset) by peer", str(e)):
-            raise
-        raise PeerLost("another process ended, and its own lines say why; the run stops") from None
+        with told:
+            try:
+                yield dist
+                dist.barrier()
+            except Stopped:  # all processes raise it
+                dist.barrier()
+                sound = True
+                raise
+        sound = True
     finally:
+        close_group(sound or world_size == 1)
+
+
+def close_group(sound: bool) -> None:
+    """Close the process group. After a failure, don't wait for other processes, which may not answer."""
+    if sound:
         td.destroy_process_group()
+    elif td.get_backend() == "nccl":
+        td.distributed_c10d._abort_process_group()
 
 
 def place() -> tuple[int, int, int]:

@@ -176,6 +176,7 @@ class Run:
 
     def measure(self, evaluation: "Callable[[Run, int], dict]") -> dict:
         """Call evaluation(run, micro_batch), off the clock. Raises StopRequested if the run is asked to stop meanwhile."""
+        self.dist.require_same_bits(self.gpt.parameters(), f"step {self.step}: the weights")
         with self.paused():
             self.tick = self.log.counted(self.step, self.stop.check)
             self.stop.check()  # a failed save may mean that memory is short

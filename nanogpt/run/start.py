@@ -4,6 +4,7 @@
 """
 
 import gc
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -13,13 +14,13 @@ from typing import Any
 
 import torch
 
-from nanogpt import config, data, files, optim
+from nanogpt import __version__, config, data, files, optim
 from nanogpt.config import GPT2_NAMES, RunFailed, TrainConfig, UserError
 from nanogpt.data import Dataset
 from nanogpt.formats import hugging_face, pretrained
 from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import checkpoint, compile, distributed, health, memory, signals, trackers, trained
+from nanogpt.run import checkpoint, compile, distributed, health, launch, memory, signals, trackers, trained
 from nanogpt.run.checkpoint import Checkpoint
 from nanogpt.run.distributed import Dist
 from nanogpt.run.run import Run, TrainState
@@ -36,10 +37,16 @@ def shape(cfg: TrainConfig) -> dict[str, Any]:
 
 def settings_to_resume(cfg: TrainConfig) -> tuple[dict, str | None]:
     """The settings of the run to resume and the folder of its checkpoint; {} and None if there is none."""
-    if cfg.init_from not in ("resume", "auto"):
+    if cfg.init_from not in ("resume", "auto") and not to_go_on(cfg):
         return {}, None
     found = checkpoint.peek(cfg.out_dir) or from_nanogpt(cfg.out_dir)
     return ({}, None) if found is None else (settings_before(found), str(found.folder))
+
+
+def to_go_on(cfg: TrainConfig) -> bool:
+    """Whether torchrun has restarted this launch, and `out_dir` holds a checkpoint that it wrote before."""
+    mine = launch.restarted() and checkpoint.launch_of(cfg.out_dir) == launch.launch_id()
+    return mine and checkpoint.peek(cfg.out_dir) is not None
 
 
 def settings_before(found: Checkpoint) -> dict[str, Any]:
@@ -202,7 +209,8 @@ def start(cfg: TrainConfig, dist: Dist) -> Iterator[Run]:
         run.open_outputs(stop, saved_in)
         try:
             with run.paused():
-                run.model = dist.wrap(compile_model(run))
+                run.model = dist.wrap(run.gpt)
+                run.model = compile_model(run)
             gc.freeze()  # exempt what exists by now from garbage collection: it stays for the whole run
             with suppress(signals.StopRequested):
                 yield run
@@ -219,6 +227,12 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
 
     lock: the files.Lock of `out_dir`, which is taken before anything is written.
     """
+    if to_go_on(cfg) and cfg.init_from not in ("resume", "auto"):
+        dist.say(
+            f"restarted by torchrun: the run goes on from its last checkpoint, not from --init_from={cfg.init_from}"
+        )
+        cfg.init_from = "resume"
+    dist.require_same(facts_of(cfg))
     distributed.choose_seed(cfg, dist)
     data.share_batch(cfg, dist.world_size)  # raises if the number of processes does not divide the batch
     trackers.require_wandb(cfg)
@@ -230,15 +244,24 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
         found = find_weights(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         run = make_run(cfg, found, resuming, dist)
-    if dist.sum([run.step])[0] != run.step * dist.world_size:
-        raise UserError(
-            f"--out_dir={cfg.out_dir}: the processes see different checkpoints there; all nodes must share that folder"
-        )
+    resumed = {f"the step of the checkpoint in --out_dir={cfg.out_dir}, which all machines must share,": run.step}
+    dist.require_same(resumed | {f"the fingerprint of {s}.bin": found for s, found in run.fingerprints().items()})
     if not cfg.eval_only:
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.gpt, cfg, dist)
         with dist.agree():
             run.wandb = open_out_dir(cfg, dist, resuming, lock)
     return run, found.folder if isinstance(found, Checkpoint) and resuming else None
+
+
+def facts_of(cfg: TrainConfig) -> dict[str, Any]:
+    """What must be the same on all processes: versions, and all settings but the names of folders and devices."""
+    settings = asdict(cfg) | {"batch_size": "auto" if cfg.auto_batch else cfg.batch_size}
+    own = ("out_dir", "root", "device")
+    return {
+        "Python's version": platform.python_version(),
+        "PyTorch's version": torch.__version__,
+        "NanoGPT's version": __version__,
+    } | {f"--{name}": value for name, value in settings.items() if name not in own}
 
 
 def compile_model(run: Run) -> Any:
@@ -250,14 +273,14 @@ def compile_model(run: Run) -> Any:
     def compiled(run: Run, micro_batch: int) -> Any:
         evaluated = data.largest_divisor(cfg.batch_size, micro_batch), cfg.block_size
         trained = data.share_batch(cfg, dist.world_size, micro_batch)[1], cfg.block_size
-        return compile.compiled(run.gpt, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
+        return compile.compiled(run.model, cfg, dist, evaluated, None if cfg.eval_only else trained, seconds)
 
     run.log.progress.at("compiling the model (--compile)")  # instantaneous if it is not compiled
     try:
         with run.stop.at_once():
             return run.retry_smaller(compiled)
     except signals.Interrupted:
-        return run.gpt
+        return run.model
 
 
 def make_run(cfg: TrainConfig, found: Any, resuming: bool, dist: Dist) -> Run:
@@ -338,7 +361,8 @@ def open_out_dir(cfg: TrainConfig, dist: Dist, resuming: bool, lock: files.Lock)
         aside = None if resuming else checkpoint.set_aside(cfg.out_dir)
         if aside:
             dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")
-        more = {"wandb_run_id": run_id} if run_id else {}
+        more = {"wandb_run_id": run_id, "launch": launch.launch_id()}
+        more = {name: value for name, value in more.items() if value}
         checkpoint.write_settings(cfg.out_dir, asdict(cfg), cfg.sources, **more)
     except OSError as e:
         if run:

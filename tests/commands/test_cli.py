@@ -111,8 +111,9 @@ def test_under_torchrun_others_wait_for_the_first_and_report_if_it_does_not(tmp_
         "time.sleep = lambda seconds: print('waits', flush=True)\n"
         "def main(argv): raise UserError('of this device alone')"
     )
-    result = run_program(tmp_path, source, LOCAL_RANK="1", TORCHELASTIC_RUN_ID="x")
-    assert (result.returncode, result.stdout, result.stderr) == (2, "waits\n", "error: of this device alone\n")
+    result = run_program(tmp_path, source, LOCAL_RANK="1", RANK="5", TORCHELASTIC_RUN_ID="x")
+    line = f"error: process 5 on {os.uname().nodename}: of this device alone\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "waits\n", line)
     first = run_program(tmp_path, source, LOCAL_RANK="0", TORCHELASTIC_RUN_ID="x")
     assert (first.returncode, first.stdout, first.stderr) == (2, "", "error: of this device alone\n")
 

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+from nanogpt import step, train
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import compile
 from nanogpt.run.distributed import Dist
@@ -42,6 +45,55 @@ def test_the_model_is_compiled_whole_and_once_for_each_mode(monkeypatch, archite
         fast(*torch.randint(11, (2, 4, 8)))
     assert counter.frame_count == 2
     assert loss.item() == pytest.approx(model(idx, targets)[1].item(), abs=1e-5)
+
+
+def begins_to_average():
+    """In each of two processes: train compiled, and tell when buckets are averaged and parts of the backward pass run."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch.nn.parallel import DistributedDataParallel
+
+    events, real = [], torch.compile
+
+    def backward_graph(module, inputs):
+        def run(*args):
+            events.append("backward")
+            return module(*args)
+
+        return make_boxed_func(run)
+
+    def forward_graph(module, inputs):
+        return make_boxed_func(module.forward)
+
+    def averaged(group, bucket):
+        events.append("average")
+        return default_hooks.allreduce_hook(group, bucket)
+
+    def wrapped(self, *args, init=DistributedDataParallel.__init__, **kwargs):
+        init(self, *args, **kwargs)
+        self.register_comm_hook(None, averaged)
+
+    def train_step(run, real=step.train_step):
+        events.clear()
+        metrics = real(run)
+        run.dist.say("events: " + " ".join(events))
+        return metrics
+
+    backend = aot_autograd(fw_compiler=forward_graph, bw_compiler=backward_graph)
+    torch.compile = lambda model: real(model, backend=backend)
+    DistributedDataParallel.__init__ = wrapped
+    train.train_step = train_step
+
+
+def test_gradients_are_averaged_while_others_are_computed(start_two):
+    """The graph ends where a bucket of gradients is full."""
+    args = ["--compile=True", "--n_embd=256", "--n_layer=4", "--max_iters=2", "--eval_iters=1"]
+    doors = start_two(*args, before=begins_to_average)
+    assert [d.end() for d in doors] == [0, 0], doors[0].printed
+    assert "compile: took" in doors[0].printed
+    steps = [line.split()[1:] for line in doors[0].printed.splitlines() if line.startswith("events: ")]
+    assert len(steps) == 2
+    for events in steps:
+        assert events.index("average") < len(events) - 1 - events[::-1].index("backward"), events
 
 
 @pytest.mark.parametrize(

@@ -76,28 +76,6 @@ def test_a_size_that_nobody_asked_for_stops_nothing(size, monkeypatch):
         assert dist.world_size == 1
 
 
-def lose_the_other():
-    """In each of two processes: the second one ends, and the first one waits for it."""
-    cli.run = waits_for_the_other
-
-
-def waits_for_the_other(argv):
-    with distributed.setup(ONE) as dist:
-        if dist.rank == 1:
-            raise RunFailed("out of luck")
-        dist.max(1)
-
-
-def test_a_process_that_lost_another_says_so_in_a_line(start_two):
-    doors = start_two(before=lose_the_other)
-    assert [d.end() for d in doors] == [1, 1]
-    assert [d.printed.splitlines()[-1] for d in doors] == [
-        "error: another process ended, and its own lines say why; the run stops",
-        "error: out of luck",
-    ]
-    assert "Traceback" not in doors[0].printed + doors[1].printed
-
-
 def work_together():
     """In each of two processes: what they do together, and its results."""
     with distributed.setup(ONE) as dist:

@@ -140,7 +140,7 @@ def sick_on_rank_1():
 def test_both_processes_of_two_stop_and_say_why(start_two):
     doors = start_two(before=sick_on_rank_1)
     assert [d.end() for d in doors] == [1, 1]
-    assert all(d.printed.count("error: step 3: the loss is nan") == 1 for d in doors)
+    assert len(re.findall(r"^error: .*: step 3: the loss is nan", doors[0].printed + doors[1].printed, re.M)) == 1
     assert not (doors[0].log.parent / "out/checkpoints").exists()
 
 
