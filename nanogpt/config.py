@@ -85,9 +85,10 @@ class TrainConfig(Config):
         "scratch, resume, auto (resume if there is a checkpoint, else scratch), a GPT-2 name, or a folder",
         path=True,
     )
-    wandb_log: bool = setting(False, "log to Weights & Biases", group="Weights & Biases")
+    wandb_log: bool = setting(False, "log to Weights & Biases, or what is installed in its place", group="Trackers")
     wandb_project: str = setting("owt", "project name")
     wandb_run_name: str = setting("gpt2", "run name")
+    tensorboard: bool = setting(False, "log to TensorBoard, in out_dir/tensorboard")
     dataset: str = setting("openwebtext", "folder in data/ with train.bin, val.bin and meta.json", group="Data")
     root: str = setting("data", "the folder that holds the datasets", path=True)
     gradient_accumulation_steps: int = setting(40, "micro-batches per iteration, over all processes", low=1, high=10**6)
