@@ -205,15 +205,15 @@ def write_task(name, output_type, fields, metrics):
     )
 
 
-def lm_eval(model, **args):
+def lm_eval(door, **args):
     """{task: {metric: number}} that lm_eval finds."""
     listed = ",".join(f"{name}={value}" for name, value in args.items())
-    command = [LM_EVAL, "--model", model, "--model_args", listed, "--include_path", ".", "--batch_size", "4"]
-    command += ["--tasks", "questions,texts", "--output_path", f"results-{model}", "--device", "cpu"]
+    command = [LM_EVAL, "--model", door, "--model_args", listed, "--include_path", ".", "--batch_size", "4"]
+    command += ["--tasks", "questions,texts", "--output_path", f"results-{door}", "--device", "cpu"]
     offline = dict(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(Path("cache").resolve()), CUDA_VISIBLE_DEVICES="")
     done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    (path,) = Path(f"results-{model}").rglob("results_*.json")
+    (path,) = Path(f"results-{door}").rglob("results_*.json")
     found = json.loads(path.read_text())["results"]
     return {task: {k.removesuffix(",none"): v for k, v in found[task].items()} for task in ("questions", "texts")}
 
