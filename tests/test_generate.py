@@ -130,12 +130,12 @@ LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.0, -3.0, 1.0])
 def test_the_repetition_penalty_is_that_of_ctrl():
     """Keskar et al. 2019, for tokens of the prompt and of the text; negative logits are multiplied, as in Transformers."""
     expected = LOGITS.tolist()
-    for id in (0, 1, 3):
+    for id in (0, 1, 4):
         expected[id] = expected[id] / 1.5 if expected[id] > 0 else expected[id] * 1.5
-    found = adjust(LOGITS, Options(repetition_penalty=1.5), [1, 1, 3], [0, 1])
+    found = adjust(LOGITS, Options(repetition_penalty=1.5), [1, 1, 4], [0, 1])
     assert found.tolist() == pytest.approx(expected)
     transformers = pytest.importorskip("transformers")
-    reference = transformers.RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[1, 1, 3, 0, 1]]), LOGITS[None])
+    reference = transformers.RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[1, 1, 4, 0, 1]]), LOGITS[None])
     torch.testing.assert_close(found, reference[0])
 
 
