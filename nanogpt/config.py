@@ -84,9 +84,10 @@ class TrainConfig(Config):
         "scratch, resume, auto (resume if there is a checkpoint, else scratch), a GPT-2 name, or a folder",
         path=True,
     )
-    wandb_log: bool = setting(False, "log to Weights & Biases", group="Weights & Biases")
+    wandb_log: bool = setting(False, "log to Weights & Biases, or what is installed in its place", group="Trackers")
     wandb_project: str = setting("owt", "project name")
     wandb_run_name: str = setting("gpt2", "run name")
+    tensorboard: bool = setting(False, "log to TensorBoard, in out_dir/tensorboard")
     dataset: str = setting("openwebtext", "folder in data/ with train.bin, val.bin and meta.json", group="Data")
     root: str = setting("data", "the folder that holds the datasets", path=True)
     gradient_accumulation_steps: int = setting(40, "micro-batches per iteration, over all processes", low=1, high=10**6)
@@ -280,6 +281,11 @@ class EvalConfig(Config):
     field: str = setting("text", "field or column of .jsonl, .parquet and hf:NAME that holds the text")
     encoding: str = setting("utf-8", "encoding of plain text, as Python names it: latin-1, cp1252, utf-16, ...")
     dataset: str = setting("", "folder in data/ to evaluate on instead of a text; default: the model's own dataset")
+    tasks: str = setting(
+        "",
+        "task to evaluate on instead: JSON lines with query, choices and gold, or with text, as lm-evaluation-harness",
+        path=True,
+    )
     root: str = setting("data", "the folder that holds the datasets", path=True)
     split: str = setting("val", "split of the dataset", choices=("train", "val"))
     per_document: bool = setting(
@@ -312,7 +318,11 @@ class EvalConfig(Config):
             yield ("dataset",), NOT_A_NAME
         if why := not_an_encoding(self.encoding):
             yield ("encoding",), why
-        if self.init_from in GPT2_NAMES and not self.text and not self.dataset:
+        if self.tasks:
+            used = dict(text="", dataset="", per_document=False, stride="auto")
+            for name in (name for name, default in used.items() if getattr(self, name) != default):
+                yield (name, "tasks"), "has no effect on a task, and --tasks is given too"
+        if self.init_from in GPT2_NAMES and not (self.text or self.dataset or self.tasks):
             yield ("init_from", "text", "dataset"), "--text=FILE or --dataset=NAME says what to evaluate it on"
         if isinstance(self.stride, int) and isinstance(self.block_size, int) and self.stride > self.block_size:
             yield ("stride", "block_size"), f"must not exceed block_size, which is {self.block_size}"

@@ -58,12 +58,24 @@ class Options:
     seed: int = 0
     stop: frozenset = frozenset()  # token ids that end the text
     logprobs: int | None = None  # report the log-probabilities of the token and of this many of the likeliest
+    prompt_logprobs: bool = False  # report those of the prompt's tokens too, if `logprobs` is given; see `Row.prompt`
+    # what `adjust` does to the logits; the defaults leave them as they are
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
 
     @classmethod
     def of(cls, cfg: Any, **others: Any) -> "Options":
         """The Options of a program's settings."""
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
         return cls(**{name: getattr(cfg, name) for name in names} | others)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether `adjust` changes anything."""
+        penalties = self.repetition_penalty, self.frequency_penalty, self.presence_penalty
+        return bool(self.logit_bias) or penalties != (1, 0, 0)
 
     def candidates(self, V: int) -> int:
         """How many of the likeliest of V tokens `sample` has to find; 1 for the likeliest token, 0 for no limit."""
@@ -72,6 +84,40 @@ class Options:
         if 0 < self.top_k < V:
             return self.top_k
         return V if self.top_p < 1 else 0
+
+
+def adjust(logits: Tensor, options: Options, prompt: Sequence[int], new: Sequence[int]) -> Tensor:
+    """The logits (V) of the token after `prompt` and `new`, the tokens generated so far, with penalties and biases.
+
+    First, the repetition penalty (Keskar et al. 2019): of each token that occurs in `prompt` or `new`, a positive logit
+    is divided by it, and a negative one multiplied. Then, as OpenAI's API defines them: each token that occurs c > 0
+    times in `new` loses c * frequency_penalty + presence_penalty. Last, the logit biases are added.
+    """
+    V, logits = len(logits), logits.float()
+
+    def count(ids: Sequence[int]) -> Tensor:  # (V)
+        return torch.tensor(ids, dtype=torch.long, device=logits.device).bincount(minlength=V)[:V]
+
+    if options.repetition_penalty != 1:
+        penalty, seen = options.repetition_penalty, count([*prompt, *new]) > 0
+        logits = torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if options.frequency_penalty or options.presence_penalty:
+        c = count(new)
+        logits = logits - c * options.frequency_penalty - (c > 0) * options.presence_penalty
+    if options.logit_bias:
+        ids, biases = zip(*options.logit_bias, strict=True)
+        index = torch.tensor(ids, device=logits.device)
+        logits = logits.index_add(0, index, torch.tensor(biases, dtype=torch.float32, device=logits.device))
+    return logits
+
+
+def logprobs_of(logits: Tensor, ids: Sequence[int], most: int) -> list[tuple[float, tuple]]:
+    """The log-probability of the id of each row of logits (B, V), and ((id, log-probability), ...) of the likeliest."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    values, likeliest = logprobs.topk(min(most, logprobs.shape[-1]))
+    own = logprobs.gather(-1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
+    pairs = [tuple(zip(*both, strict=True)) for both in zip(likeliest.tolist(), values.tolist(), strict=True)]
+    return list(zip(own.tolist(), pairs, strict=True))
 
 
 def sample(logits: Tensor, k: int, temperature: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
@@ -104,7 +150,7 @@ class Token(NamedTuple):
 
     row: "Row"
     id: int
-    logprob: float | None  # at temperature 1 and without limits; None if it was not asked for
+    logprob: float | None  # at temperature 1, without limits and penalties; None if it was not asked for
     likeliest: tuple  # ((id, logprob), ...) of the likeliest tokens that were asked for
     finish: str | None  # "stop" or "length" if the text ends here, which frees the row
 
@@ -122,6 +168,15 @@ class Row:
     leader: "Row | None" = None  # the row that encodes the prompt for this one too
     new: int = 0  # tokens written
     parked: tuple = ()  # its keys and values, while it is parked
+    prompt: list[Token] = field(
+        default_factory=list
+    )  # with Options.prompt_logprobs: the prompt's tokens, the first's None
+    total_logprob: float = 0.0  # of the tokens written, if Options.logprobs is given
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token written, by which OpenAI's `best_of` chooses."""
+        return self.total_logprob / max(self.new, 1)
 
     @property
     def decodes(self) -> bool:
@@ -180,6 +235,10 @@ class Engine:
             )
         if not 0 <= min(ids) <= max(ids) < self.model.config.vocab_size:
             raise ValueError(f"a token id is outside the vocabulary of {self.model.config.vocab_size}")
+        if options.prompt_logprobs and len(ids) > self.context:
+            raise ValueError(
+                f"the log-probabilities of {len(ids)} tokens need a context of as many, not {self.context}"
+            )
         if min(len(ids), self.context) + options.max_new_tokens > self.cache.size < self.context:
             raise ValueError(f"{len(ids)} + {options.max_new_tokens} tokens are more than the length given before")
         rows = [Row(options, list(ids), random.Random(options.seed + i), len(self.rows) + i) for i in range(n)]
@@ -269,18 +328,34 @@ class Engine:
         idx = torch.tensor([(row.pending or [0])[:T] for row in batch], device=self.device)
         indices, lengths = [row.index for row in batch], [row.length for row in batch]
         view = KVCacheView(self.cache, indices, lengths, T, whole=model is not self.model)
-        logits = model(idx, kv_cache=view)[0][:, -1, : self.vocab_size]
+        scored = [] if decode else [row for row in rows if row.options.prompt_logprobs]
+        targets = {"targets": idx} if scored else {}  # with which the model returns the logits of all T positions
+        logits = model(idx, **targets, kv_cache=view)[0][..., : self.vocab_size]
+        for row in scored:
+            self._score(row, logits[batch.index(row)])
+        logits = logits[:, -1]
         for row in rows:
             row.length += T
             del row.pending[:T]
         return logits if len(batch) == len(rows) else logits[[row.index for row in rows]]
+
+    def _score(self, row: Row, logits: Tensor) -> None:
+        """Append to `row.prompt` the tokens of its prompt that follow the pending ones, whose logits (T, V) these are."""
+        if row.new:  # its prompt was reported before; this is a window
+            return
+        if not row.length:
+            row.prompt = [Token(row, row.ids[0], None, (), None)]
+        ids = row.ids[row.length + 1 :][: len(logits)]
+        if ids:
+            found = logprobs_of(logits[: len(ids)], ids, row.options.logprobs or 0)
+            row.prompt += [Token(row, id, *report, None) for id, report in zip(ids, found, strict=True)]
 
     def _share(self, leader: Row) -> list[Row]:
         """Copy the prompt that the leader has encoded to the rows that wait for it. Returns these rows."""
         rows = [row for row in self.rows if row.leader is leader]
         for row in rows:
             self.cache.copy(leader.index, row.index, leader.length)
-            row.leader, row.length = None, leader.length
+            row.leader, row.length, row.prompt = None, leader.length, leader.prompt
         return rows
 
     def _choose(self, rows: list[Row], logits: Tensor) -> list[Token]:
@@ -290,37 +365,45 @@ class Engine:
         ] = {}  # rows that `sample` treats alike, so that a row's token does not depend on the other rows
         for i, row in enumerate(rows):
             alike.setdefault(row.options.candidates(logits.shape[-1]), []).append(i)
+        adjusted = self._adjust(rows, logits)
         ids = [0] * len(rows)
         for k, members in alike.items():
             limits = [(o.temperature, o.top_p, o.min_p) for o in (rows[i].options for i in members)]
             temperature, top_p, min_p = torch.tensor(limits, device=self.device).split(1, dim=1)  # (B, 1) each
             drawn = [[rows[i].random.random()] for i in members]
             uniform = torch.tensor(drawn, dtype=torch.float64, device=self.device)
-            some = logits if len(alike) == 1 else logits[members]
+            some = adjusted if len(alike) == 1 else adjusted[members]
             chosen = sample(some, k, temperature, top_p, min_p, uniform)
             for i, id in zip(members, chosen.tolist(), strict=True):
                 ids[i] = id
         reports = self._logprobs(rows, ids, logits)
         return [self._take(row, ids[i], *reports.get(i, (None, ()))) for i, row in enumerate(rows)]
 
+    def _adjust(self, rows: list[Row], logits: Tensor) -> Tensor:
+        """The logits (B, V) with the penalties and biases of each row; the same tensor if there are none."""
+        if not any(row.options.adjusts for row in rows):
+            return logits
+        each = [
+            adjust(own, row.options, row.ids[: -row.new or None], row.ids[len(row.ids) - row.new :])
+            if row.options.adjusts
+            else own.float()
+            for row, own in zip(rows, logits, strict=True)
+        ]
+        return torch.stack(each)
+
     def _logprobs(self, rows: list[Row], ids: list[int], logits: Tensor) -> dict:
         """{place in rows: (log-probability of its id, ((id, log-probability) of the likeliest, ...))}."""
         asked = {i: row.options.logprobs for i, row in enumerate(rows) if row.options.logprobs is not None}
         if not asked:
             return {}
-        logprobs = logits[list(asked)].float().log_softmax(dim=-1)
-        values, likeliest = logprobs.topk(min(max(asked.values()), logprobs.shape[-1]))
-        own = logprobs.gather(-1, torch.tensor([[ids[i]] for i in asked], device=self.device))[:, 0]
-        pairs = [tuple(zip(*both, strict=True)) for both in zip(likeliest.tolist(), values.tolist(), strict=True)]
-        return {
-            i: (logprob, best[:most])
-            for (i, most), logprob, best in zip(asked.items(), own.tolist(), pairs, strict=True)
-        }
+        found = logprobs_of(logits[list(asked)], [ids[i] for i in asked], max(asked.values()))
+        return {i: (own, best[:most]) for (i, most), (own, best) in zip(asked.items(), found, strict=True)}
 
     def _take(self, row: Row, id: int, logprob: float | None, likeliest: tuple) -> Token:
         """Append a token to a row. Returns the Token."""
         row.ids.append(id)
         row.new += 1
+        row.total_logprob += logprob or 0.0
         row.pending = [id]
         finish = "stop" if id in row.options.stop else "length" if row.new == row.options.max_new_tokens else None
         return Token(row, id, logprob, likeliest, finish)

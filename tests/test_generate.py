@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from nanogpt.generate import Engine, Options, generate, sample
+from nanogpt.generate import Engine, Options, adjust, generate, sample
 from nanogpt.model import ARCHITECTURES, GPT, GPTConfig
 
 S, V = 8, 20  # context and vocabulary of the models here
@@ -122,6 +122,105 @@ def test_half_precision_logits_are_sampled_in_float32():
         assert torch.equal(drawn, expected)
 
 
+# Penalties and biases
+
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.0, -3.0, 1.0])
+
+
+def test_the_repetition_penalty_is_that_of_ctrl():
+    """Keskar et al. 2019, for tokens of the prompt and of the text; negative logits are multiplied, as in Transformers."""
+    expected = LOGITS.tolist()
+    for id in (0, 1, 4):
+        expected[id] = expected[id] / 1.5 if expected[id] > 0 else expected[id] * 1.5
+    found = adjust(LOGITS, Options(repetition_penalty=1.5), [1, 1, 4], [0, 1])
+    assert found.tolist() == pytest.approx(expected)
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([[1, 1, 4, 0, 1]]), LOGITS[None])
+    torch.testing.assert_close(found, reference[0])
+
+
+@pytest.mark.parametrize("frequency, presence", [(0.7, 0.0), (0.0, -1.2), (0.5, 0.25)])
+def test_the_other_penalties_are_those_of_openai(frequency, presence):
+    """mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, where c counts the tokens generated so far."""
+    new = [2, 5, 2, 2]
+    c = [new.count(j) for j in range(6)]
+    expected = [mu - c[j] * frequency - float(c[j] > 0) * presence for j, mu in enumerate(LOGITS.tolist())]
+    options = Options(frequency_penalty=frequency, presence_penalty=presence)
+    assert adjust(LOGITS, options, [0, 0, 1, 2], new).tolist() == pytest.approx(expected)
+    assert torch.equal(adjust(LOGITS, options, [0, 0, 1, 2], []), LOGITS)
+
+
+def test_a_logit_bias_is_added():
+    found = adjust(LOGITS, Options(logit_bias=((4, 7.5), (0, -100.0))), [4], [4])
+    assert found.tolist() == pytest.approx([-98.0, -1.0, 0.5, 0.0, 4.5, 1.0])
+
+
+def test_together_the_repetition_penalty_comes_first():
+    options = Options(repetition_penalty=2.0, frequency_penalty=0.5, presence_penalty=0.25, logit_bias=((0, 3.0),))
+    assert adjust(LOGITS, options, [1], [0, 0])[:2].tolist() == pytest.approx([2 / 2 - 1.0 - 0.25 + 3, -2.0])
+
+
+def test_the_defaults_adjust_nothing():
+    assert not Options().adjusts
+    changes = (dict(repetition_penalty=1.1), dict(frequency_penalty=0.1), dict(presence_penalty=-0.1))
+    assert all(Options(**change).adjusts for change in (*changes, dict(logit_bias=((0, 1.0),))))
+
+
+def test_the_engine_adjusts_by_what_it_has_written(either):
+    """Greedy tokens are those of the definitions, whatever row is beside it; log-probabilities stay the model's own."""
+    options = Options(max_new_tokens=12, temperature=0, logprobs=0, repetition_penalty=1.3, frequency_penalty=0.8)
+    engine = Engine(either, 2)
+    (row,) = engine.add([1, 2], options)
+    (plainly,) = engine.add([1, 2], Options(max_new_tokens=12, temperature=0))
+    reported = [token for token in write_all(engine) if token.row is row]
+    ids = [1, 2]
+    for token in reported:
+        logits = plain_logits(either, torch.tensor([ids]))[0]
+        ids.append(int(adjust(logits, options, ids[:2], ids[2:]).argmax()))
+        assert token.logprob == pytest.approx(logits.log_softmax(-1)[ids[-1]].item(), abs=1e-4)
+    assert row.ids == ids != plainly.ids
+    assert plainly.ids[2:] == plain(either, torch.tensor([[1, 2]]), 12)[0].tolist()
+    assert row.mean_logprob == pytest.approx(sum(token.logprob for token in reported) / 12)
+
+
+def test_a_bias_of_minus_and_plus_100_bans_and_forces_a_token(model):
+    engine = Engine(model, 2)
+    (forced,) = engine.add([1], Options(max_new_tokens=5, logit_bias=((7, 100.0),)))
+    (banned,) = engine.add([1], Options(max_new_tokens=200, temperature=2.0, logit_bias=((7, -100.0),)))
+    write_all(engine)
+    assert forced.ids[1:] == [7] * 5 and 7 not in banned.ids
+
+
+# The log-probabilities of the prompt
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+@pytest.mark.parametrize("T", [1, 2, S])
+def test_the_log_probabilities_of_the_prompt(either, chunk, T):
+    """Those of the model without a cache, for every row that shares the prompt, and beside a row without them."""
+    ids = torch.randint(0, V, (T,), generator=seeded()).tolist()
+    engine = Engine(either, 4, chunk=chunk)
+    engine.add(ids[::-1], Options(max_new_tokens=3))
+    rows = engine.add(ids, Options(max_new_tokens=2 * S, logprobs=2, prompt_logprobs=True), n=2)
+    engine.step()
+    write_all(engine)
+    with torch.no_grad():
+        logprobs = either(torch.tensor([ids]), torch.tensor([ids]))[0][0].log_softmax(-1)
+    for row in rows:
+        assert [token.id for token in row.prompt] == ids
+        assert (row.prompt[0].logprob, row.prompt[0].likeliest) == (None, ())
+        for i, token in enumerate(row.prompt[1:]):
+            values, likeliest = logprobs[i].topk(2)
+            assert token.logprob == pytest.approx(logprobs[i, ids[i + 1]].item(), abs=1e-4)
+            assert [id for id, _ in token.likeliest] == likeliest.tolist()
+            assert [p for _, p in token.likeliest] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_a_prompt_to_report_must_fit_the_context(model):
+    with pytest.raises(ValueError, match=f"need a context of as many, not {S}"):
+        Engine(model, 1).add([1] * (S + 1), Options(logprobs=0, prompt_logprobs=True))
+
+
 # With the cache and without
 
 
@@ -221,6 +320,10 @@ def random_request(draw):
         seed=draw.randrange(1000),
         stop=frozenset(draw.sample(range(V), draw.choice([0, 1]))),
         logprobs=draw.choice([None, 0, 2]),
+        repetition_penalty=draw.choice([1.0, 1.0, 1.5]),
+        frequency_penalty=draw.choice([0.0, 0.0, 1.0]),
+        presence_penalty=draw.choice([0.0, 0.0, 1.0]),
+        logit_bias=draw.choice([(), (), ((3, 2.0), (4, -100.0))]),
     )
     return ids, options, draw.randint(1, 3)
 

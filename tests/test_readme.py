@@ -384,5 +384,5 @@ def test_extras():
 
 
 def test_the_demo_brings_what_the_readme_needs():
-    """All extras but W&B, which nothing needs unless it is asked for, and the tests' own references."""
-    assert brought_by("demo") == extras().keys() - {"wandb", "test"}
+    """All extras but trackers, which nothing needs unless they are asked for, and the tests' own references."""
+    assert brought_by("demo") == extras().keys() - {"wandb", "tensorboard", "test"}

@@ -1,4 +1,7 @@
-"""How well a trained model predicts a text: loss, perplexity and bits per byte, of the whole text and of each document."""
+"""How well a trained model predicts a text: loss, perplexity and bits per byte, of the whole text and of each document.
+
+tasks.py has the tasks of `--tasks`.
+"""
 
 import collections
 import shutil
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanogpt import data, evaluate
+from nanogpt.commands import tasks
 from nanogpt.config import EvalConfig, UserError, is_name, is_path
 from nanogpt.run import distributed, settings, trained
 from nanogpt.run.distributed import Dist
@@ -25,14 +29,30 @@ def main(argv: list[str]) -> None:
     """Run `nanogpt eval` with these arguments."""
     cfg = settings.load(EvalConfig, argv, "nanogpt eval")
     with distributed.setup(cfg, out=sys.stderr) as dist:  # standard output has the results only
-        with dist.agree():
-            texts = read_texts(cfg, dist) if cfg.text else None
-            found = trained.load(cfg, dist)
-            choose_context(cfg, found.model.config.block_size)
-            dataset, documents, names = from_texts(cfg, texts, found, dist) if texts else from_split(cfg, found)
-        result = measure(cfg, found, dataset, documents, dist)
+        printed = evaluate_on_task(cfg, dist) if cfg.tasks else evaluate_on_text(cfg, dist)
         if dist.is_main:
-            print("\n".join(lines(result, names)))
+            print("\n".join(printed))
+
+
+def evaluate_on_task(cfg: EvalConfig, dist: Dist) -> list[str]:
+    """Evaluate the model on the file that `--tasks` names. Returns the lines to print."""
+    with dist.agree():
+        task = tasks.read_task(cfg)  # before the model is loaded
+        found = trained.load(cfg, dist)
+        choose_context(cfg, found.model.config.block_size)
+        requests = tasks.all_requests(cfg, task, found.tokenizer)
+    return [tasks.evaluate_task(found.model, requests, task, cfg, dist)]
+
+
+def evaluate_on_text(cfg: EvalConfig, dist: Dist) -> list[str]:
+    """Evaluate the model on a text or a dataset. Returns the lines to print."""
+    with dist.agree():
+        texts = read_texts(cfg, dist) if cfg.text else None
+        found = trained.load(cfg, dist)
+        choose_context(cfg, found.model.config.block_size)
+        dataset, documents, names = from_texts(cfg, texts, found, dist) if texts else from_split(cfg, found)
+    result = measure(cfg, found, dataset, documents, dist)
+    return list(lines(result, names)) if dist.is_main else []
 
 
 def read_texts(cfg: EvalConfig, dist: Dist) -> dict[str, str]:

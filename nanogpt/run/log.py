@@ -1,4 +1,4 @@
-"""What a run reports: lines on standard output, a progress bar, metrics.jsonl, W&B."""
+"""What a run reports: lines on standard output, a progress bar, metrics.jsonl, trackers."""
 
 import errno
 import itertools
@@ -21,7 +21,7 @@ from nanogpt.run.distributed import Dist
 from nanogpt.run.picture import draw_losses
 from nanogpt.run.records import drop_after
 from nanogpt.run.speed import PLAUSIBLE, device_peak, expected_seconds, peak_beside, takes_hours
-from nanogpt.run.trackers import one_line
+from nanogpt.run.trackers import Tracker, name_of, one_line
 
 Step = tuple[int, float, dict[str, float]]  # (number of the update, learning rate, metrics)
 SILENCE = 6.0  # seconds without a line, before the first iteration is reported, after which one says what goes on
@@ -60,7 +60,7 @@ class Log:
     """
 
     def __init__(self, run: Any, *, tokens_per_iter: int, flops_per_iter: float, peak: float) -> None:
-        self.cfg, self.dist, self.state, self.wandb = run.cfg, run.dist, run.state, run.wandb
+        self.cfg, self.dist, self.state, self.trackers = run.cfg, run.dist, run.state, list(run.trackers)
         self.tokens_per_iter, self.flops_per_iter, self.peak = tokens_per_iter, flops_per_iter, peak
         self.epoch_windows, self.per_step = run.batches.epoch_windows, run.batches.per_step
         cfg, dist, state = run.cfg, run.dist, run.state
@@ -181,10 +181,10 @@ class Log:
         self._record(step=step, **{f"exact_{k}": v for k, v in result.items()})
 
     def _record(self, **values: Any) -> None:
-        """Append a record to metrics.jsonl; W&B gets the same names and units."""
+        """Append a record to metrics.jsonl; trackers get the same names and units."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        if self.wandb:
-            self._send(values["step"], values)
+        for tracker in [*self.trackers]:
+            self._send(tracker, values["step"], values)
         if self.file:
             try:
                 if files.identity(self.file.fileno()) != files.identity(self.file.name):
@@ -195,12 +195,13 @@ class Log:
                 line = f"{self.file.name}: cannot be written to ({e.strerror}); the run stops{rest}"
                 self.dist.fail(RunFailed(line))
 
-    def _send(self, step: int, values: dict) -> None:
+    def _send(self, tracker: Tracker, step: int, values: dict) -> None:
         try:
-            self.wandb.log(values, step=step)
+            tracker.log(values, step=step)
         except Exception as e:  # its own process may have been killed
-            self.say(f"W&B: nothing more is sent ({one_line(e)}); the run goes on, and metrics.jsonl has it all")
-            self.wandb = None
+            why = f"nothing more is sent ({one_line(e)}); the run goes on, and metrics.jsonl has it all"
+            self.say(f"{name_of(tracker)}: {why}")
+            self.trackers.remove(tracker)
 
     def close(self) -> None:
         """Close what is open, and draw the loss curves."""
@@ -208,11 +209,11 @@ class Log:
         if self.bar:
             self.bar.close()
             self.bar = None
-        if self.wandb:
+        for tracker in self.trackers:
             try:
-                self.wandb.finish()
+                tracker.finish()
             except Exception as e:
-                self.say(f"W&B: not all of the run could be sent ({one_line(e)})")
+                self.say(f"{name_of(tracker)}: not all of the run could be sent ({one_line(e)})")
         if self.file:
             try:
                 self.file.close()

@@ -27,6 +27,7 @@ from nanogpt.run import checkpoint, memory, signals
 from nanogpt.run.distributed import Dist
 from nanogpt.run.health import Health, Watch
 from nanogpt.run.log import Log, Step, Unread, start_log
+from nanogpt.run.trackers import Tracker
 from nanogpt.text import tokenizer
 
 
@@ -90,7 +91,7 @@ class Run:
     state: TrainState
     batches: data.Batches  # to train on
     eval_batches: dict  # {"train": data.Batches, "val": data.Batches}
-    wandb: Any = None  # the W&B run, on the main process
+    trackers: list[Tracker] = field(default_factory=list)  # on the main process
     model: Any = None  # to call: gpt, perhaps compiled, and wrapped to average gradients
     tick: Callable[[], None] = lambda: None  # called before each batch of an evaluation
 

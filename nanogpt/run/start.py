@@ -235,7 +235,7 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
     dist.require_same(facts_of(cfg))
     distributed.choose_seed(cfg, dist)
     data.share_batch(cfg, dist.world_size)  # raises if the number of processes does not divide the batch
-    trackers.require_wandb(cfg)
+    trackers.require_installed(cfg)
     with dist.agree():
         if dist.is_main and not cfg.eval_only:
             checkpoint.check_out_dir(cfg.out_dir)
@@ -249,7 +249,7 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
     if not cfg.eval_only:
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.gpt, cfg, dist)
         with dist.agree():
-            run.wandb = open_out_dir(cfg, dist, resuming, lock)
+            run.trackers = open_out_dir(cfg, dist, run.step if resuming else None, lock)
     return run, found.folder if isinstance(found, Checkpoint) and resuming else None
 
 
@@ -343,29 +343,34 @@ def take(lock: files.Lock, cfg: TrainConfig, dist: Dist, create: bool) -> None:
         raise RunFailed(f"--out_dir={cfg.out_dir}: cannot be written to ({lock.path}: {e.strerror})") from None
 
 
-def open_out_dir(cfg: TrainConfig, dist: Dist, resuming: bool, lock: files.Lock) -> Any:
-    """Create and lock `out_dir`, move an earlier run in it aside, and save the settings. Returns the W&B run or None.
+def open_out_dir(cfg: TrainConfig, dist: Dist, resumed: int | None, lock: files.Lock) -> list[trackers.Tracker]:
+    """Create and lock `out_dir`, move an earlier run in it aside, and save the settings. Returns the run's trackers.
 
-    W&B comes first, since it may fail: then the earlier run stays where it is.
+    resumed: the number of updates that a resumed run has made, or None. W&B comes first, since it may fail: then the
+    earlier run stays where it is.
     """
     if not dist.is_main:
-        return None
-    run_id, run = trackers.kept_wandb_id(cfg.out_dir) if resuming else None, None
+        return []
+    run_id, run = trackers.kept_wandb_id(cfg.out_dir) if resumed is not None else None, None
+    found: list[trackers.Tracker] = []
     try:
         if cfg.wandb_log:
             run = trackers.start_wandb(cfg, run_id, dist.say)
             run_id = getattr(run, "id", None)  # a stand-in may have none
+            found.append(run)
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         take(lock, cfg, dist, create=True)
         lock.sign()
-        aside = None if resuming else checkpoint.set_aside(cfg.out_dir)
+        aside = None if resumed is not None else checkpoint.set_aside(cfg.out_dir)
         if aside:
             dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")
         more = {"wandb_run_id": run_id, "launch": launch.launch_id()}
         more = {name: value for name, value in more.items() if value}
         checkpoint.write_settings(cfg.out_dir, asdict(cfg), cfg.sources, **more)
+        if cfg.tensorboard:
+            found.append(trackers.start_tensorboard(cfg, resumed or 0, dist.say))
     except OSError as e:
-        if run:
-            run.finish(exit_code=1)
+        for tracker in found:
+            tracker.finish(**({"exit_code": 1} if tracker is run else {}))
         raise RunFailed(f"--out_dir={cfg.out_dir}: cannot be written to ({e.strerror})") from None
-    return run
+    return found

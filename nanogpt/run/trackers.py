@@ -1,4 +1,7 @@
-"""Weights & Biases, or a package that replaces it, such as trackio. A resumed run continues its W&B run."""
+"""Trackers, which draw the metrics of a run: TensorBoard, and Weights & Biases or a package in its place, as trackio.
+
+Each gets the records of metrics.jsonl through the two methods of `Tracker`. A resumed run continues its W&B run.
+"""
 
 import importlib.util
 import json
@@ -9,16 +12,58 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from nanogpt import files
 from nanogpt.config import TrainConfig, UserError, installs
 
 
-def require_wandb(cfg: TrainConfig) -> None:
-    """Raise UserError if W&B is asked for and not installed."""
+class Tracker(Protocol):
+    """What a run needs of a tracker; the runs of W&B and trackio have these methods."""
+
+    def log(self, values: dict[str, Any], /, *, step: int) -> Any:
+        """Record {metric: value} after `step` updates. A value that is None was not finite."""
+
+    def finish(self) -> Any:
+        """Send or write what is left."""
+
+
+class TensorBoard:
+    """A Tracker that writes TensorBoard's event files to a folder."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)  # hides what a resumed run repeats
+
+    def log(self, values: dict[str, Any], /, *, step: int) -> None:
+        """Write a scalar for each number."""
+        for name, value in values.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        """Write and close the file."""
+        self.writer.close()
+
+
+def require_installed(cfg: TrainConfig) -> None:
+    """Raise UserError if a tracker is asked for and not installed."""
+    missing = []
     if cfg.wandb_log and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"--wandb_log=True: wandb is not installed; {installs('wandb')} brings it")
+        missing.append(f"--wandb_log=True: wandb is not installed; {installs('wandb')} brings it")
+    if cfg.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        missing.append(f"--tensorboard=True: tensorboard is not installed; {installs('tensorboard')} brings it")
+    if missing:
+        raise UserError(*missing)
+
+
+def start_tensorboard(cfg: TrainConfig, step: int, say: Callable[[str], Any]) -> Tracker:
+    """A TensorBoard of a run that has made `step` updates, in `out_dir`/tensorboard. Raises OSError."""
+    folder = Path(cfg.out_dir) / "tensorboard"
+    tracker = TensorBoard(folder, step)
+    say(f"TensorBoard: tensorboard --logdir={folder} shows the run")
+    return tracker
 
 
 def start_wandb(cfg: TrainConfig, run_id: str | None, say: Callable[[str], Any]) -> Any:
@@ -67,6 +112,11 @@ def kept_wandb_id(out_dir: Path | str) -> str | None:
         return found if re.fullmatch(r"[\w-]{1,64}", found) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
+
+
+def name_of(tracker: Tracker) -> str:
+    """What a line calls this tracker."""
+    return "TensorBoard" if isinstance(tracker, TensorBoard) else "W&B"
 
 
 def one_line(error: BaseException) -> str:

@@ -54,7 +54,8 @@ class Server:
         self.name = cfg.init_from if cfg.init_from in GPT2_NAMES else folder.resolve().name
         self.losses = curves(folder / "metrics.jsonl", found.checkpoint)
         of_openai = dict(id=self.name, object="model", created=int(time.time()), owned_by="nanogpt")
-        size = dict(context=found.model.config.block_size, parameters=found.model.num_params())
+        self.context = found.model.config.block_size
+        size = dict(context=self.context, parameters=found.model.num_params())
         limits = dict(max_tokens=cfg.max_tokens, max_n=cfg.max_n, max_prompt=cfg.max_prompt)
         self.model_body = of_openai | size | limits | dict(vocab_size=self.tok.vocab_size)
         model = quantize.made_ready(found.model, cfg, dist)
@@ -213,26 +214,55 @@ class CompletionResponse(Response):
         self.completion = Completion(asked, server.name, sum(len(job.ids) for job in self.jobs))
         self.choices: list[Choice] = []
         for job in self.jobs:
-            prompt = server.tok.decode(job.ids) if asked.echo else ""
-            self.choices += [Choice(index, prompt, asked.logprobs is not None, server.tok) for index in job.indices]
+            prompt, logprobs = server.tok.decode(job.ids) if asked.echo else "", asked.logprobs is not None
+            self.choices += [Choice(i, prompt, logprobs, server.tok, asked.max_tokens == 0) for i in job.indices]
 
     def make_job(self, number: int, prompt: str | list[int]) -> batching.Job:
-        """The Job of one prompt. Raises ApiError if the prompt has too many tokens, or some that the model lacks."""
-        asked, tok, most = self.asked, self.server.tok, self.server.cfg.max_prompt
+        """The Job of one prompt. Raises ApiError if the model cannot continue it with these options."""
+        asked, field = self.asked, "prompt"
         try:
-            if isinstance(prompt, str):
-                ids = tok.encode(trained.known(prompt, tok)[0])
-            else:
-                ids = [check_id(id, tok.vocab_size) for id in prompt]
-            if not 0 < len(ids) <= most:
-                raise ValueError(f"has {len(ids)} tokens; expected 1 to {most}")
+            ids = self.encode(prompt)
+            field = "logit_bias"
+            bias = tuple((check_id(id, self.server.tok.vocab_size), bias) for id, bias in asked.logit_bias.items())
         except ValueError as e:
-            raise ApiError(400, f"prompt: {e}", "prompt") from None
+            raise ApiError(400, f"{field}: {e}", field) from None
+        indices = range(number * asked.texts, (number + 1) * asked.texts)
+        return batching.Job(ids, self.options(indices[0], bias), asked.stop, indices, self.outbox)
+
+    def encode(self, prompt: str | list[int]) -> list[int]:
+        """The token ids of a prompt. Raises ValueError if there are too many, or some that the model lacks."""
+        asked, tok, most = self.asked, self.server.tok, self.server.cfg.max_prompt
+        if not prompt and tok.eot is None:
+            raise ValueError("is empty; a text has to begin with at least one token, such as a newline")
+        if not prompt:
+            return [tok.eot]  # from the beginning of a document
+        if isinstance(prompt, str):
+            ids = tok.encode(trained.known(prompt, tok)[0])
+        else:
+            ids = [check_id(id, tok.vocab_size) for id in prompt]
+        if not 0 < len(ids) <= most:
+            raise ValueError(f"has {len(ids)} tokens; expected 1 to {most}")
+        if asked.reports_prompt and len(ids) > self.server.context:
+            limit = f"the limit is the {self.server.context} of the model's context"
+            raise ValueError(f"has {len(ids)} tokens; with echo and logprobs, {limit}")
+        return ids
+
+    def options(self, first: int, logit_bias: tuple[tuple[int, float], ...]) -> Options:
+        """How the texts of a prompt are generated, of which number `first` of the request is the first one."""
+        asked, eot = self.asked, self.server.tok.eot
         seed = int.from_bytes(os.urandom(7), "little") if asked.seed is None else asked.seed
-        ends = frozenset(() if tok.eot is None else [tok.eot])
-        indices = range(number * asked.n, (number + 1) * asked.n)
-        sampling = (asked.max_tokens, asked.temperature, asked.top_k, asked.top_p, asked.min_p, seed + indices[0])
-        return batching.Job(ids, Options(*sampling, ends, asked.logprobs), asked.stop, indices, self.outbox)
+        limits, penalties = ("top_k", "top_p", "min_p"), ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        logprobs = 0 if asked.logprobs is None and asked.texts > asked.n else asked.logprobs
+        return Options(
+            max(asked.max_tokens, 1),  # of a single one, nothing is shown if none was asked for
+            asked.temperature,
+            **{name: getattr(asked, name) for name in (*limits, *penalties)},
+            seed=seed + first,
+            stop=frozenset(() if eot is None else [eot]),
+            logprobs=logprobs,
+            prompt_logprobs=asked.reports_prompt,
+            logit_bias=logit_bias,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Generate and send it, unless the client disconnects or stops reading."""
@@ -259,8 +289,20 @@ class CompletionResponse(Response):
         else:
             async for _ in progress:
                 pass
-            body = self.completion.body([choice.body() for choice in self.choices], self.tokens)
+            body = self.completion.body([choice.body() for choice in self.best_choices()], self.tokens)
             await JSONResponse(body)(scope, receive, send)
+
+    def best_choices(self) -> list[Choice]:
+        """The n texts of each prompt, of `best_of`, that have the highest log-probability per token, best first."""
+        asked = self.asked
+        if asked.texts == asked.n:
+            return self.choices
+        each = [self.choices[i : i + asked.texts] for i in range(0, len(self.choices), asked.texts)]
+        best = [sorted(choices, key=lambda choice: -choice.mean_logprob)[: asked.n] for choices in each]
+        found = [choice for choices in best for choice in choices]
+        for index, choice in enumerate(found):
+            choice.index = index
+        return found
 
     async def events(self, grown: list[Choice], progress: AsyncIterator[list[Choice]]) -> AsyncIterator[bytes]:
         """Yield the events of a stream; those that are sent together are one item."""

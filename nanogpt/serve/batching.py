@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -46,6 +46,9 @@ class Part:
     token: Token | None  # None if the step only ended the text
     start: int  # offset of the token in the text
     finish: str | None  # "stop" or "length" if the text ends here
+    end: Token | None = None  # the token that ended the text and is not part of it
+    prompt: Sequence[Token] = ()  # the prompt's tokens, with the first Part of a text, if they are to be reported
+    mean_logprob: float = 0.0  # of the text so far, if log-probabilities are reported
 
 
 class Outbox:
@@ -258,8 +261,9 @@ class Batcher:
         if finish:
             del self.running[token.row]
             self.changed = True
-        shown = None if token.finish == "stop" else token
-        text.job.outbox.put(Part(text.index, new, shown, start, finish))
+        shown, end = (None, token) if token.finish == "stop" else (token, None)
+        prompt = token.row.prompt if token.row.new == 1 else ()
+        text.job.outbox.put(Part(text.index, new, shown, start, finish, end, prompt, token.row.mean_logprob))
 
 
 def fail(texts: Iterable[Text], error: Exception) -> None:

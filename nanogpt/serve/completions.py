@@ -1,13 +1,13 @@
 """OpenAI's completions API: what a request may contain, and the format of the response.
 
 This module uses neither the server nor the model. Names and formats are those of OpenAI's API reference (Completions) and
-of the types of its Python client. `top_k` and `min_p` are extensions.
+of the types of its Python client. `top_k`, `min_p` and `repetition_penalty` are extensions.
 """
 
 import json
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
@@ -29,11 +29,12 @@ from starlette.responses import JSONResponse, Response
 from nanogpt.config import ServeConfig, nearest
 from nanogpt.generate import Token
 from nanogpt.serve.batching import Part
-from nanogpt.text.tokenizer import Tokenizer
+from nanogpt.text.tokenizer import Stream, Tokenizer
 
 MAX_LOGPROBS = 20  # alternatives reported for each token
 MIN_LOGPROB = -9999.0  # reported instead of minus infinity, which JSON does not have
 MAX_STOPS, MAX_STOP_LENGTH = 4, 256
+MAX_BIASES = 1024  # tokens in logit_bias
 MAX_TEXTS = 20  # in the response to one request, unless max_n is larger
 ERROR_TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
 ERROR_HEADERS = {  # which clients obey
@@ -92,7 +93,14 @@ def only(*accepted: Any) -> AfterValidator:
     return AfterValidator(check)
 
 
+def token_id(key: str) -> Any:
+    """5 for "5", because names of JSON objects are strings."""
+    return int(key) if key.isdecimal() and len(key) < 20 else key
+
+
 Int = Annotated[int, BeforeValidator(whole_number)]
+TokenId = Annotated[int, BeforeValidator(token_id)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class StreamOptions(BaseModel):
@@ -108,8 +116,8 @@ class CompletionRequest(BaseModel):
 
     model: str = ""  # the one that is loaded
     max_tokens: Annotated[
-        Int, Field(ge=1, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")), at_most("max_tokens")
-    ] = 16
+        Int, Field(ge=0, validation_alias=AliasChoices("max_tokens", "max_completion_tokens")), at_most("max_tokens")
+    ] = 16  # 0: only the prompt, with echo
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[Int, Field(ge=0, lt=2**31)] = 0  # 0: all tokens
@@ -117,19 +125,19 @@ class CompletionRequest(BaseModel):
     n: Annotated[Int, Field(ge=1), at_most("max_n")] = 1
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None  # choice number i draws from seed + i
     logprobs: Annotated[Int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)] = {}
     echo: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    best_of: Int | None = None
-    prompt: list[str | list[int]]  # also a single text or list of token ids
+    best_of: Annotated[Int, at_most("max_n")] | None = None  # generates as many, returns the n most probable per token
+    prompt: Annotated[list[str | list[int]], Field(validate_default=True)] = [""]  # also a single text or list of ids
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)
     ] = []  # also a single text
 
-    frequency_penalty: Annotated[Any, only(0)] = None
-    presence_penalty: Annotated[Any, only(0)] = None
-    repetition_penalty: Annotated[Any, only(1)] = None
-    logit_bias: Annotated[Any, only({})] = None
     suffix: Annotated[Any, only("")] = None
     ignore_eos: Annotated[Any, only(False)] = None
     stop_token_ids: Annotated[Any, only([])] = None
@@ -154,13 +162,25 @@ class CompletionRequest(BaseModel):
             raise ValueError("max_tokens and max_completion_tokens differ")
         return given
 
-    @field_validator("best_of", "echo", "stream_options")
+    @property
+    def texts(self) -> int:
+        """The number of texts to generate for each prompt."""
+        return self.best_of or self.n
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt's tokens are asked for."""
+        return self.echo and self.logprobs is not None
+
+    @field_validator("best_of", "stream_options")
     @classmethod
     def check_combination(cls, value: Any, info: ValidationInfo) -> Any:
-        if info.field_name == "best_of" and value not in (1, info.data.get("n")):
-            raise ValueError("is not supported, except with the value of n")
-        if info.field_name == "echo" and value and info.data.get("logprobs") is not None:
-            raise ValueError("is not supported together with logprobs")
+        n = info.data.get("n", 1)
+        if info.field_name == "best_of" and value is not None:
+            if value < n:
+                raise ValueError(f"should be at least n, which is {n}, not {value}")
+            if value > n and info.data.get("stream"):
+                raise ValueError("must not exceed n with stream: the best text is known only at the end")
         if info.field_name == "stream_options" and not info.data.get("stream"):
             raise ValueError("is allowed only with stream")
         return value
@@ -174,12 +194,11 @@ class CompletionRequest(BaseModel):
         except ValidationError:
             raise ValueError(f"should be text, a list of token ids, or a list of such, not {shorten(prompt)}") from None
         cfg, n = cast(ServeConfig, info.context), info.data.get("n", 1)
+        name, n = max(("n", n), ("best_of", info.data.get("best_of") or 0), key=lambda pair: pair[1])
         most = max(MAX_TEXTS, cfg.max_n)
         if not 0 < len(prompts) * n <= most:
-            raise ValueError(f"expected 1 to {most} texts in a request, not {len(prompts)} prompts x n {n}")
+            raise ValueError(f"expected 1 to {most} texts in a request, not {len(prompts)} prompts x {name} {n}")
         for p in prompts:
-            if not p:
-                raise ValueError("is empty; a text has to begin with at least one token, such as a newline")
             if len(p) > cfg.max_prompt:
                 unit = "characters" if isinstance(p, str) else "tokens"
                 raise ValueError(f"has {len(p)} {unit}; the limit is {cfg.max_prompt}")
@@ -215,8 +234,6 @@ def describe(name: str, error: ErrorDetails) -> str:
         return f"the body should be a JSON object, not {shorten(error['input'])}"
     if kind == "extra_forbidden":
         return f"{shorten(name)}: there is no such field{nearest(name, CompletionRequest.model_fields)}"
-    if kind == "missing":
-        return f"{name}: is missing"
     if message.startswith("Input "):
         return f"{name}: {message.removeprefix('Input ')}, not {shorten(error['input'])}"
     return f"{name}: {message[0].lower()}{message[1:]}"
@@ -253,25 +270,42 @@ class Completion:
 
 
 class Choice:
-    """One text of a response, as it grows from the Parts that the batcher makes."""
+    """One text of a response, as it grows from the Parts that the batcher makes. prompt_only: whether to drop it all."""
 
-    def __init__(self, index: int, prompt: str, logprobs: bool, tok: Tokenizer) -> None:
-        self.index, self.logprobs, self.tok = index, logprobs, tok
+    def __init__(self, index: int, prompt: str, logprobs: bool, tok: Tokenizer, prompt_only: bool = False) -> None:
+        self.index, self.logprobs, self.tok, self.prompt_only = index, logprobs, tok, prompt_only
         self.unsent = [prompt]  # the text to echo, if any
         self.echoed = self.shown = len(prompt)  # characters
         self.tokens = 0
         self.unreported: list[tuple[int, Token]] = []  # with offsets: tokens whose text is not shown yet
         self.finish_reason: str | None = None
+        self.whole = False  # whether all of it is shown: it has ended, and not by a stop string
+        self.with_prompt = False  # whether the tokens of the prompt are reported
+        self.mean_logprob = 0.0
 
     def add(self, part: Part) -> None:
         """Add what a step of the model has made."""
+        if part.prompt:
+            self._add_prompt(part.prompt)
+        if self.prompt_only:
+            self.finish_reason, self.whole = "length", True
+            return
         self.unsent.append(part.text)
         self.shown += len(part.text)
-        self.finish_reason = part.finish
-        if part.token:
-            self.tokens += 1
-            if self.logprobs:
-                self.unreported.append((self.echoed + part.start, part.token))
+        self.finish_reason, self.mean_logprob = part.finish, part.mean_logprob
+        self.whole = part.finish == "length" or part.end is not None
+        self.tokens += part.token is not None
+        # Programs that score a prompt leave out the last token reported, whether or not it ends the text.
+        token = part.token or (part.end if self.with_prompt else None)
+        if token and self.logprobs:
+            self.unreported.append((self.echoed + part.start, token))
+
+    def _add_prompt(self, tokens: Sequence[Token]) -> None:
+        """Report the tokens of the prompt, with the offsets of their text."""
+        self.with_prompt, stream, offset = True, Stream(self.tok), 0
+        for token in tokens:
+            self.unreported.append((offset, token))
+            offset += len(stream.push(token.id))
 
     def body(self) -> dict:
         """What was added since the last call, in OpenAI's format."""
@@ -281,8 +315,7 @@ class Choice:
 
     def _logprobs(self) -> dict:
         """The log-probabilities of the tokens whose text has been shown; those of a stop string never are."""
-        whole = self.finish_reason == "length"
-        ready = [(offset, token) for offset, token in self.unreported if whole or offset < self.shown]
+        ready = [(offset, token) for offset, token in self.unreported if self.whole or offset < self.shown]
         del self.unreported[: len(ready)]
         names = [self._name(token.id) for _, token in ready]
         logprobs = [round_logprob(token.logprob) for _, token in ready]
@@ -290,7 +323,9 @@ class Choice:
         return dict(
             tokens=names,
             token_logprobs=logprobs,
-            top_logprobs=[d | {name: lp} for d, name, lp in zip(likeliest, names, logprobs, strict=True)],
+            top_logprobs=[
+                None if lp is None else d | {name: lp} for d, name, lp in zip(likeliest, names, logprobs, strict=True)
+            ],
             text_offset=[offset for offset, _ in ready],
         )
 
@@ -303,7 +338,6 @@ class Choice:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def round_logprob(logprob: float | None) -> float:
-    """A finite log-probability with few digits; of a token that was generated with them."""
-    assert logprob is not None
-    return round(max(MIN_LOGPROB, logprob), 5)
+def round_logprob(logprob: float | None) -> float | None:
+    """A finite log-probability with few digits; None for the first token of a prompt, which nothing predicts."""
+    return None if logprob is None else round(max(MIN_LOGPROB, logprob), 5)

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import math
 import os
 import pty
 import re
@@ -19,7 +20,7 @@ import torch
 from support import ROOT, SMALL, free_port, losses, metrics
 
 import nanogpt.run.log
-from nanogpt.config import RunFailed, TrainConfig
+from nanogpt.config import RunFailed, TrainConfig, UserError
 from nanogpt.run import records, speed
 from nanogpt.run.log import Log, Unread
 from nanogpt.run.picture import draw_losses
@@ -128,6 +129,69 @@ def test_what_goes_by_the_name_of_wandb_is_told_the_folder(tiny, run_door, tmp_p
     done = run_door("train.py", *SMALL, *args, PYTHONPATH=str(tmp_path / "lib"))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "told.json").read_text()) == ["owls", "barn", "out", "out"]
+
+
+def test_tensorboard_receives_what_metrics_jsonl_does(run, undrawn):
+    """TensorBoard's own reader finds the values, of a resumed run too."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    printed = run("--tensorboard=True", "--max_iters=4")
+    assert "TensorBoard: tensorboard --logdir=out/tensorboard shows the run" in printed
+    run("--tensorboard=True", "--max_iters=6", "--init_from=resume")
+    events = EventAccumulator("out/tensorboard").Reload()
+    expected = {}
+    for record in metrics():
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                expected.setdefault(name, {})[record["step"]] = value
+    found = {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    assert found.keys() == expected.keys() and {"loss", "train_loss", "val_loss", "lr"} <= found.keys()
+    for name, values in expected.items():
+        if name.startswith("exact_"):  # the end of the first run, which metrics.jsonl drops
+            found[name].pop(4)
+        assert found[name] == pytest.approx(values, rel=1e-5), name
+
+
+def test_a_tracker_that_is_not_installed_gets_one_line(run, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError) as caught:
+        run("--tensorboard=True", "--wandb_log=True")
+    assert [line.partition(" is not installed; pip install ")[0] for line in caught.value.problems] == [
+        "--wandb_log=True: wandb",
+        "--tensorboard=True: tensorboard",
+    ]
+    assert not Path("out").exists()
+
+
+class Scripted:
+    """A Tracker that keeps what it gets, and fails at some steps."""
+
+    def __init__(self, fails=()):
+        self.got, self.fails, self.finished = [], fails, False
+
+    def log(self, values, /, *, step):
+        if step in self.fails:
+            raise RuntimeError("it is gone")
+        self.got.append((step, values["lr"]))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_a_tracker_that_fails_gets_no_more_and_the_others_go_on(tmp_path, dist, undrawn, monkeypatch):
+    cfg = TrainConfig(out_dir=str(tmp_path))
+    fails, lasts = Scripted(fails=(2,)), Scripted()
+    run = a_run(cfg, dist)
+    run.trackers = [fails, lasts]
+    log, said = Log(run, tokens_per_iter=1, flops_per_iter=1.0, peak=math.inf), []
+    monkeypatch.setattr(log, "say", said.append)
+    for step in (1, 2, 3):
+        log.evaluation(step, {"train": 1.0, "val": 2.0}, lr=0.5)
+    log.close()
+    assert (fails.got, fails.finished) == ([(1, 0.5)], False)
+    assert (lasts.got, lasts.finished) == ([(1, 0.5), (2, 0.5), (3, 0.5)], True)
+    assert sum("nothing more is sent (it is gone); the run goes on" in line for line in said) == 1
 
 
 def log_records(raw, block=2**15):
@@ -272,7 +336,7 @@ def a_run(cfg, dist, step=0):
     """What a Log has to know of a run, which has read as many windows as it says."""
     batches = SimpleNamespace(epoch_windows=10, per_step=cfg.gradient_accumulation_steps * cfg.batch_size)
     state = TrainState(step=step, windows=step * batches.per_step)
-    return SimpleNamespace(cfg=cfg, dist=dist, state=state, batches=batches, wandb=None)
+    return SimpleNamespace(cfg=cfg, dist=dist, state=state, batches=batches, trackers=[])
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from nanogpt.config import ServeConfig
 from nanogpt.generate import Token
 from nanogpt.serve.batching import Part
 from nanogpt.serve.completions import MAX_LOGPROBS, ApiError, Choice, Completion, CompletionRequest, read_request
-from nanogpt.text.tokenizer import CharTokenizer
+from nanogpt.text.tokenizer import ByteTokenizer, CharTokenizer
 
 CFG = ServeConfig(max_tokens=100, max_n=4, max_prompt=50)
 
@@ -66,7 +66,7 @@ def test_stop_formats(stop, stops):
     "field, value, why",
     [
         ("max_tokens", 101, "should be less than or equal to 100, not 101"),
-        ("max_tokens", 0, "should be greater than or equal to 1, not 0"),
+        ("max_tokens", -1, "should be greater than or equal to 0, not -1"),
         ("max_tokens", True, "should be a valid integer, not true"),
         ("max_tokens", "7", 'should be a valid integer, not "7"'),
         ("n", 5, "should be less than or equal to 4, not 5"),
@@ -79,11 +79,7 @@ def test_stop_formats(stop, stops):
         ("logprobs", MAX_LOGPROBS + 1, f"should be less than or equal to {MAX_LOGPROBS}"),
         ("stream", 1, "should be a valid boolean, not 1"),
         ("model", 5, "should be a valid string, not 5"),
-        ("prompt", None, "is missing"),
-        ("prompt", "", "is empty"),
         ("prompt", [], "expected 1 to 20 texts"),
-        ("prompt", [""], "is empty"),
-        ("prompt", [[]], "is empty"),
         ("prompt", {}, "should be text, a list of token ids, or a list of such, not {}"),
         ("prompt", [True], "should be text"),
         ("prompt", [1, "a"], "should be text"),
@@ -95,13 +91,16 @@ def test_stop_formats(stop, stops):
         ("stop", [""], "string should have at least 1 character"),
         ("stop", ["a"] * 5, "list should have at most 4 items"),
         ("stream_options", {"include_usage": True}, "is allowed only with stream"),
-        ("logit_bias", {"5": 1}, "is not supported"),
-        ("frequency_penalty", 0.5, "is not supported"),
-        ("presence_penalty", 0.5, "is not supported"),
+        ("logit_bias", {"5": 101}, "should be less than or equal to 100, not 101"),
+        ("logit_bias", {"a": 1}, 'should be a valid integer, not "a"'),
+        ("logit_bias", [5], "should be an object, not [5]"),
+        ("logit_bias", {str(i): 1 for i in range(1025)}, "dictionary should have at most 1024 items"),
+        ("frequency_penalty", 2.5, "should be less than or equal to 2, not 2.5"),
+        ("presence_penalty", -2.5, "should be greater than or equal to -2, not -2.5"),
         ("suffix", "b", "is not supported"),
         ("max_completion_tokens", 101, "should be less than or equal to 100, not 101"),
-        ("repetition_penalty", 1.2, "is not supported, except with 1"),
-        ("repetition_penalty", True, "is not supported, except with 1"),
+        ("repetition_penalty", 0, "should be greater than 0, not 0"),
+        ("repetition_penalty", True, "should be a valid number, not true"),
         ("ignore_eos", True, "is not supported, except with false"),
         ("stop_token_ids", [5], "is not supported, except with []"),
         ("skip_special_tokens", False, "is not supported, except with true"),
@@ -112,7 +111,7 @@ def test_stop_formats(stop, stops):
         ("service_tier", "flex", 'is not supported, except with "auto" or "default"'),
         ("metadata", 5, "should be an object, not 5"),
         ("user", 5, "should be a valid string, not 5"),
-        ("best_of", 3, "is not supported, except with the value of n"),
+        ("best_of", 5, "should be less than or equal to 4, not 5"),
     ],
 )
 def test_an_invalid_field_is_named(field, value, why):
@@ -126,7 +125,9 @@ def test_an_invalid_field_is_named(field, value, why):
     [
         (dict(prompt=["a"] * 11, n=2), "prompt: expected 1 to 20 texts in a request, not 11 prompts x n 2"),
         (dict(max_tokens=5, max_completion_tokens=6), "max_tokens and max_completion_tokens differ"),
-        (dict(echo=True, logprobs=0), "echo: is not supported together with logprobs"),
+        (dict(prompt=["a"] * 6, best_of=4), "prompt: expected 1 to 20 texts in a request, not 6 prompts x best_of 4"),
+        (dict(n=3, best_of=2), "best_of: should be at least n, which is 3, not 2"),
+        (dict(n=2, best_of=3, stream=True), "best_of: must not exceed n with stream"),
         (dict(stream=True, stream_options=dict(include_usage=1)), "stream_options: should be a valid boolean, not 1"),
         (dict(stream=True, stream_options=[]), "stream_options: should be an object, not []"),
         (dict(stop=["x" * 257]), "stop: string should have at most 256 characters"),
@@ -153,15 +154,35 @@ def test_long_values_are_shortened_in_messages(asked):
 
 
 def test_all_problems_are_reported_together():
-    error = refused(dict(prompt="", max_tokens=0, temprature=1))
+    error = refused(dict(prompt=[], max_tokens=-1, temprature=1))
     assert [p.split(":")[0] for p in error.message.split("; ") if ":" in p] == ["max_tokens", "prompt", '"temprature"']
     assert "did you mean temperature?" in error.message
 
 
+def test_no_prompt_is_an_empty_one():
+    assert read_request(b"{}", CFG).prompt == ask(prompt="").prompt == ask(prompt=None).prompt == [""]
+    assert ask(prompt=[[]]).prompt == [[]]
+
+
+def test_penalties_and_biases():
+    found = ask(frequency_penalty=-2, presence_penalty=0.5, repetition_penalty=1.2, logit_bias={"5": -100, "6": 0.5})
+    assert (found.frequency_penalty, found.presence_penalty, found.repetition_penalty) == (-2.0, 0.5, 1.2)
+    assert found.logit_bias == {5: -100.0, 6: 0.5}
+    assert ask(logit_bias=None, frequency_penalty=None) == ask()
+
+
+def test_the_number_of_texts_to_generate():
+    assert (ask().texts, ask(n=3).texts, ask(n=2, best_of=4).texts, ask(n=3, best_of=3, stream=True).texts) == (
+        1,
+        3,
+        4,
+        3,
+    )
+
+
 def test_neutral_values_of_unsupported_fields_are_accepted():
-    ask(frequency_penalty=0, presence_penalty=0.0, logit_bias={}, suffix="", best_of=1, user="somebody")
-    ask(n=3, best_of=3)
-    ask(repetition_penalty=1.0, ignore_eos=False, stop_token_ids=[], skip_special_tokens=True, add_special_tokens=False)
+    ask(suffix="", user="somebody")
+    ask(ignore_eos=False, stop_token_ids=[], skip_special_tokens=True, add_special_tokens=False)
     ask(
         cache_prompt=True,
         metadata={"a": "b"},
@@ -229,9 +250,9 @@ def test_any_body_gives_a_request_or_one_error(body):
 # Responses
 
 
-def part(text, id=None, start=0, finish=None, logprob=-1.0, likeliest=()):
+def part(text, id=None, start=0, finish=None, logprob=-1.0, likeliest=(), **more):
     token = None if id is None else Token(None, id, logprob, likeliest, None)
-    return Part(0, text, token, start, finish)
+    return Part(0, text, token, start, finish, **more)
 
 
 def body(choice, parts):
@@ -278,3 +299,41 @@ def test_a_partial_character_is_named_by_its_bytes():
     choice = Choice(0, "", True, Halves())
     found = body(choice, [part("", 0), part("", 1), part("€", 2)])["logprobs"]
     assert found["tokens"] == ["bytes:\\xe2", "bytes:\\x82", "bytes:\\xac"] and found["text_offset"] == [0, 0, 0]
+
+
+PROMPT = [Token(None, 0, None, (), None), Token(None, 1, -0.25, ((2, -0.125),), None)]
+
+
+def test_the_tokens_of_an_echoed_prompt_are_reported_and_nothing_predicts_the_first():
+    choice = Choice(0, "ab", True, CharTokenizer("abc"))
+    found = body(choice, [part("c", 2, 0, "length", prompt=PROMPT)])
+    assert found["text"] == "abc"
+    assert found["logprobs"] == dict(
+        tokens=["a", "b", "c"],
+        token_logprobs=[None, -0.25, -1.0],
+        top_logprobs=[None, {"c": -0.125, "b": -0.25}, {"c": -1.0}],
+        text_offset=[0, 1, 2],
+    )
+
+
+def test_the_end_token_is_reported_after_an_echoed_prompt():
+    """Programs that score a prompt ask for one more token and leave out the last one reported."""
+    tok = CharTokenizer("abc", separated=True)
+    end = Token(None, tok.eot, -0.5, (), "stop")
+    for prompt, names in ((PROMPT, ["a", "b", "<|endoftext|>"]), ((), [])):
+        choice = Choice(0, "ab", True, tok)
+        found = body(choice, [part("", finish="stop", end=end, prompt=prompt)])
+        assert (found["text"], found["logprobs"]["tokens"], choice.tokens) == ("ab", names, 0)
+
+
+def test_without_new_tokens_only_the_prompt_is_reported():
+    choice = Choice(0, "ab", True, CharTokenizer("abc"), prompt_only=True)
+    found = body(choice, [part("c", 2, 0, "length", prompt=PROMPT)])
+    assert (found["text"], found["finish_reason"], choice.tokens) == ("ab", "length", 0)
+    assert found["logprobs"]["token_logprobs"] == [None, -0.25]
+
+
+def test_the_offsets_of_a_prompt_whose_characters_have_several_tokens():
+    choice = Choice(0, "€a", True, ByteTokenizer())
+    prompt = [Token(None, id, -1.0, (), None) for id in "€a".encode()]
+    assert body(choice, [part("b", 98, 0, "length", prompt=prompt)])["logprobs"]["text_offset"] == [0, 0, 0, 1, 2]

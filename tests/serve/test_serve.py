@@ -18,6 +18,7 @@ from serving import CHARS, Served, write_run
 from nanogpt.serve.app import curve
 from nanogpt.text.tokenizer import UNKNOWN, ByteTokenizer, CharTokenizer
 
+CHARS_BY_ID = CharTokenizer.train(CHARS).chars
 FOREVER = 10**6  # tokens: more than are written while a test looks
 
 
@@ -133,8 +134,8 @@ def test_extra_fields_of_common_clients_are_accepted(client):
     )
     assert ask(client, extra_body=extra).choices[0].text == ask(client).choices[0].text
     assert len(ask(client, max_tokens=None, extra_body=dict(max_completion_tokens=7)).choices[0].text) == 7
-    with pytest.raises(openai.BadRequestError, match="repetition_penalty: is not supported, except with 1"):
-        ask(client, extra_body=dict(repetition_penalty=1.5))
+    with pytest.raises(openai.BadRequestError, match="ignore_eos: is not supported, except with false"):
+        ask(client, extra_body=dict(ignore_eos=True))
 
 
 def test_extensions_of_the_api_reach_the_model(client):
@@ -193,6 +194,84 @@ def test_a_path_is_not_a_model(client):
             ask(client, model=path)
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve(path)
+
+
+def test_echo_with_logprobs_scores_the_prompt(client):
+    text = "abc" + ask(client).choices[0].text[:10]
+    whole = ask(client, prompt=text, max_tokens=0, echo=True, logprobs=2)
+    (choice,) = whole.choices
+    assert (choice.text, choice.finish_reason, whole.usage.completion_tokens) == (text, "length", 0)
+    found = choice.logprobs
+    assert "".join(found.tokens) == text and found.text_offset == list(range(13))
+    assert found.token_logprobs[0] is found.top_logprobs[0] is None
+    written = ask(client, max_tokens=10, logprobs=2).choices[0].logprobs
+    assert found.token_logprobs[3:] == pytest.approx(written.token_logprobs, abs=1e-4)
+    assert [set(top) for top in found.top_logprobs[3:]] == [set(top) for top in written.top_logprobs]
+    both = ask(client, max_tokens=10, logprobs=2, echo=True, n=2).choices
+    for other in both:
+        assert other.text == text and other.logprobs.token_logprobs[1:] == pytest.approx(
+            found.token_logprobs[1:], abs=1e-4
+        )
+    parts = [c for p in ask(client, max_tokens=10, logprobs=2, echo=True, stream=True) for c in p.choices if c.logprobs]
+    assert [o for part in parts for o in part.logprobs.text_offset] == list(range(13))
+
+
+def test_many_prompts_of_ids_are_scored_in_one_request(client):
+    prompts = [[1 + i, 2, 3 + i] for i in range(20)]
+    found = ask(client, prompt=prompts, max_tokens=1, echo=True, logprobs=1).choices
+    for prompt, choice in zip(prompts[:3], found, strict=False):
+        (alone,) = ask(client, prompt=prompt, max_tokens=0, echo=True, logprobs=1).choices
+        assert choice.logprobs.token_logprobs[1:-1] == pytest.approx(alone.logprobs.token_logprobs[1:], abs=1e-4)
+    assert len(found) == 20 and all(len(choice.logprobs.tokens) == 4 for choice in found)
+
+
+def test_a_prompt_to_score_must_fit_the_context(client):
+    with pytest.raises(
+        openai.BadRequestError, match="prompt: has 17 tokens; with echo and logprobs, the limit is the 16 "
+    ):
+        ask(client, prompt="a" * 17, max_tokens=0, echo=True, logprobs=1)
+
+
+def test_no_new_tokens_are_none(client):
+    assert ask(client, max_tokens=0).choices[0].text == ""
+    assert ask(client, max_tokens=0, echo=True).choices[0].text == "abc"
+    (*_, last) = ask(client, max_tokens=0, stream=True)
+    assert (last.choices[0].text, last.choices[0].finish_reason) == ("", "length")
+
+
+def test_best_of_returns_the_most_probable_texts(client):
+    asked = dict(temperature=1.0, seed=7, max_tokens=5, logprobs=0)
+    eight = ask(client, n=8, **asked).choices
+    mean = {choice.text: sum(choice.logprobs.token_logprobs) / 5 for choice in eight}
+    found = ask(client, n=2, best_of=8, **asked)
+    assert [choice.text for choice in found.choices] == sorted(mean, key=mean.get, reverse=True)[:2]
+    assert [choice.index for choice in found.choices] == [0, 1] and found.usage.completion_tokens == 40
+    two = ask(client, prompt=["abc", "b"], best_of=4, temperature=1.0, seed=7, max_tokens=5).choices
+    assert [choice.index for choice in two] == [0, 1] and two[0].logprobs is None
+    assert two[0].text == ask(client, best_of=4, temperature=1.0, seed=7, max_tokens=5).choices[0].text
+
+
+def test_penalties_and_biases_reach_the_model(client):
+    plain = ask(client).choices[0].text
+    assert ask(client, logit_bias={"5": 100}).choices[0].text == CHARS_BY_ID[5] * 30
+    assert ask(client, logit_bias={str(CHARS_BY_ID.index(plain[0])): -100}).choices[0].text[0] != plain[0]
+    for penalty in (
+        dict(frequency_penalty=2.0),
+        dict(presence_penalty=2.0),
+        dict(extra_body=dict(repetition_penalty=9.0)),
+    ):
+        assert ask(client, **penalty, max_tokens=200).choices[0].text != ask(client, max_tokens=200).choices[0].text
+    with pytest.raises(openai.BadRequestError, match="logit_bias: token id 99 lies outside the vocabulary of"):
+        ask(client, logit_bias={"99": 1})
+
+
+def test_an_empty_prompt_is_the_end_of_text_token_if_there_is_one(place, client, another):
+    with pytest.raises(openai.BadRequestError, match="prompt: is empty; a text has to begin with at least one token"):
+        ask(client, prompt="")
+    write_run(place / "out-bytes", ByteTokenizer())
+    server = another("--out_dir=out-bytes")
+    expected = server.text(prompt=[256])
+    assert server.text(prompt="") == server.text(prompt=None) == server.text(prompt=[[]]) == expected
 
 
 # Several requests
