@@ -163,14 +163,19 @@ def _from_text(text: str, kind: type) -> Any:
     return text
 
 
-def describe(meta: Mapping) -> str:
-    """What a setting accepts, in words: 'an integer >= 1 or auto'."""
-    words = {int: "an integer", float: "a number", bool: "True or False", str: "UTF-8 text"}[meta["kind"]]
+def describe(meta: Mapping, brief: bool = False) -> str:
+    """What a setting accepts, in words: 'an integer >= 1 or auto'. brief: without bounds that nobody reaches."""
+    text, path = "UTF-8 text", "the path of a file or folder, in UTF-8, without NUL, of names of at most 255 bytes"
+    if brief:
+        text, path = "text", "a path"
+    words = {int: "an integer", float: "a number", bool: "True or False", str: text}[meta["kind"]]
     if meta["choices"]:
         words = "one of " + ", ".join(meta["choices"])
     if meta["path"]:
-        words = "the path of a file or folder, in UTF-8, without NUL, of names of at most 255 bytes"
+        words = path
     low, above, high = meta["low"], meta["above"], meta["high"]
+    if brief and high is not None and high > 1000:
+        high = None
     if low is not None and high is not None:
         words += f" from {low} to {high}"
     elif low is not None:
@@ -291,7 +296,10 @@ def help_text(cfg: Any, prog: str) -> str:
         origin = f"{came}; default {f.default!r}" if came else "default"
         left = f"  --{f.name}={getattr(cfg, f.name)!r}"
         right = textwrap.wrap(
-            f"{meta['help']} [{describe(meta)}; {origin}]", 70, break_on_hyphens=False, break_long_words=False
+            f"{meta['help']} [{describe(meta, brief=True)}; {origin}]",
+            70,
+            break_on_hyphens=False,
+            break_long_words=False,
         )
         lines += [f"{left:<38}  {right[0]}"] + [" " * 40 + r for r in right[1:]]
     return "\n".join(lines)
