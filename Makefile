@@ -50,7 +50,7 @@ test-all: .venv/.installed-test ## run the long tests too
 torture: .venv/.installed-test ## kill, damage and interrupt runs, and print what was lost: nothing
 	@$(RUN) -m pytest -q -m torture $(PYTEST_ARGS) </dev/null
 
-llama: .venv/.installed-test ## build llama.cpp into .venv, in which the slow tests then run exports: ten minutes
+llama: .venv/.installed-test ## build llama.cpp into .venv, in which the slow tests then run exports: takes long
 	@CMAKE_ARGS="-DLLAVA_BUILD=OFF $$CMAKE_ARGS" $(RUN) -m pip install -q -c constraints.txt $(LLAMA)
 
 constraints: ## renew the pins of constraints.txt, all but torch's, which is chosen by hand
