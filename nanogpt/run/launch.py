@@ -100,8 +100,8 @@ def interface_of(address: str) -> str | None:
 def choose_interface(say: Callable[[str], Any]) -> None:
     """Have gloo and NCCL use the interface on the route to MASTER_ADDR, unless the user has named one.
 
-    gloo would look up this machine's own name, which Debian maps to 127.0.1.1. UserError if MASTER_ADDR is such an
-    address, and there are processes on other machines.
+    gloo would look up this machine's own name, which Debian maps to 127.0.1.1. UserError if MASTER_ADDR is such a name,
+    and torchrun was started several times: on other machines, or, with the address 127.0.0.1 itself, on this one.
     """
     host = os.environ["MASTER_ADDR"]
     try:
@@ -109,7 +109,8 @@ def choose_interface(say: Callable[[str], Any]) -> None:
     except OSError as e:
         raise UserError(f"MASTER_ADDR={host}: there is no route to it ({e.strerror})") from None
     if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
-        if int(os.environ.get("LOCAL_WORLD_SIZE") or 1) < int(os.environ["WORLD_SIZE"]) and "GROUP_RANK" in os.environ:
+        one_machine = host in ("localhost", address) or "GROUP_RANK" not in os.environ
+        if not one_machine and int(os.environ.get("LOCAL_WORLD_SIZE") or 1) < int(os.environ["WORLD_SIZE"]):
             raise UserError(
                 f"MASTER_ADDR={host}: is a loopback address here, which other machines cannot reach; "
                 "--master_addr or --rdzv_endpoint takes this machine's address, such as 10.0.0.1"
