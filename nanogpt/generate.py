@@ -168,9 +168,7 @@ class Row:
     leader: "Row | None" = None  # the row that encodes the prompt for this one too
     new: int = 0  # tokens written
     parked: tuple = ()  # its keys and values, while it is parked
-    prompt: list[Token] = field(
-        default_factory=list
-    )  # with Options.prompt_logprobs: the prompt's tokens, the first's None
+    prompt: list[Token] = field(default_factory=list)  # with Options.prompt_logprobs; the first one has no logprob
     total_logprob: float = 0.0  # of the tokens written, if Options.logprobs is given
 
     @property
@@ -360,9 +358,8 @@ class Engine:
 
     def _choose(self, rows: list[Row], logits: Tensor) -> list[Token]:
         """A Token for each row, from its logits (B, V)."""
-        alike: dict[
-            int, list[int]
-        ] = {}  # rows that `sample` treats alike, so that a row's token does not depend on the other rows
+        # rows that `sample` treats alike, so that a row's token does not depend on the other rows
+        alike: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             alike.setdefault(row.options.candidates(logits.shape[-1]), []).append(i)
         adjusted = self._adjust(rows, logits)
@@ -383,13 +380,12 @@ class Engine:
         """The logits (B, V) with the penalties and biases of each row; the same tensor if there are none."""
         if not any(row.options.adjusts for row in rows):
             return logits
-        each = [
-            adjust(own, row.options, row.ids[: -row.new or None], row.ids[len(row.ids) - row.new :])
-            if row.options.adjusts
-            else own.float()
-            for row, own in zip(rows, logits, strict=True)
-        ]
-        return torch.stack(each)
+        logits = logits.float().clone()
+        for i, row in enumerate(rows):
+            if row.options.adjusts:
+                begin = len(row.ids) - row.new  # of what was generated
+                logits[i] = adjust(logits[i], row.options, row.ids[:begin], row.ids[begin:])
+        return logits
 
     def _logprobs(self, rows: list[Row], ids: list[int], logits: Tensor) -> dict:
         """{place in rows: (log-probability of its id, ((id, log-probability) of the likeliest, ...))}."""

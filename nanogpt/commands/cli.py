@@ -7,6 +7,7 @@ import difflib
 import importlib
 import io
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -146,7 +147,7 @@ def report(error: Any) -> int:
         # The first process probably has the same problem, but may report it later. When it has ended, torchrun ends
         # this process; otherwise this process reports.
         time.sleep(10)
-    whose = f"process {os.environ.get('RANK')} on {os.uname().nodename}: " if torchrun and not first else ""
+    whose = f"process {os.environ.get('RANK')} on {platform.node()}: " if torchrun and not first else ""
     for problem in error.problems:
         print(problem if stopped else f"error: {whose}{problem}", file=sys.stderr, flush=True)
     return error.exit_code

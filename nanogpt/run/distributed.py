@@ -162,11 +162,10 @@ class Dist:
             raise UserError(*sorted(wrong))
 
     def require_same_bits(self, tensors: Iterable[torch.Tensor], what: str) -> None:
-        """Raise RunFailed, on all processes, if the bits of float32 tensors are not the same on all of them."""
+        """Raise RunFailed, on all processes, if the checksums of float32 tensors are not the same on all of them."""
         if self.world_size == 1:
             return
-        sums = torch.stack([t.detach().view(torch.int32).sum(dtype=torch.int64) for t in tensors])
-        found = self.gather(sums[None])
+        found = self.gather(torch.stack([checksum(t) for t in tensors])[None])
         odd = [str(rank) for rank in range(self.world_size) if not torch.equal(found[rank], found[0])]
         if odd:
             raise RunFailed(f"{what} on process {' and '.join(odd)} are not those on process 0: the run stops")
@@ -175,6 +174,13 @@ class Dist:
         """Wait for all processes."""
         if self.world_size > 1:
             td.barrier(group=self.host_group)
+
+
+def checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """Two int64s that depend on the bits of a float32 tensor and on their places, computed on its device."""
+    bits = tensor.detach().view(torch.int32).reshape(-1, tensor.shape[-1])
+    sums = [bits.sum(dim, dtype=torch.int64) for dim in (0, 1)]  # by column and by row
+    return torch.stack([(s * (2 * torch.arange(len(s), device=s.device) + 1)).sum() for s in sums])
 
 
 @contextmanager

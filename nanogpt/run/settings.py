@@ -25,62 +25,79 @@ def load(cls, argv: list[str], prog: str, inherit: Callable | None = None) -> An
     The result's `sources` maps each setting that was given to its source. `--help` prints the help and exits with 0.
     Raises UserError with all problems at once.
     """
-    values: dict[str, Any] = {}
-    sources: dict[str, str] = {}
-    autos: dict[str, str] = {}
-    problems: list[str] = []
-    failed: set[str] = set()
-    names: dict[str, Any] = {}
-    known = {f.name: f for f in fields(cls)}
-
-    def assign(source: Any, shown: str, name: str, value: Any) -> None:
-        """Set a value or record the problem, in which `shown` names it."""
-        if name not in known:
-            problems.append(f"{shown}: there is no setting {name!r}{nearest(name, known)}")
-            return
-        try:
-            value = convert(value, known[name].metadata)
-        except ValueError as e:
-            problems.append(f"{shown}: expected {e}")
-            failed.add(name)
-            return
-        autos.pop(name, None)
-        if (name, value) == ("batch_size", "auto"):
-            autos[name] = source  # `values` keeps the number
-        else:
-            values[name], sources[name] = value, source
-
+    given = Given(cls)
     arguments = [a for a in argv if not a.startswith("-") or (a == "-" and hasattr(cls, "ARGUMENTS"))]
-    flags = [a for a in argv if a not in arguments and a not in ("-h", "--help")]
-    for path in arguments if not hasattr(cls, "ARGUMENTS") else ():
-        if "text" in known and not path.endswith(".py"):
-            problems.append(f"{path}: a config file's name ends in .py; --text={path} evaluates on a text")
-            continue
-        for line, name, value in read_config_file(path, names, problems):
-            assign(f"{path}:{line}", f"{path}:{line}: {name} = {value!r}", name, value)
-    for flag in flags:
-        name, equals, text = flag.lstrip("-").partition("=")
-        if equals or name not in known:
-            assign(flag, flag, name, _Text(text))
-        else:
-            example = "True" if known[name].metadata["kind"] is bool else "VALUE"
-            problems.append(f"{flag}: a setting is written --{name}={example}, with an equals sign and no spaces")
-    cfg = cls(**values)
-    asked = dict(autos)  # not inherited
-    if inherit and not problems:
-        inherited, source = inherit(cfg)
-        for name, value in inherited.items():
-            if name in known and (name not in sources or (name, values[name]) == ("seed", "auto")):
-                assign(source, f"{source}: {name} = {value!r}", name, value)
-        cfg = cls(**values)
-    cfg.sources, cfg.auto_batch, cfg.arguments = sources | asked, bool(asked), arguments
-    problems += misfits(cfg, failed)
+    if not hasattr(cls, "ARGUMENTS"):
+        given.read_files(arguments)
+    given.read_flags([a for a in argv if a not in arguments and a not in ("-h", "--help")])
+    asked = dict(given.autos)  # not inherited
+    if inherit and not given.problems:
+        given.inherit(*inherit(cls(**given.values)))
+    cfg = cls(**given.values)
+    cfg.sources, cfg.auto_batch, cfg.arguments = given.sources | asked, bool(asked), arguments
+    problems = [*given.problems, *misfits(cfg, given.failed)]
     if problems:
         raise UserError(*problems)
     if "-h" in argv or "--help" in argv:
         print(help_text(cfg, prog))
         raise SystemExit(0)
     return cfg
+
+
+class Given:
+    """The settings of a `cls` that files, flags, and an earlier run give, and what is wrong with them."""
+
+    def __init__(self, cls: Any) -> None:
+        self.known = {f.name: f.metadata for f in fields(cls)}
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.autos: dict[str, str] = {}  # the source of `batch_size=auto`; `values` keeps the number
+        self.problems: list[str] = []
+        self.failed: set[str] = set()  # settings with a problem
+
+    def read_files(self, paths: list[str]) -> None:
+        """Read config files."""
+        names: dict[str, Any] = {}
+        for path in paths:
+            if "text" in self.known and not path.endswith(".py"):
+                self.problems.append(f"{path}: a config file's name ends in .py; --text={path} evaluates on a text")
+                continue
+            for line, name, value in read_config_file(path, names, self.problems):
+                self.assign(f"{path}:{line}", f"{path}:{line}: {name} = {value!r}", name, value)
+
+    def read_flags(self, flags: list[str]) -> None:
+        """Read `--key=value` arguments."""
+        for flag in flags:
+            name, equals, text = flag.lstrip("-").partition("=")
+            if equals or name not in self.known:
+                self.assign(flag, flag, name, _Text(text))
+            else:
+                example = "True" if self.known[name]["kind"] is bool else "VALUE"
+                written = f"a setting is written --{name}={example}, with an equals sign and no spaces"
+                self.problems.append(f"{flag}: {written}")
+
+    def inherit(self, values: dict[str, Any], source: Any) -> None:
+        """Take the settings of an earlier run that are not given; `seed=auto` does not count as given."""
+        for name, value in values.items():
+            if name in self.known and (name not in self.sources or (name, self.values[name]) == ("seed", "auto")):
+                self.assign(source, f"{source}: {name} = {value!r}", name, value)
+
+    def assign(self, source: Any, shown: str, name: str, value: Any) -> None:
+        """Set a value or record the problem, in which `shown` names it."""
+        if name not in self.known:
+            self.problems.append(f"{shown}: there is no setting {name!r}{nearest(name, self.known)}")
+            return
+        try:
+            value = convert(value, self.known[name])
+        except ValueError as e:
+            self.problems.append(f"{shown}: expected {e}")
+            self.failed.add(name)
+            return
+        self.autos.pop(name, None)
+        if (name, value) == ("batch_size", "auto"):
+            self.autos[name] = source
+        else:
+            self.values[name], self.sources[name] = value, source
 
 
 def misfits(cfg: Any, failed: set[str]) -> Iterator[str]:

@@ -104,6 +104,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
 class StreamOptions(BaseModel):
+    """What is sent besides the events of a stream."""
+
     model_config = ConfigDict(strict=True)
 
     include_usage: bool = False
@@ -175,6 +177,7 @@ class CompletionRequest(BaseModel):
     @field_validator("best_of", "stream_options")
     @classmethod
     def check_combination(cls, value: Any, info: ValidationInfo) -> Any:
+        """Raise ValueError if another field does not allow this one."""
         n = info.data.get("n", 1)
         if info.field_name == "best_of" and value is not None:
             if value < n:
@@ -188,6 +191,7 @@ class CompletionRequest(BaseModel):
     @field_validator("prompt", mode="wrap")
     @classmethod
     def check_prompt(cls, prompt: Any, validate: Callable, info: ValidationInfo) -> list[str | list[int]]:
+        """The prompts as a list. Raises ValueError if there are too many texts, or one is too long."""
         one = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and all(type(p) is int for p in prompt))
         try:
             prompts = validate([prompt] if one else prompt)
@@ -207,6 +211,7 @@ class CompletionRequest(BaseModel):
     @field_validator("stop", mode="before")
     @classmethod
     def list_stops(cls, stop: Any) -> Any:
+        """A list also of a single text."""
         return [stop] if isinstance(stop, str) else stop
 
 

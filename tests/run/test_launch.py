@@ -182,21 +182,35 @@ def test_processes_that_differ_do_not_start(start_ranks, tiny, name, value, line
     assert len(reported(doors)) == 1
 
 
-def strays():
-    """In each of several processes: on one, a bit of a weight flips after step 2."""
+def strays(step, change):
+    """In each of several processes: on one, the weights change after this step."""
     real = train.train_step
 
     def train_step(run):
         metrics = real(run)
-        if (run.dist.rank, run.step) == (1, 2):
-            next(run.gpt.parameters()).data.view(torch.int32).view(-1)[7] ^= 2**20
+        if (run.dist.rank, run.step) == (1, step):
+            change(next(run.gpt.parameters()).data.view(torch.int32).view(-1))
         return metrics
 
     train.train_step = train_step
 
 
-def test_weights_that_differ_end_the_run_at_the_next_evaluation(start_ranks, tmp_path):
-    doors = start_ranks(3, "--batch_size=3", before=strays)
+def flip_a_high_bit(weights):
+    weights[7] ^= 2**20
+
+
+def flip_the_lowest_bit(weights):
+    weights[7] ^= 1
+
+
+def swap_two(weights):
+    weights[[3, 7]] = weights[[7, 3]]
+
+
+@pytest.mark.parametrize("step, change", [(2, flip_a_high_bit), (4, flip_the_lowest_bit), (4, swap_two)])
+def test_weights_that_differ_end_the_run_at_the_next_evaluation(start_ranks, tmp_path, step, change):
+    """Two more steps may round the lowest bit away, and then the weights are the same again."""
+    doors = start_ranks(3, "--batch_size=3", before=partial(strays, step, change))
     assert [d.end() for d in doors] == [1] * 3
     (line,) = reported(doors)
     assert line.endswith("step 4: the weights on process 1 are not those on process 0: the run stops")
