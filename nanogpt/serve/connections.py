@@ -22,6 +22,7 @@ SPARE_FILES = 16  # that can still be opened when the maximum number of connecti
 
 # Seconds.
 IDLE_TIME = 15  # for a connection without a request
+NEW_TIME = 0.2  # for the request of a connection to arrive, even if there are too many
 GRACE_TIME = 5  # for unfinished texts when the server shuts down
 REPORT_TIME = 60  # between two lines about too many connections
 
@@ -108,15 +109,17 @@ class Connections:
                 await asyncio.sleep(0)
 
     async def make_room(self) -> None:
-        """Close up to an eighth of the connections, those idle for longest; if none is idle, wait briefly."""
+        """Close up to an eighth of the connections, those idle for longest; if there are none, wait briefly."""
         self.update_idle()
-        for connection, _ in sorted(self.idle, key=self.idle.__getitem__)[: 1 + self.most // 8]:
+        latest = time.monotonic() - NEW_TIME  # the request of one that was just accepted is not read yet
+        idle = sorted((c for c, since in self.idle.items() if since <= latest), key=self.idle.__getitem__)
+        for connection, _ in idle[: 1 + self.most // 8]:
             connection.transport.abort()
         if time.monotonic() - self.reported >= REPORT_TIME:
             self.reported = time.monotonic()
             fit = "the most that fit (--max_requests, ulimit -n)"
             self.say(f"{len(self.open)} connections are open, {fit}: idle ones are closed, further ones wait")
-        await asyncio.sleep(0 if self.idle else 0.05)
+        await asyncio.sleep(0 if idle else 0.05)
 
     async def close_idle(self) -> None:
         """Close connections without a request: uvicorn waits forever for headers that arrive a byte at a time."""

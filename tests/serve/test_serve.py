@@ -596,6 +596,21 @@ def test_busy_connections_stay_open_and_further_ones_wait(another):
     assert len(server.door.printed.partition("serving ")[2].splitlines()) == 2, server.door.printed
 
 
+def test_a_connection_that_takes_the_last_place_is_served(another):
+    server = another("--max_requests=500", f"--max_tokens={FOREVER}", before=few_files)
+    body = dict(prompt="a", max_tokens=FOREVER, stream=True)
+    with ExitStack() as stack:
+        socks = [stack.enter_context(server.connect(body)) for _ in range(80)]
+        most = open_most(server)
+        for sock in socks[most:]:
+            sock.close()
+        for sock in socks[:3]:
+            waiting = stack.enter_context(socket.create_connection((server.host, server.port), timeout=120))
+            waiting.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            sock.close()
+            assert waiting.recv(1000).startswith(b"HTTP/1.1 200 ")
+
+
 # Keys, hosts, origins
 
 KEY = "a-very-secret-key"

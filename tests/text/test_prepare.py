@@ -514,6 +514,7 @@ os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.startswith("a worker process ended abruptly"), done.stdout + done.stderr
+    assert not done.stderr  # such as a warning about semaphores that were not released
 
 
 def children(process):
