@@ -202,7 +202,7 @@ class Pool:
             for process in list((self.executor._processes or {}).values()):  # public from Python 3.14: kill_workers
                 process.kill()
             # If a worker was killed while it wrote a result, the executor waits for the rest of it, unless the pipe ends.
-            self.executor._result_queue._writer.close()
+            self.executor._result_queue._writer.close()  # type: ignore[attr-defined]
             end = threading.Thread(target=self.executor.shutdown, kwargs=dict(cancel_futures=True), daemon=True)
             end.start()
             end.join(WAIT)
