@@ -553,7 +553,7 @@ def publish(work: Work) -> None:
             if path.name not in names and re.fullmatch(r"(train|val)(-\d{5})?\.bin", path.name):
                 path.unlink()  # of an earlier dataset
         files.flush(target)
-        optional: dict[str, Any] = {} if state.split["how"] == "end" else {"separator": end_of_text(state)}
+        optional: dict[str, Any] = {} if work.one_text else {"separator": end_of_text(state)}
         if len(names) > 2:
             optional["files"] = state.files
         files.write(target / "meta.json", dataset.meta_json(state.tokenizer, len(state.counts), **optional))

@@ -410,6 +410,7 @@ def test_large_split_is_written_to_several_files(run, name):
     run(name, "--shard_tokens=10000")
     files = meta()["files"]
     assert files["train"][:2] == ["train.bin", "train-00001.bin"] and len(files["train"]) > 3
+    assert ("separator" in meta()) == (name == "d.jsonl")  # one text has none, however large it is
     assert {os.path.getsize(f"data/own/{n}") for n in files["train"][:-1]} == {20_000}
     assert (ids("train").tolist(), ids("val").tolist()) == expected
     run(name)
