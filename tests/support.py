@@ -6,6 +6,7 @@ import multiprocessing.forkserver
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -50,6 +51,13 @@ hypothesis.settings.load_profile("repeatable")
 def one_thread():
     """Tiny tensors gain nothing from threads, and tests may run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def answered_hangup():
+    """Processes of the tests answer SIGHUP also if pytest itself ignores it, as under nohup."""
+    if hangup := getattr(signal, "SIGHUP", None):
+        signal.signal(hangup, signal.SIG_DFL)
 
 
 @pytest.fixture
