@@ -10,11 +10,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 DTYPES = ("float32", "bfloat16", "float16")
+ARCHITECTURES = ("gpt2", "qwen3", "llama")
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+HUB = "hf:"  # before the name of a model or dataset on Hugging Face's hub
 MANY = 10**11  # iterations; with LARGEST_BATCH, every window of a run has a number of 64 bits
+PADDING = 64  # a large vocabulary is rounded up to a multiple of this
 LARGEST_BATCH = 10**7  # sequences in an iteration
 
 Problem = tuple[tuple[str, ...], str]  # (the settings involved, the first one to blame; what is wrong)
@@ -81,7 +84,7 @@ class TrainConfig(Config):
     )
     init_from: str = setting(
         "scratch",
-        "scratch, resume, auto (resume if there is a checkpoint, else scratch), a GPT-2 name, or a folder",
+        "scratch, resume, auto (resume if there is a checkpoint, else scratch), a GPT-2 name, hf:NAME, or a folder",
         path=True,
     )
     wandb_log: bool = setting(False, "log to Weights & Biases, or what is installed in its place", group="Trackers")
@@ -107,13 +110,22 @@ class TrainConfig(Config):
     documents: bool = setting(False, "start windows at the beginning of documents, with one document in each")
     architecture: str = setting(
         "gpt2",
-        "gpt2 (classic) or qwen3 (modern, learns faster)",
-        choices=("gpt2", "qwen3"),
+        "gpt2 (classic), qwen3 (modern, learns faster), or llama",
+        choices=ARCHITECTURES,
         group="Model",
     )
     n_layer: int = setting(12, "transformer blocks", low=1, high=10**4)
     n_head: int = setting(12, "attention heads per block", low=1, high=10**4)
     n_embd: int = setting(768, "channels; a multiple of n_head", low=1, high=10**6)
+    n_kv_head: int = setting(0, "heads of keys and values, each for several of queries; 0: n_head", low=0, high=10**4)
+    head_dim: int = setting(0, "channels of a head; 0: n_embd / n_head", low=0, high=10**6)
+    n_hidden: int = setting(
+        0, "channels of the MLPs' hidden layer; 0: 4 n_embd, or 8/3 n_embd if it is gated", low=0, high=10**7
+    )
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies", low=1.0, high=1e12)
+    norm_eps: float = setting(1e-6, "added to the mean square in RMS norms", above=0.0, high=1.0)
+    norm_gain: bool = setting(False, "gains in RMS norms, as published models have them")
+    tied: bool = setting(True, "use the token embedding as the output layer")
     dropout: float = setting(0.0, "0 for pretraining; 0.1 and more for finetuning and small data", low=0.0, high=1.0)
     bias: bool = setting(
         False, "use biases in linear layers and layer norms, as GPT-2 does; False is a bit better and faster"
@@ -160,15 +172,12 @@ class TrainConfig(Config):
 
     def problems(self) -> Iterable[Problem]:
         """Yield what is wrong with combinations of settings: (the settings, the first one to blame; the problem)."""
-        if self.n_embd % self.n_head:
-            yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {self.n_head}"
-        elif self.architecture == "qwen3" and self.n_embd % (2 * self.n_head):
-            yield ("n_embd", "n_head"), f"must be a multiple of 2 x n_head for qwen3, and n_head is {self.n_head}"
+        yield from shape_problems(self)
         if self.gradient_accumulation_steps * self.batch_size > LARGEST_BATCH:
             names, size = ("gradient_accumulation_steps", "batch_size"), self.batch_size
             yield names, f"times batch_size, which is {size}, must not exceed {LARGEST_BATCH} sequences"
-        if self.architecture == "qwen3" and self.bias:
-            yield ("bias", "architecture"), "the architecture qwen3 has no biases"
+        if self.architecture != "gpt2" and self.bias:
+            yield ("bias", "architecture"), f"the architecture {self.architecture} has no biases"
         if self.decay_lr and self.min_lr > self.learning_rate:
             yield (
                 ("min_lr", "learning_rate", "decay_lr"),
@@ -179,6 +188,27 @@ class TrainConfig(Config):
                 yield (name,), "must be below 1"
         if not is_name(self.dataset):
             yield ("dataset",), NOT_A_NAME
+
+
+def shape_problems(shape: Any) -> Iterable[Problem]:
+    """Yield what is wrong with a model's shape, given as a TrainConfig or a GPTConfig."""
+    if shape.architecture not in ARCHITECTURES:
+        yield ("architecture",), f"is none of {', '.join(ARCHITECTURES)}"
+    elif not shape.head_dim and shape.n_embd % shape.n_head:
+        yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {shape.n_head}"
+    elif shape.architecture == "gpt2":
+        for name in ("n_kv_head", "head_dim", "rope_theta", "norm_eps", "norm_gain"):
+            if getattr(shape, name) != getattr(TrainConfig, name):
+                yield (name, "architecture"), "has no effect on the architecture gpt2"
+    elif not shape.head_dim and shape.n_embd // shape.n_head % 2:
+        yield (
+            ("n_embd", "n_head"),
+            f"must be a multiple of 2 x n_head for {shape.architecture}, and n_head is {shape.n_head}",
+        )
+    elif shape.head_dim % 2:
+        yield ("head_dim",), "must be even, to be rotated in pairs"
+    if shape.n_head % (shape.n_kv_head or shape.n_head):
+        yield ("n_kv_head", "n_head"), f"must divide n_head, which is {shape.n_head}"
 
 
 @dataclass
@@ -195,7 +225,7 @@ class TextConfig(Config):
     """Settings of all programs that write text."""
 
     init_from: str = setting(
-        "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
+        "resume", "resume (the best model in out_dir), a GPT-2 name, hf:NAME, or a folder", path=True, group="Model"
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
     max_new_tokens: int = setting(500, "length of a text, in tokens", low=1, high=10**9, group="Text")
@@ -243,7 +273,7 @@ class ExportConfig(Config):
     """Settings of `nanogpt export`."""
 
     init_from: str = setting(
-        "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
+        "resume", "resume (the best model in out_dir), a GPT-2 name, hf:NAME, or a folder", path=True, group="Model"
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
     to: str = setting(
@@ -269,7 +299,7 @@ class EvalConfig(Config):
     """Settings of `nanogpt eval`."""
 
     init_from: str = setting(
-        "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
+        "resume", "resume (the best model in out_dir), a GPT-2 name, hf:NAME, or a folder", path=True, group="Model"
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
     text: str = setting(
@@ -322,7 +352,7 @@ class EvalConfig(Config):
             used = dict(text="", dataset="", per_document=False, stride="auto")
             for name in (name for name, default in used.items() if getattr(self, name) != default):
                 yield (name, "tasks"), "has no effect on a task, and --tasks is given too"
-        if self.init_from in GPT2_NAMES and not (self.text or self.dataset or self.tasks):
+        if is_published(self.init_from) and not (self.text or self.dataset or self.tasks):
             yield ("init_from", "text", "dataset"), "--text=FILE or --dataset=NAME says what to evaluate it on"
         if isinstance(self.stride, int) and isinstance(self.block_size, int) and self.stride > self.block_size:
             yield ("stride", "block_size"), f"must not exceed block_size, which is {self.block_size}"
@@ -339,7 +369,7 @@ class PrepareConfig(Config):
     tokenizer: str = setting(
         "char",
         "char, byte, gpt2, or bpe:N (N tokens, trained on the text, such as bpe:4096), or the folder of a model or "
-        "dataset whose tokenizer to use",
+        "dataset whose tokenizer to use, or hf:NAME",
     )
     val_fraction: float | str = setting(
         "auto", "fraction of tokens for validation; auto: a tenth, but at most 2 million tokens",
@@ -384,6 +414,18 @@ NOT_A_NAME = (
 )
 
 
+def is_published(name: str) -> bool:
+    """Whether this names a model to download: one of GPT-2's names, or hf:OWNER/NAME."""
+    return name in GPT2_NAMES or name.startswith(HUB)
+
+
+def on_the_hub(name: str) -> str:
+    """'; hf:OWNER/NAME is ...' for a name that looks like a model of the hub and is no local folder, or nothing."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).exists():
+        return ""
+    return f"; {HUB}{name} is the model of this name on Hugging Face's hub"
+
+
 def is_name(dataset: str) -> bool:
     """Whether this can be the name of a folder in data/, and nothing outside it."""
     return is_path(dataset) and dataset[0] not in ".-" and dataset == Path(dataset).name
@@ -407,7 +449,7 @@ class ServeConfig(Config):
     """Settings of `nanogpt serve`."""
 
     init_from: str = setting(
-        "resume", "resume (the best model in out_dir), a GPT-2 name, or a folder", path=True, group="Model"
+        "resume", "resume (the best model in out_dir), a GPT-2 name, hf:NAME, or a folder", path=True, group="Model"
     )
     out_dir: str = setting("out", "folder that a training run wrote", path=True)
     host: str = setting(

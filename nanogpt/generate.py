@@ -2,7 +2,7 @@
 
 `generate` is all that a script needs. `Engine`, which it uses, generates many texts as a batch, each as it would be
 alone; texts can be added and removed at any time. Shapes: B rows (texts), T tokens, S positions of a row in the cache,
-V vocabulary, H heads, D channels of a head.
+V vocabulary, G heads of keys, D channels of a head.
 """
 
 import random
@@ -190,7 +190,7 @@ class Engine:
     does not delay the other rows; None: no limit. fast: the compiled model, for steps of one token. They always read
     the whole cache, so that their shapes do not change.
 
-    A text may become longer than the context. In rotary models (`qwen3`), each token attends to the last block_size
+    A text may become longer than the context. In rotary models (`qwen3`, `llama`), each token attends to the last block_size
     tokens. Models with learned positions (`gpt2`) encode the second half of the context again when it is full, so that
     a new token attends to between block_size / 2 and block_size tokens. They see the last block_size tokens of a prompt.
     """
@@ -406,10 +406,10 @@ class Engine:
 
 
 class KVCache:
-    """The keys and values of each row's tokens, allocated once: (layers, rows, S, H, D) each."""
+    """The keys and values of each row's tokens, allocated once: (layers, rows, S, G, D) each."""
 
     def __init__(self, config: GPTConfig, rows: int, size: int, like: Tensor) -> None:
-        shape = (config.n_layer, rows, size, config.n_head, config.n_embd // config.n_head)
+        shape = (config.n_layer, rows, size, config.kv_heads, config.head_size)
         self.keys = torch.zeros(shape, dtype=like.dtype, device=like.device)
         self.values = torch.zeros_like(self.keys)
         self.size = size
@@ -452,8 +452,8 @@ class KVCacheView:
             self.mask = (torch.arange(end, device=device) <= self.positions[..., None])[:, None]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store the keys and values (B, T, H, D) of new tokens. Returns the (k, v, mask) for `kernels.attention`."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (rows, S, H, D)
+        """Store the keys and values (B, T, G, D) of new tokens. Returns the (k, v, mask) for `kernels.attention`."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]  # (rows, S, G, D)
         at = self.rows[:, None], self.places
         keys[at], values[at] = k, v
         return (k, v, None) if self.first else (keys[self.seen], values[self.seen], self.mask)

@@ -1,8 +1,9 @@
-"""GPT in two architectures: the classic one of GPT-2, and the modern one of Qwen3.
+"""GPT: the classic architecture of GPT-2, and the modern one of Qwen3 and Llama.
 
 The classic parts come first, then the modern ones; `GPT` assembles either. Faster forms of the operations are in
 kernels.py, and everything that uses a model is elsewhere. Shapes:
-    B batch    T time (tokens)    C channels (n_embd)    H heads    D channels of a head (C / H)    V vocabulary
+    B batch    T time (tokens)    C channels (n_embd)    H heads    D channels of a head    V vocabulary
+    G heads of keys and values, each for H / G heads of queries
 """
 
 import math
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt.config import shape_problems
 from nanogpt.kernels import Dropout, attention, rms_norm
-
-ARCHITECTURES = ("gpt2", "qwen3")
 
 
 @dataclass
@@ -29,21 +29,45 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear layers and layer norms
     activation: str = "gelu"  # or "gelu_new", the tanh approximation that OpenAI's weights were trained with
-    architecture: str = "gpt2"  # or "qwen3", which has neither biases nor a choice of activation
+    architecture: str = "gpt2"  # or "qwen3" or "llama", which have neither biases nor a choice of activation
+    n_kv_head: int = 0  # heads of keys and values; 0: n_head
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    n_hidden: int = 0  # channels of the hidden layer of MLPs; 0: 4 n_embd, or `gated_width`
+    rope_theta: float = 10000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # added to the mean square in RMS norms
+    norm_gain: bool = False  # whether RMS norms have gains
+    tied: bool = True  # whether the output layer is the token embedding (Press & Wolf 2017)
 
     def __post_init__(self):
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        for (name, *_), problem in shape_problems(self):
+            raise ValueError(f"{name} = {getattr(self, name)} {problem}")
         if self.activation not in ("gelu", "gelu_new"):
             raise ValueError(f"activation must be gelu or gelu_new, not {self.activation!r}")
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, not {self.architecture!r}")
-        if self.architecture == "qwen3" and self.n_embd // self.n_head % 2:
-            raise ValueError(f"n_embd / n_head ({self.n_embd} / {self.n_head}) must be even, to be rotated in pairs")
+
+    @property
+    def modern(self) -> bool:
+        """Whether this is Qwen3's or Llama's architecture, and not GPT-2's."""
+        return self.architecture != "gpt2"
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self) -> int:
+        """Channels of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def hidden(self) -> int:
+        """Channels of the hidden layer of MLPs."""
+        return self.n_hidden or (gated_width(self.n_embd) if self.modern else 4 * self.n_embd)
 
 
-EPS = 1e-6  # of Qwen3's norms
-ROPE_THETA = 10000.0  # the base of the rotary frequencies
+def gated_width(n_embd: int) -> int:
+    """Width of a GatedMLP's hidden layer: a multiple of 32 near 8/3 n_embd, which gives it as many parameters as `MLP`."""
+    return max(32, round(n_embd * 8 / 3 / 32) * 32)
 
 
 class CausalSelfAttention(nn.Module):  # a new kind also needs a case in GPT._init_weights and in numbers_held
@@ -65,12 +89,12 @@ class CausalSelfAttention(nn.Module):  # a new kind also needs a case in GPT._in
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them; the hidden layer is four times as wide."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.approximate = "tanh" if config.activation == "gelu_new" else "none"
 
@@ -79,10 +103,16 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square layer normalisation (Zhang & Sennrich 2019), without a gain."""
+    """Root mean square layer normalisation (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, config: GPTConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if config.norm_gain else None
+        self.eps = config.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, EPS)
+        x = rms_norm(x, self.eps)
+        return x if self.weight is None else x * self.weight
 
 
 class Rotary(nn.Module):
@@ -90,11 +120,14 @@ class Rotary(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        D = config.n_embd // config.n_head
-        frequencies = ROPE_THETA ** (-torch.arange(0, D, 2) / D)  # (D/2)
-        angles = torch.arange(config.block_size).outer(frequencies)  # (block_size, D/2)
+        self.theta = config.rope_theta
+        angles = torch.arange(config.block_size).outer(self.frequencies(config.head_size))  # (block_size, D/2)
         self.register_buffer("cos", torch.cat([angles.cos(), angles.cos()], dim=-1), persistent=False)
         self.register_buffer("sin", torch.cat([-angles.sin(), angles.sin()], dim=-1), persistent=False)  # signed
+
+    def frequencies(self, D: int, device: torch.device | None = None) -> Tensor:
+        """The angle from one position to the next of each pair of channels: (D/2)."""
+        return self.theta ** (-torch.arange(0, D, 2, device=device) / D)
 
     def forward(self, T: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions 0 to T - 1, the same for all heads: (T, 1, D) each."""
@@ -102,8 +135,7 @@ class Rotary(nn.Module):
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin for positions (B, T), which generation takes beyond the context: (B, T, 1, D) each."""
-        D = self.cos.shape[-1]
-        frequencies = ROPE_THETA ** (-torch.arange(0, D, 2, device=positions.device) / D)
+        frequencies = self.frequencies(self.cos.shape[-1], positions.device)
         angles = positions[..., None, None] * frequencies  # (B, T, 1, D/2)
         cos, sin = angles.cos().to(self.cos.dtype), angles.sin().to(self.cos.dtype)
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
@@ -115,30 +147,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RotaryAttention(nn.Module):
-    """Multi-head attention with RoPE, on queries and keys of unit RMS (Henry et al. 2020)."""
+    """Attention with RoPE, several heads of queries for one of keys and values (Ainslie et al. 2023, GQA).
+
+    In Qwen3, queries and keys have unit RMS (Henry et al. 2020).
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.q_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        C, H, G, D = config.n_embd, config.n_head, config.kv_heads, config.head_size
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, G * D, bias=False)
+        self.v_proj = nn.Linear(C, G * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_norm, self.k_norm = (
+            RMSNorm(D, config) if config.architecture == "qwen3" else nn.Identity() for _ in range(2)
+        )
         self.resid_dropout = Dropout(config.dropout)
-        self.n_head, self.layer = config.n_head, layer
+        self.head_size, self.layer = D, layer
 
     def forward(self, x: Tensor, cos_sin: tuple | None, kv_cache=None) -> Tensor:
-        B, T, C = x.shape
-        q, k, v = (f(x).view(B, T, self.n_head, C // self.n_head) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(rms_norm(q, EPS), *cos_sin), rotate(rms_norm(k, EPS), *cos_sin)  # (B, T, H, D)
+        B, T, _ = x.shape
+        q, k, v = (f(x).view(B, T, -1, self.head_size) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *cos_sin), rotate(self.k_norm(k), *cos_sin)  # (B, T, H, D) and (B, T, G, D)
         k, v, mask = kv_cache.update(self.layer, k, v) if kv_cache else (k, v, None)
         # no dropout of attention weights: fused kernels on CPUs have none, and the model learns as well without it
         y = attention(q, k, v, mask)
-        return self.resid_dropout(self.o_proj(y.reshape(B, T, C)))
-
-
-def gated_width(n_embd: int) -> int:
-    """Width of a GatedMLP's hidden layer: a multiple of 32 near 8/3 n_embd, which gives it as many parameters as `MLP`."""
-    return max(32, round(n_embd * 8 / 3 / 32) * 32)
+        return self.resid_dropout(self.o_proj(y.reshape(B, T, -1)))
 
 
 class GatedMLP(nn.Module):
@@ -146,10 +180,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        hidden = gated_width(config.n_embd)
-        self.gate_proj = nn.Linear(config.n_embd, hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, config.n_embd, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, config.hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.hidden, bias=False)
+        self.down_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,12 +191,20 @@ class GatedMLP(nn.Module):
 
 def numbers_held(config: GPTConfig) -> tuple[int, int]:
     """Number of parameters, and of elements of buffers, of a GPT of this shape, without building it."""
-    C, T, V = config.n_embd, config.block_size, config.vocab_size
-    if config.architecture == "qwen3":
-        angles = 2 * T * (C // config.n_head)
-        return V * C + config.n_layer * (4 * C * C + 3 * C * gated_width(C)), angles
-    norm, biases = (2 * C, 9 * C) if config.bias else (C, 0)  # biases of the linear layers: 3 C + C + 4 C + C
-    return (V + T) * C + config.n_layer * (12 * C * C + 2 * norm + biases) + norm, 0
+    C, T, V, F = config.n_embd, config.block_size, config.vocab_size, config.hidden
+    embeddings = V * C if config.tied else 2 * V * C
+    if config.modern:
+        D, gain = config.head_size, config.norm_gain
+        norms = 2 * C + (2 * D if config.architecture == "qwen3" else 0)
+        block = 2 * C * D * (config.n_head + config.kv_heads) + 3 * C * F + gain * norms
+        return embeddings + config.n_layer * block + gain * C, 2 * T * D
+    norm, biases = (2 * C, 5 * C + F) if config.bias else (C, 0)  # biases of the linear layers: 3 C + C + F + C
+    return embeddings + T * C + config.n_layer * (4 * C * C + 2 * C * F + 2 * norm + biases) + norm, 0
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """A norm of the residual stream."""
+    return RMSNorm(config.n_embd, config) if config.modern else nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class Block(nn.Module):
@@ -171,11 +212,10 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        modern = config.architecture == "qwen3"
-        self.ln_1 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.attn = (RotaryAttention if modern else CausalSelfAttention)(config, layer)
-        self.ln_2 = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.mlp = GatedMLP(config) if modern else MLP(config)
+        self.ln_1 = make_norm(config)
+        self.attn = (RotaryAttention if config.modern else CausalSelfAttention)(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = (GatedMLP if config.modern else MLP)(config)
 
     def forward(self, x: Tensor, cos_sin: tuple | None, kv_cache=None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cos_sin, kv_cache)
@@ -184,27 +224,28 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer whose output layer is tied to the token embedding.
+    """A decoder-only transformer.
 
     `gpt2`: learned positions, layer norms, GELU. Radford et al. 2019, "Language Models are Unsupervised Multitask
-    Learners", section 2.3. `qwen3`: RoPE, RMS norms, normalised queries and keys, SwiGLU. Yang et al. 2025, "Qwen3
-    Technical Report", section 2; simplified: no gains, as many heads for keys as for queries, RoPE base 10,000.
+    Learners", section 2.3. `llama`: RoPE, RMS norms, SwiGLU. Touvron et al. 2023, "LLaMA: Open and Efficient Foundation
+    Language Models", section 2.2. `qwen3`: the same with normalised queries and keys. Yang et al. 2025, "Qwen3 Technical
+    Report", section 2. The defaults of GPTConfig simplify both: no gains, as many heads for keys as for queries.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        modern = config.architecture == "qwen3"
         self.transformer = nn.ModuleDict()
         self.transformer["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
-        if not modern:
+        if not config.modern:
             self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
-        self.transformer["drop"] = (Dropout if modern else nn.Dropout)(config.dropout)  # gpt2 keeps PyTorch's draws
+        self.transformer["drop"] = (Dropout if config.modern else nn.Dropout)(config.dropout)  # gpt2: PyTorch's draws
         self.transformer["h"] = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
-        self.transformer["ln_f"] = RMSNorm() if modern else nn.LayerNorm(config.n_embd, bias=config.bias)
-        self.rotary = Rotary(config) if modern else None
+        self.transformer["ln_f"] = make_norm(config)
+        self.rotary = Rotary(config) if config.modern else None
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # Press & Wolf 2017
+        if config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -294,5 +335,5 @@ class GPT(nn.Module):
         """
         T = T or self.config.block_size
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        attention = self.config.n_layer * 2 * self.config.n_embd * (T + 1) / 2
+        attention = self.config.n_layer * 2 * self.config.n_head * self.config.head_size * (T + 1) / 2
         return 3 * 2 * (weights + attention)

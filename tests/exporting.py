@@ -17,10 +17,14 @@ TOKENIZERS = {
     "gpt2": GPT2Tokenizer,
     "bpe": lambda: BPETokenizer.train([TEXT], 300),
 }
+PUBLISHED = dict(rope_theta=5e5, norm_eps=1e-5, norm_gain=True, tied=False)
 ARCHITECTURES = {
     "gpt2": dict(architecture="gpt2", activation="gelu_new"),
     "gpt2 with biases": dict(architecture="gpt2", activation="gelu_new", bias=True),
     "qwen3": dict(architecture="qwen3"),
+    "qwen3 as published": dict(architecture="qwen3", n_kv_head=1, head_dim=24, n_hidden=40, **PUBLISHED),
+    "llama": dict(architecture="llama", n_kv_head=1, **PUBLISHED),
+    "gpt2 with a wide MLP": dict(architecture="gpt2", activation="gelu_new", n_hidden=160, tied=False),
 }
 every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -135,11 +135,10 @@ def test_a_dataset(place):
 
 def test_an_architecture(place, plain):
     """It trains and writes, and checkpoints from before its fields existed load."""
-    tree, out = patched(place, "An architecture"), place / "out-llama"
-    llama = ["--architecture=llama", "--n_head=2", "--n_kv_head=1", "--n_hidden=48", "--max_iters=3"]
-    train(tree, out, *llama)
+    tree, out = patched(place, "An architecture"), place / "out-parallel"
+    train(tree, out, "--architecture=parallel", "--logit_cap=30", "--max_iters=3")
     shape = checkpoint.newest(out).model_config
-    assert (shape["architecture"], shape["n_kv_head"], shape["n_hidden"]) == ("llama", 1, 48)
+    assert (shape["architecture"], shape["logit_cap"]) == ("parallel", 30.0)
     command = [
         sys.executable,
         "sample.py",

@@ -354,7 +354,11 @@ def test_the_modern_model_counts_its_parameters_and_operations():
 
 
 @pytest.mark.parametrize(
-    "wrong, match", [(dict(architecture="gpt3"), "one of gpt2, qwen3"), (dict(n_embd=30, n_head=2), "must be even")]
+    "wrong, match",
+    [
+        (dict(architecture="gpt3"), "one of gpt2, qwen3"),
+        (dict(n_embd=30, n_head=2), "must be a multiple of 2 x n_head"),
+    ],
 )
 def test_a_modern_shape_that_cannot_be_is_refused(wrong, match):
     with pytest.raises(ValueError, match=match):

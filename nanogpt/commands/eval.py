@@ -16,12 +16,14 @@ import numpy as np
 from nanogpt import data, evaluate
 from nanogpt.commands import tasks
 from nanogpt.config import EvalConfig, UserError, is_name, is_path
+from nanogpt.model import GPTConfig
 from nanogpt.run import distributed, settings, trained
 from nanogpt.run.distributed import Dist
 from nanogpt.text import sources
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 from nanogpt.text.tokenizer import CharTokenizer
 
+LOGITS = 2**28  # logits of a window, at most, if the context is `auto`; a batch has up to four times as many
 Measured = tuple[data.Dataset, data.Documents, list[str]]  # what is evaluated, and the names of its documents
 
 
@@ -39,7 +41,7 @@ def evaluate_on_task(cfg: EvalConfig, dist: Dist) -> list[str]:
     with dist.agree():
         task = tasks.read_task(cfg)  # before the model is loaded
         found = trained.load(cfg, dist)
-        choose_context(cfg, found.model.config.block_size)
+        choose_context(cfg, found.model.config, dist)
         requests = tasks.all_requests(cfg, task, found.tokenizer)
     return [tasks.evaluate_task(found.model, requests, task, cfg, dist)]
 
@@ -49,7 +51,7 @@ def evaluate_on_text(cfg: EvalConfig, dist: Dist) -> list[str]:
     with dist.agree():
         texts = read_texts(cfg, dist) if cfg.text else None
         found = trained.load(cfg, dist)
-        choose_context(cfg, found.model.config.block_size)
+        choose_context(cfg, found.model.config, dist)
         dataset, documents, names = from_texts(cfg, texts, found, dist) if texts else from_split(cfg, found)
     result = measure(cfg, found, dataset, documents, dist)
     return list(lines(result, names)) if dist.is_main else []
@@ -90,9 +92,18 @@ def flag(pattern: str, line: str) -> str:
     return f"--text={line}" if line.startswith(pattern) else f"--text={pattern}: {line}"
 
 
-def choose_context(cfg: EvalConfig, longest: int) -> None:
+def choose_context(cfg: EvalConfig, model: GPTConfig, dist: Dist) -> None:
     """Replace `auto` in block_size and stride. Raises UserError if they exceed the model's context."""
-    cfg.block_size = longest if cfg.block_size == "auto" else cfg.block_size
+    longest = model.block_size
+    if cfg.block_size == "auto":
+        cfg.block_size = longest
+        while cfg.block_size * model.vocab_size > LOGITS:
+            cfg.block_size //= 2
+        if cfg.block_size < longest:
+            dist.say(
+                f"context: {cfg.block_size} of the model's {longest} tokens, so that logits fit in memory (--block_size)"
+            )
+    cfg.batch_size = max(1, min(cfg.batch_size, 4 * LOGITS // (int(cfg.block_size) * model.vocab_size)))
     cfg.stride = cfg.block_size if cfg.stride == "auto" else cfg.stride
     for name in ("block_size", "stride"):
         if getattr(cfg, name) > longest:

@@ -58,7 +58,7 @@ def gelu_difference(model: GPT) -> Difference | None:
 
 @torch.inference_mode()
 def llama_difference(model: GPT, V: int, path: str) -> Difference | None:
-    """How far llama.cpp's logits are from the model's, over a full context; None if llama-cpp-python is not installed."""
+    """How far llama.cpp's logits are from the model's, over `compare.context`; None if llama-cpp-python is not installed."""
     if not importlib.util.find_spec("llama_cpp"):
         return None
     import llama_cpp
@@ -85,7 +85,7 @@ def to_folder(found: Trained, cfg: ExportConfig) -> None:
 
 @torch.inference_mode()
 def compare(model: GPT, V: int, folder: str) -> tuple[str, Difference]:
-    """(what read the folder, how far its logits are from the model's), over a full context and in float32."""
+    """(what read the folder, how far its logits are from the model's), over `compare.context` and in float32."""
     idx = comparing.context(model, V)
     expected = comparing.logits(model, idx, V)
     if importlib.util.find_spec("transformers"):

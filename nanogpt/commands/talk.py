@@ -13,7 +13,7 @@ from nanogpt.commands.sample import write
 from nanogpt.config import TalkConfig, UserError
 from nanogpt.generate import Engine, Options
 from nanogpt.model import GPT
-from nanogpt.run import distributed, settings, trained
+from nanogpt.run import distributed, memory, settings, trained
 from nanogpt.text.tokenizer import Stream, Tokenizer
 
 CHANGEABLE = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens", "stop", "seed")
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     with distributed.setup(cfg, out=sys.stderr) as dist:  # standard output has the text only
         distributed.choose_seed(cfg, dist)
         found = trained.load(cfg, dist)
+        memory.crop_to_fit(found.model, 1, "a talk", dist)
         talk(cfg, quantize.made_ready(found.model, cfg, dist), found.tokenizer)
 
 

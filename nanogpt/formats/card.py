@@ -23,7 +23,7 @@ print(generate("Once", max_new_tokens=100)[0]["generated_text"])
 def card(found: Trained, name: str, dtype: str) -> str:
     """The text of the card of a model that is exported under `name`, in Markdown."""
     config, kind = found.model.config, found.tokenizer_json["type"]
-    look = "GPT-2's" if config.architecture == "gpt2" else "Qwen3's"
+    look = dict(gpt2="GPT-2's", qwen3="Qwen3's", llama="Llama's")[config.architecture]
     facts = [
         f"# {name}",
         f"A language model of {found.model.num_params(non_embedding=False) / 1e6:.2f}M parameters, made with NanoGPT. It "

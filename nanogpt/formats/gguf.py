@@ -21,10 +21,10 @@ from nanogpt import files
 from nanogpt.config import RunFailed, SampleConfig, UserError, installs
 from nanogpt.formats import compare
 from nanogpt.formats.compare import Difference
-from nanogpt.model import EPS, GPT, ROPE_THETA, GPTConfig, gated_width
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.text.tokenizer import END_OF_TEXT, BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, spelled
 
-# llama.cpp's names for the parts of our two architectures.
+# llama.cpp's names for the parts of our architectures.
 PARTS = {
     "wte": "token_embd",
     "wpe": "position_embd",
@@ -35,6 +35,8 @@ PARTS = {
     "attn.k_proj": "attn_k",
     "attn.v_proj": "attn_v",
     "attn.o_proj": "attn_output",
+    "attn.q_norm": "attn_q_norm",
+    "attn.k_norm": "attn_k_norm",
     "ln_2": "ffn_norm",
     "mlp.c_fc": "ffn_up",
     "mlp.c_proj": "ffn_down",
@@ -42,6 +44,7 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
     "ln_f": "output_norm",
+    "lm_head": "output",
 }
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # gguf's names for the number formats
 
@@ -138,7 +141,8 @@ def write(path: Path, model: GPT, vocabulary: Vocabulary, dtype: str, package: A
     kind = package.GGMLQuantizationType[KINDS[dtype]]
     with closing(Writer(path, model.config.architecture)) as writer:
         writer.add_file_type(package.LlamaFileType["ALL_F32" if dtype == "float32" else f"MOSTLY_{KINDS[dtype]}"])
-        add_shape(writer, model.config)
+        for key, value in shape_of(model.config).items():
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(key, value)
         add_vocabulary(writer, vocabulary, package)
         for name, tensor in named_tensors(model, vocabulary).items():
             array = tensor.detach().contiguous().numpy()
@@ -151,22 +155,27 @@ def write(path: Path, model: GPT, vocabulary: Vocabulary, dtype: str, package: A
         writer.write_tensors_to_file()
 
 
-def add_shape(writer: Any, config: GPTConfig) -> None:
-    """What llama.cpp has to know of the architecture."""
-    head_size, modern = config.n_embd // config.n_head, config.architecture == "qwen3"
-    writer.add_context_length(config.block_size)
-    writer.add_embedding_length(config.n_embd)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(gated_width(config.n_embd) if modern else 4 * config.n_embd)
-    writer.add_head_count(config.n_head)
-    if modern:
-        writer.add_head_count_kv(config.n_head)
-        writer.add_key_length(head_size)
-        writer.add_value_length(head_size)
-        writer.add_layer_norm_rms_eps(EPS)
-        writer.add_rope_freq_base(ROPE_THETA)
+def shape_of(config: GPTConfig) -> dict[str, int | float]:
+    """{key: value} of what llama.cpp has to know of the architecture."""
+    shape: dict[str, int | float] = {
+        "context_length": config.block_size,
+        "embedding_length": config.n_embd,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.hidden,
+        "attention.head_count": config.n_head,
+    }
+    if config.modern:
+        shape |= {
+            "attention.head_count_kv": config.kv_heads,
+            "attention.key_length": config.head_size,
+            "attention.value_length": config.head_size,
+            "attention.layer_norm_rms_epsilon": config.norm_eps,
+            "rope.freq_base": config.rope_theta,
+            "rope.dimension_count": config.head_size,
+        }
     else:
-        writer.add_layer_norm_eps(1e-5)  # PyTorch's own, of nn.LayerNorm
+        shape["attention.layer_norm_epsilon"] = 1e-5  # PyTorch's own, of nn.LayerNorm
+    return {f"{config.architecture}.{key}": value for key, value in shape.items()}
 
 
 def add_vocabulary(writer: Any, vocabulary: Vocabulary, package: Any) -> None:
@@ -191,29 +200,50 @@ def add_vocabulary(writer: Any, vocabulary: Vocabulary, package: Any) -> None:
 def named_tensors(model: GPT, vocabulary: Vocabulary) -> dict[str, Tensor]:
     """The model's tensors under llama.cpp's names, with the biases and gains that it expects: of 0 and 1 if ours has none."""
     config = model.config
-    found: dict[str, Tensor] = {theirs_of(name): p for name, p in model.named_parameters()}
+    found: dict[str, Tensor] = {theirs_of(name): paired(name, p, config) for name, p in model.named_parameters()}
     V = len(vocabulary.tokens) - vocabulary.added
-    rows = found["token_embd.weight"][:V]
-    found["token_embd.weight"] = torch.cat([rows, row_of_an_end(model, V)]) if vocabulary.added else rows
-    if config.architecture == "qwen3":
-        C, D = config.n_embd, config.n_embd // config.n_head
+    least = least_expected(model, V) if vocabulary.added else None
+    for name in ("token_embd.weight", "output.weight"):
+        if name in found:
+            found[name] = found[name][:V] if least is None else with_end(found[name], V, least)
+    if config.modern:
+        C, D = config.n_embd, config.head_size
         widths = {"output_norm": C}
         for i in range(config.n_layer):
             widths |= {f"blk.{i}.attn_norm": C, f"blk.{i}.ffn_norm": C}
-            widths |= {f"blk.{i}.attn_q_norm": D, f"blk.{i}.attn_k_norm": D}
-        return found | {f"{name}.weight": torch.ones(width) for name, width in widths.items()}
-    layers = [name.removesuffix(".weight") for name in found if name.endswith(".weight") and "_embd" not in name]
+            if config.architecture == "qwen3":
+                widths |= {f"blk.{i}.attn_q_norm": D, f"blk.{i}.attn_k_norm": D}
+        return {f"{name}.weight": torch.ones(width) for name, width in widths.items()} | found
+    layers = [
+        n.removesuffix(".weight") for n in found if n.endswith(".weight") and "_embd" not in n and n[:7] != "output."
+    ]
     return {f"{name}.bias": torch.zeros(len(found[f"{name}.weight"])) for name in layers} | found
 
 
-def row_of_an_end(model: GPT, V: int) -> Tensor:
-    """The embedding (1, C) of an end of text for a model that knows none, and should write none.
+def paired(name: str, p: Tensor, config: GPTConfig, back: bool = False) -> Tensor:
+    """A parameter in llama.cpp's order of rows, or `back` in ours.
 
-    The mean of the rows of the tokens that it expects least. So the end's logit is the mean of theirs: never above the
-    largest of all, and far below it if they are improbable.
+    It rotates neighbouring channels of Llama's queries and keys, where we rotate channels i and i + D/2, as Qwen3 does.
     """
+    if config.architecture != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return p
+    halves = (config.head_size // 2, 2) if back else (2, config.head_size // 2)
+    return p.unflatten(0, (-1, *halves)).transpose(1, 2).flatten(0, 2)
+
+
+def least_expected(model: GPT, V: int) -> Tensor:
+    """The ids of the eight tokens of V that the model expects least, over a context of random tokens."""
     probability = compare.logits(model, compare.context(model, V), V).softmax(dim=-1).mean(dim=(0, 1))  # (V)
-    return model.get_parameter("lm_head.weight")[probability.argsort()[:8]].mean(dim=0, keepdim=True)
+    return probability.argsort()[:8]
+
+
+def with_end(rows: Tensor, V: int, least: Tensor) -> Tensor:
+    """The first V rows of an embedding, and one for an end of text, which a model without one should never write.
+
+    It is the mean of the rows of the tokens that the model expects least. So the end's logit is the mean of theirs: never
+    above the largest of all, and far below it if they are improbable.
+    """
+    return torch.cat([rows[:V], rows[least].mean(dim=0, keepdim=True)])
 
 
 def theirs_of(name: str) -> str:
@@ -229,22 +259,22 @@ def theirs_of(name: str) -> str:
 def read(path: Path, expected: GPTConfig, package: Any) -> GPT:
     """The GPT in a file that `write` wrote, built from what the file says.
 
-    expected: the shape that it must have, and the form of GELU, which GGUF does not say. Raises ValueError if the file has
+    expected: the shape that it must have, and what GGUF does not say, such as the form of GELU. Raises ValueError if the file has
     another shape, or does not hold the tensors of a model.
     """
     reader = package.GGUFReader(path)
     said = {name: field.contents() for name, field in reader.fields.items()}
-    arch = said["general.architecture"]
-    names = dict(block_size="context_length", n_embd="embedding_length", n_layer="block_count")
-    names["n_head"] = "attention.head_count"
-    shape = {ours: said[f"{arch}.{theirs}"] for ours, theirs in names.items()}
+    for key, value in shape_of(expected).items():
+        if said[key] != (np.float32(value) if isinstance(value, float) else value):
+            raise ValueError(f"its {key} is {said[key]}")
     V = len(said["tokenizer.ggml.tokens"])
-    config = GPTConfig(**shape, vocab_size=V, architecture=arch, bias=True, activation=expected.activation)
-    if replace(config, vocab_size=0) != replace(expected, vocab_size=0, bias=True, dropout=0.0):
-        raise ValueError(f"its shape is {config}")
-    model = GPT(config)
+    model = GPT(replace(expected, vocab_size=V, bias=True, dropout=0.0))
     tensors = {t.name: torch.tensor(package.quants.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
-    ours = {name: tensors.pop(theirs_of(name)) for name, _ in model.named_parameters() if theirs_of(name) in tensors}
+    ours = {
+        name: paired(name, tensors.pop(theirs_of(name)), expected, back=True)
+        for name, _ in model.named_parameters()
+        if theirs_of(name) in tensors
+    }
     model.load_weights(ours)
     if odd := [name for name, gains in tensors.items() if not torch.equal(gains, torch.ones_like(gains))]:
         raise ValueError(f"{odd[0]} is no tensor of this model")
@@ -256,7 +286,7 @@ def check(found: GPT, model: GPT, V: int, dtype: str) -> Difference:
     again = dict(found.named_parameters())
     for name, p in model.named_parameters():
         rounded = p if p.dim() == 1 or name.endswith("wpe.weight") else p.to(getattr(torch, dtype)).float()
-        rows = V if name.endswith("wte.weight") else len(p)
+        rows = V if name.endswith(("wte.weight", "lm_head.weight")) else len(p)
         if not torch.equal(again.pop(name)[:rows], rounded[:rows]):
             raise ValueError(f"{name} reads differently")
         if not rounded.isfinite().all():

@@ -24,6 +24,7 @@ from nanogpt.step import forward_backward
 SPARE = 0.2  # fraction of a CPU's free memory to leave free
 MORE = 0.2  # `auto` tries this fraction more sequences, since another allocator, or a later step, may need more memory
 LATER = 32 * 2**20  # bytes to leave for what a run allocates later: stacks of threads, libraries
+SHORTEST = 256  # tokens of context that `crop_to_fit` leaves
 TO_USE = 4  # bytes per parameter: its float32
 TO_TRAIN = defaultdict(lambda: 16, muon=12)  # plus its gradient and the optimizer's moments: two of AdamW, one of Muon
 
@@ -42,6 +43,22 @@ def check_size(model_config: GPTConfig, source: Any, each: int = TO_USE, device:
             f"{source}: a model of {params / 1e6:,.2f}M parameters takes at least {needed / 1e9:,.1f} GB {what}, and there "
             f"are {there / 1e9:,.1f} GB of memory; n_embd, n_layer, block_size and the vocabulary make it smaller"
         )
+
+
+def crop_to_fit(model: GPT, texts: int, name: str, dist: Dist) -> None:
+    """Shorten a rotary model's context until the keys and values of so many texts take at most half the free memory.
+
+    name: of the setting or program that determines `texts`. Beyond its context, such a model attends to the last tokens.
+    """
+    config = model.config
+    each = 2 * config.n_layer * config.kv_heads * config.head_size * model.get_parameter("lm_head.weight").itemsize
+    free = torch.cuda.mem_get_info(dist.device)[0] if dist.device.type == "cuda" else free_memory()
+    longest = config.block_size
+    while config.modern and longest > SHORTEST and texts * longest * each > free / 2:
+        longest //= 2
+    if longest < config.block_size:
+        dist.say(f"context: {longest} of the model's {config.block_size} tokens, for {texts} texts in memory ({name})")
+        model.crop_block_size(longest)
 
 
 def retry_smaller(work: Callable[[int], Any], state: Any, cfg: TrainConfig, dist: Dist) -> Any:

@@ -17,7 +17,7 @@ import torch
 from nanogpt import __version__, config, data, files, optim
 from nanogpt.config import GPT2_NAMES, RunFailed, TrainConfig, UserError
 from nanogpt.data import Dataset
-from nanogpt.formats import hugging_face, pretrained
+from nanogpt.formats import pretrained
 from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import checkpoint, compile, distributed, health, launch, memory, signals, trackers, trained
@@ -79,8 +79,8 @@ def find_weights(cfg: TrainConfig, dist: Dist) -> Checkpoint | str | None:
     if found is None and cfg.init_from != "auto":
         known = ("scratch", "resume", "auto", *GPT2_NAMES)
         raise UserError(
-            f"--init_from={cfg.init_from}: expected {', '.join(known)}, a folder in Hugging Face's format, "
-            f"or the out_dir of another run{config.nearest(cfg.init_from, known)}"
+            f"--init_from={cfg.init_from}: expected {', '.join(known)}, hf:OWNER/NAME, a folder in Hugging Face's format, "
+            f"or the out_dir of another run{config.on_the_hub(cfg.init_from) or config.nearest(cfg.init_from, known)}"
         )
     return found
 
@@ -123,11 +123,7 @@ def choose_context(cfg: TrainConfig, found: Any, dist: Dist) -> None:
     """Use the model's own context if it is shorter than the default and the settings name none."""
     if found is None or found in GPT2_NAMES or "block_size" in cfg.sources:
         return
-    of = (
-        found.model_config["block_size"]
-        if isinstance(found, Checkpoint)
-        else hugging_face.read_config(Path(found)).block_size
-    )
+    of = found.model_config["block_size"] if isinstance(found, Checkpoint) else pretrained.read_config(found).block_size
     if of < cfg.block_size:
         dist.say(f"context: {of} tokens, as the model has (--block_size)")
         cfg.block_size = of
@@ -143,9 +139,11 @@ def keep_shape(cfg: TrainConfig, found: Checkpoint) -> None:
 
 def padded(vocab_size: int, dist: Dist) -> int:
     """The size of the embedding: a large vocabulary is rounded up to a multiple of 64."""
-    size = -(-vocab_size // 64) * 64 if vocab_size > 1024 else vocab_size
+    size = -(-vocab_size // config.PADDING) * config.PADDING if vocab_size > 1024 else vocab_size
     if size != vocab_size:
-        dist.say(f"vocabulary: {vocab_size} tokens, padded to {size}, because matrix units like multiples of 64")
+        dist.say(
+            f"vocabulary: {vocab_size} tokens, padded to {size}, because matrix units like multiples of {config.PADDING}"
+        )
     return size
 
 

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.config import GPT2_NAMES, EvalConfig, ExportConfig, ServeConfig, TextConfig, TrainConfig, UserError
+from nanogpt.config import (
+    EvalConfig,
+    ExportConfig,
+    ServeConfig,
+    TextConfig,
+    TrainConfig,
+    UserError,
+    is_published,
+    on_the_hub,
+)
 from nanogpt.formats import hugging_face, pretrained
 from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT
@@ -24,20 +33,20 @@ class Trained:
     tokenizer: Any
     tokenizer_json: dict
     settings: dict  # the latest settings of the run that trained it; {} for a pretrained model
-    folder: str  # or GPT-2's name
+    folder: str  # or the name of a published model
     checkpoint: Checkpoint | None = None  # that it was read from; None for a pretrained model
 
 
 def find(
     cfg: TrainConfig | TextConfig | EvalConfig | ExportConfig | ServeConfig, say: Callable, newest: bool = False
 ) -> Checkpoint | str | None:
-    """What `init_from` names: the name of a GPT-2, a folder in Hugging Face's format, or a Checkpoint; else None.
+    """What `init_from` names: the name of a published model, a folder in Hugging Face's format, or a Checkpoint; else None.
 
     `resume` and `auto` mean the run in `out_dir`, any other value the run in that folder. Returns its best checkpoint,
     or its newest one.
     """
     resuming = cfg.init_from in ("resume", "auto")
-    if cfg.init_from in GPT2_NAMES or (not resuming and hugging_face.is_hugging_face(cfg.init_from)):
+    if is_published(cfg.init_from) or (not resuming and hugging_face.is_hugging_face(cfg.init_from)):
         return cfg.init_from
     folder = cfg.out_dir if resuming else cfg.init_from
     return (checkpoint.newest if newest else checkpoint.best)(folder, say) or from_nanogpt(folder)
@@ -54,6 +63,7 @@ def load(cfg: TextConfig | EvalConfig | ExportConfig | ServeConfig, dist: Dist) 
     if found is None:
         there = sorted(str(p.parent) for p in Path().glob("*/checkpoints"))
         hint = f"; there are some in {', '.join(there)}" if there else "; train.py makes one"
+        hint = on_the_hub(cfg.init_from) or hint
         raise UserError(f"--{name}={folder}: holds no checkpoint{hint}")
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
     latest = checkpoint.peek(folder) or found

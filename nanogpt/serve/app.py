@@ -25,9 +25,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanogpt import quantize
-from nanogpt.config import GPT2_NAMES, ServeConfig
+from nanogpt.config import ServeConfig
 from nanogpt.generate import Engine, Options
-from nanogpt.run import distributed, trained
+from nanogpt.run import distributed, memory, trained
 from nanogpt.run.checkpoint import Checkpoint
 from nanogpt.run.records import read_metrics
 from nanogpt.serve import access, batching
@@ -51,9 +51,10 @@ class Server:
     ) -> None:
         self.cfg, self.key, self.dist, self.tok = cfg, key, dist, found.tokenizer
         folder = Path(cfg.out_dir if cfg.init_from == "resume" else cfg.init_from)
-        self.name = cfg.init_from if cfg.init_from in GPT2_NAMES else folder.resolve().name
+        self.name = folder.resolve().name  # of a published model, too
         self.losses = curves(folder / "metrics.jsonl", found.checkpoint)
         of_openai = dict(id=self.name, object="model", created=int(time.time()), owned_by="nanogpt")
+        memory.crop_to_fit(found.model, cfg.max_batch, "--max_batch", dist)
         self.context = found.model.config.block_size
         size = dict(context=self.context, parameters=found.model.num_params())
         limits = dict(max_tokens=cfg.max_tokens, max_n=cfg.max_n, max_prompt=cfg.max_prompt)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nanogpt import files
-from nanogpt.config import UserError, nearest
-from nanogpt.text import hugging_face_tokenizer, tokenizer
+from nanogpt.config import UserError, is_published, nearest
+from nanogpt.text import hub, hugging_face_tokenizer, tokenizer
 from nanogpt.text.tokenizer import id_dtype
 
 if TYPE_CHECKING:
@@ -176,8 +176,8 @@ def how_to_prepare(folder: Path) -> str:
 
 
 def tokenizer_of(folder: str | Path) -> dict:
-    """The tokenizer, as JSON, of the run, Hugging Face model or dataset in `folder`. Raises UserError if it has none."""
-    folder = Path(folder)
+    """The tokenizer, as JSON, of the run, published model or dataset in `folder`. Raises UserError if it has none."""
+    folder = hub.download(str(folder), weights=False) if is_published(str(folder)) else Path(folder)
     described = [*sorted(folder.glob("checkpoints/step-*/checkpoint.json"), reverse=True), folder / "meta.json"]
     for path in filter(Path.is_file, described):
         try:

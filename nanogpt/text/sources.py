@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from nanogpt.config import UserError, installs, nearest
+from nanogpt.config import HUB, UserError, installs, nearest
 from nanogpt.text.cutting import last_character
 
 BLOCK = 2**20  # bytes that are read, encoded and kept in memory at a time
@@ -133,9 +133,9 @@ def find(
         try:
             if argument == "-":
                 found = [Source(STANDARD_INPUT, str(standard_input), "text")]
-            elif argument == "hf:":
+            elif argument == HUB:
                 raise UserError("hf: needs a name, such as hf:roneneldan/TinyStories")
-            elif argument.startswith("hf:"):
+            elif argument.startswith(HUB):
                 found = [Source(argument, argument[3:], "hf")]
             else:
                 found = list(finder.files(argument))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nanogpt.config import UserError, installs, nearest
+from nanogpt.config import HUB, UserError, installs, nearest
 from nanogpt.text.cutting import code_points, last_character, last_word, without_long_runs
 
 END_OF_TEXT = "<|endoftext|>"
@@ -394,7 +394,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def named(name: str) -> tuple[str, int | None]:
-    """(kind, vocabulary size or None) of a tokenizer's name: char, byte, gpt2, bpe:4096, or a folder, of kind "folder".
+    """(kind, vocabulary size or None) of a tokenizer's name: char, byte, gpt2, bpe:4096, or a folder or hf:NAME, of kind "folder".
 
     Raises ValueError, which says what is expected.
     """
@@ -403,12 +403,12 @@ def named(name: str) -> tuple[str, int | None]:
         return kind, int(size)
     if kind in ("char", "byte", "gpt2") and not colon:
         return kind, None
-    if name and Path(name).is_dir():
+    if name.startswith(HUB) or (name and Path(name).is_dir()):
         return "folder", None
     if kind == "bpe":
         raise ValueError(f"expected bpe:N, with a vocabulary of N from 257 (all bytes and the end of text) to {2**20}")
     raise ValueError(
-        f"expected char, byte, gpt2 or bpe:N, such as bpe:4096, or the folder of a model or dataset{nearest(kind, KINDS)}"
+        f"expected char, byte, gpt2 or bpe:N, such as bpe:4096, the folder of a model or dataset, or hf:NAME{nearest(kind, KINDS)}"
     )
 
 

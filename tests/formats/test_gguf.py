@@ -90,10 +90,11 @@ def logits_of_transformers(said, tensors, ids):
         shape = dict(
             n_positions=sizes["context_length"], n_embd=width, n_layer=n_layer, n_head=sizes["attention.head_count"]
         )
-        eps = sizes["attention.layer_norm_epsilon"]
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, **shape, layer_norm_epsilon=eps))
+        shape |= dict(n_inner=sizes["feed_forward_length"], layer_norm_epsilon=sizes["attention.layer_norm_epsilon"])
+        tied = "output.weight" not in tensors
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, **shape, tie_word_embeddings=tied))
     else:
-        config = transformers.Qwen3Config(
+        shape = dict(
             vocab_size=V,
             hidden_size=width,
             intermediate_size=sizes["feed_forward_length"],
@@ -103,9 +104,12 @@ def logits_of_transformers(said, tensors, ids):
             head_dim=sizes["attention.key_length"],
             rms_norm_eps=sizes["attention.layer_norm_rms_epsilon"],
             rope_parameters={"rope_type": "default", "rope_theta": sizes["rope.freq_base"]},
-            tie_word_embeddings=True,
+            tie_word_embeddings="output.weight" not in tensors,
         )
-        model = transformers.Qwen3ForCausalLM(config)
+        if arch == "llama":
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+        else:
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], n_layer)
     state, used = {}, set()
     for name, p in model.named_parameters():
@@ -113,6 +117,10 @@ def logits_of_transformers(said, tensors, ids):
         used.add(theirs)
         transposed = arch == "gpt2" and p.dim() == 2 and ".h." in name
         state[name] = tensors[theirs].t() if transposed else tensors[theirs]
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):  # llama.cpp rotates neighbours
+            D = sizes["attention.key_length"]
+            order = torch.cat([torch.arange(0, D, 2), torch.arange(1, D, 2)])
+            state[name] = state[name].unflatten(0, (-1, D))[:, order].flatten(0, 1)
     assert used == tensors.keys()
     model.load_state_dict(state, strict=False)  # all but the tied output layer, as the line above says
     return model.eval()(ids).logits
