@@ -24,7 +24,7 @@ ARCHITECTURES = {
     "qwen3": dict(architecture="qwen3"),
     "qwen3 as published": dict(architecture="qwen3", n_kv_head=1, head_dim=24, n_hidden=40, **PUBLISHED),
     "llama": dict(architecture="llama", n_kv_head=1, **PUBLISHED),
-    "gpt2 with a wide MLP": dict(architecture="gpt2", activation="gelu_new", n_hidden=160, tied=False),
+    "gpt2 with a wide MLP": dict(architecture="gpt2", activation="gelu_new", n_hidden=160),
 }
 every_tokenizer = pytest.mark.parametrize("kind", TOKENIZERS)
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)

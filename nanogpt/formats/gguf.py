@@ -105,7 +105,8 @@ def as_bpe(tok: Tokenizer, path: Path) -> Vocabulary:
     if not isinstance(tok, CharTokenizer | ByteTokenizer | BPETokenizer):
         raise UserError(
             f"--to={path}: the model's tokenizer is one of Hugging Face's, and only characters, bytes, GPT-2's BPE and BPE "
-            "trained here can be written as GGUF; a folder (--to=FOLDER) holds it"
+            "trained here can be written as GGUF; a folder (--to=FOLDER) holds it, and llama.cpp's convert_hf_to_gguf.py "
+            "reads that, if it knows the tokenizer"
         )
     merges = tok.merges() if isinstance(tok, BPETokenizer) else []
     if isinstance(tok, CharTokenizer):
