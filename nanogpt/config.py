@@ -165,6 +165,9 @@ class TrainConfig(Config):
     )
     dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
+    checkpoint_activations: bool = setting(
+        False, "keep less for the backward pass and compute it again there: slower, with far less memory"
+    )
     deterministic: bool = setting(False, "bit-identical results on GPUs too, at some cost in speed; CPUs always are")
     seed: int = setting(  # an integer once `choose_seed` has replaced `auto`
         1337, "seed of the initialization, the batches and dropout", int, low=0, high=2**63 - 1, auto=True

@@ -405,6 +405,11 @@ class Engine:
         return Token(row, id, logprob, likeliest, finish)
 
 
+def bytes_per_token(config: GPTConfig, like: Tensor) -> int:
+    """The memory that a KVCache in the number format of `like` takes for each token of a text."""
+    return 2 * config.n_layer * config.kv_heads * config.head_size * like.element_size()
+
+
 class KVCache:
     """The keys and values of each row's tokens, allocated once: (layers, rows, S, G, D) each."""
 

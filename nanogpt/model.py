@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanogpt.config import shape_problems
 from nanogpt.kernels import Dropout, attention, rms_norm
@@ -243,6 +244,7 @@ class GPT(nn.Module):
         self.transformer["h"] = nn.ModuleList([Block(config, i) for i in range(config.n_layer)])
         self.transformer["ln_f"] = make_norm(config)
         self.rotary = Rotary(config) if config.modern else None
+        self.checkpoint_activations = False  # whether training keeps only the inputs of blocks, and repeats the rest
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
@@ -287,7 +289,10 @@ class GPT(nn.Module):
             x = x + (self.transformer.wpe(kv_cache.positions) if kv_cache else self.transformer.wpe.weight[:T])
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cos_sin, kv_cache)
+            if self.checkpoint_activations and self.training:
+                x = checkpoint(block, x, cos_sin, use_reentrant=False)  # Chen et al. 2016; dropout is repeated, too
+            else:
+                x = block(x, cos_sin, kv_cache)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x[:, [-1]])), None
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)

@@ -381,3 +381,42 @@ def test_the_modern_model_drops_nothing_from_attention_itself():
     attention.resid_dropout.p = 0.0
     x, cos_sin = torch.randn(2, 16, 32), model.rotary(16)
     assert torch.equal(attention(x, cos_sin), attention(x, cos_sin))
+
+
+# Checkpointed activations
+
+
+def gradients_and_kept(model, checkpointed, idx):
+    """(the gradients of a step with dropout, the bytes that its forward pass keeps for the backward pass)."""
+    model.checkpoint_activations = checkpointed
+    torch.manual_seed(5)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(idx, idx)[1]
+    held = sum(kept.values())
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found, held
+
+
+@pytest.mark.parametrize("products", ["highest", "medium"])
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_checkpointed_activations_change_no_bit_of_a_gradient(architecture, products):
+    model = tiny_model(n_layer=6, dropout=0.3, architecture=architecture)
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    try:
+        (expected, much), (found, less) = (gradients_and_kept(model, on, tokens(4, 16)) for on in (False, True))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert less < much / 3

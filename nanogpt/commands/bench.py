@@ -67,6 +67,7 @@ def make_run(cfg: BenchConfig, dist: Dist, clock: "Clock") -> Run:
     gpt_config = GPTConfig(**start.shape(cfg), dropout=cfg.dropout, vocab_size=start.padded(dataset.vocab_size, dist))
     memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
     model = GPT(gpt_config).to(dist.device)
+    model.checkpoint_activations = cfg.checkpoint_activations
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     judge = health.Health(cfg, dist.device)
     return Run(cfg, dist, model, optim.make_optimizer(model, cfg, dist), scaler, judge, TrainState(), batches, {})

@@ -8,7 +8,7 @@ from typing import Any
 
 from nanogpt import config, quantize
 from nanogpt.config import SampleConfig, UserError
-from nanogpt.generate import Engine, Options, Row, Token
+from nanogpt.generate import Engine, Options, Row, Token, bytes_per_token
 from nanogpt.model import GPT
 from nanogpt.run import compile, distributed, settings, trained
 from nanogpt.run.distributed import Dist
@@ -109,7 +109,7 @@ def sample(cfg: SampleConfig, dist: Dist) -> None:
 def make_engine(cfg: SampleConfig, model: GPT, fast: Any, tok: Tokenizer, ids: list[int]) -> Engine:
     """An Engine with room for all texts, or for as many as memory allows. fast: the compiled model."""
     length = min(model.config.block_size, len(ids) + cfg.max_new_tokens)
-    bytes_per_row = 2 * model.config.n_layer * length * model.config.n_embd * next(model.parameters()).element_size()
+    bytes_per_row = length * bytes_per_token(model.config, next(model.parameters()))
     rows = max(1, min(cfg.num_samples, TOGETHER, CACHE // bytes_per_row))
     return Engine(model, rows, tok.vocab_size, len(ids) + cfg.max_new_tokens, fast=fast)
 

@@ -15,6 +15,7 @@ import torch
 
 from nanogpt.config import BenchConfig, RunFailed, TrainConfig, UserError
 from nanogpt.data import divisors, share_batch
+from nanogpt.generate import bytes_per_token
 from nanogpt.model import GPT, GPTConfig, numbers_held
 from nanogpt.run.device import out_of_memory
 from nanogpt.run.distributed import Dist
@@ -51,7 +52,7 @@ def crop_to_fit(model: GPT, texts: int, name: str, dist: Dist) -> None:
     name: of the setting or program that determines `texts`. Beyond its context, such a model attends to the last tokens.
     """
     config = model.config
-    each = 2 * config.n_layer * config.kv_heads * config.head_size * model.get_parameter("lm_head.weight").itemsize
+    each = bytes_per_token(config, model.get_parameter("lm_head.weight"))
     free = torch.cuda.mem_get_info(dist.device)[0] if dist.device.type == "cuda" else free_memory()
     longest = config.block_size
     while config.modern and longest > SHORTEST and texts * longest * each > free / 2:

@@ -116,6 +116,7 @@ def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> GP
         dist.say(f"context: cropped from {model.config.block_size} to {cfg.block_size} tokens (--block_size)")
         model.crop_block_size(cfg.block_size)
     memory.check_size(model.config, f"--init_from={cfg.init_from}", memory.TO_TRAIN[cfg.optimizer], dist.device)
+    model.checkpoint_activations = cfg.checkpoint_activations
     return model.to(dist.device)
 
 

@@ -164,6 +164,8 @@ def test_mlx_computes_the_same_logits(tmp_path, architecture, kind, figure):
     package = pytest.importorskip(
         "mlx_lm", reason="mlx-lm is not installed; `pip install mlx-lm mlx-cpu` does it on Linux"
     )
+    if architecture == "gpt2 with a wide MLP":
+        pytest.skip("MLX's GPT-2 knows no n_inner")
     import mlx.core
 
     tok = TOKENIZERS[kind]()
