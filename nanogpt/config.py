@@ -130,6 +130,18 @@ class TrainConfig(Config):
     bias: bool = setting(
         False, "use biases in linear layers and layer norms, as GPT-2 does; False is a bit better and faster"
     )
+    lora_rank: int = setting(
+        0,
+        "rank of the matrices that are trained beside the frozen model; 0: train the model",
+        low=0,
+        high=10**4,
+        group="Finetuning",
+    )
+    lora_alpha: float = setting(16.0, "their product is multiplied by lora_alpha / lora_rank", above=0.0)
+    lora_layers: str = setting("all", "linear layers of blocks that have them", choices=("all", "attention"))
+    lora_base: str = setting(
+        "float32", "number format in which the frozen model is kept in memory", choices=("float32", "bfloat16")
+    )
     optimizer: str = setting(
         "adamw",
         "adamw, or muon: Muon for the blocks' matrices, AdamW for the rest",
@@ -181,6 +193,10 @@ class TrainConfig(Config):
             yield names, f"times batch_size, which is {size}, must not exceed {LARGEST_BATCH} sequences"
         if self.architecture != "gpt2" and self.bias:
             yield ("bias", "architecture"), f"the architecture {self.architecture} has no biases"
+        if self.lora_rank and self.init_from == "scratch":
+            yield ("lora_rank", "init_from"), "needs a model to adapt: --init_from names one"
+        if self.lora_rank and self.optimizer == "muon":
+            yield ("lora_rank", "optimizer"), "takes --optimizer=adamw: Muon is for whole matrices"
         if self.decay_lr and self.min_lr > self.learning_rate:
             yield (
                 ("min_lr", "learning_rate", "decay_lr"),

@@ -336,9 +336,10 @@ class GPT(nn.Module):
 
         Matrix products only: 2 operations per weight, 2 per query-key and per probability-value product. Position t
         has t + 1 keys, so attention is counted as causal. A backward pass costs two forward passes (as in Chowdhery
-        et al. 2022, PaLM, appendix B, who count attention in full).
+        et al. 2022, PaLM, appendix B, who count attention in full), and one for weights that are not trained.
         """
         T = T or self.config.block_size
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        layers = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
+        weights = sum(w.numel() * (1 if w.requires_grad else 2 / 3) for w in layers)
         attention = self.config.n_layer * 2 * self.config.n_head * self.config.head_size * (T + 1) / 2
         return 3 * 2 * (weights + attention)

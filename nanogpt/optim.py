@@ -178,10 +178,15 @@ def either(*skips: Tensor | None) -> Tensor | None:
     return torch.stack(given).amax() if given else None
 
 
+def trained_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name: all of them, unless the others are frozen, as by LoRA."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def make_optimizer(model: GPT, cfg: TrainConfig, dist=None) -> Optimizer:
     """AdamW, or Muon for the matrices of the blocks and AdamW for the rest. Biases and norms are not decayed."""
     blocks = [p for p in model.transformer.h.parameters() if p.dim() == 2] if cfg.optimizer == "muon" else []
-    params = [p for p in model.parameters() if all(p is not b for b in blocks)]
+    params = [p for p in trained_parameters(model).values() if all(p is not b for b in blocks)]
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},

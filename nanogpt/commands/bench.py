@@ -65,7 +65,7 @@ def make_run(cfg: BenchConfig, dist: Dist, clock: "Clock") -> Run:
     batches = TimedBatches(dataset, "train", cfg.seed, T, dist, per_step=per_step)
     batches.clock = clock
     gpt_config = GPTConfig(**start.shape(cfg), dropout=cfg.dropout, vocab_size=start.padded(dataset.vocab_size, dist))
-    memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
+    memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg), dist.device)
     model = GPT(gpt_config).to(dist.device)
     model.checkpoint_activations = cfg.checkpoint_activations
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)

@@ -54,6 +54,7 @@ class Checkpoint:
     settings: dict
     scaler: dict
     data: dict = field(default_factory=dict)  # the fingerprint of each split; earlier checkpoints have none
+    base: dict = field(default_factory=dict)  # of a run with LoRA: what `trained.describe_base` returns
     in_memory: tuple | None = None  # the tensors of model and optimizer, if they come from another format
 
     @property
@@ -104,7 +105,7 @@ class Writer:
         self.failed = False
         self.place = files.identity(out_dir)
 
-    def save(self, model_tensors: dict[str, Tensor], other_tensors: dict[str, Tensor], info: dict) -> None:
+    def save(self, model_tensors: Mapping[str, Tensor], other_tensors: Mapping[str, Tensor], info: dict) -> None:
         """Copy the tensors, then write them and `info` (a dict for JSON) in the background."""
         self.wait()
         if self.failed:
@@ -120,7 +121,7 @@ class Writer:
         self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
         self.thread.start()
 
-    def _copy(self, group: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _copy(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """CPU copies, in memory that is reused by each save: new pages cost more than the copying."""
         kept = self.copies.setdefault(group, {})
         for name, tensor in tensors.items():
@@ -295,7 +296,9 @@ def read(folder: Path | str) -> Checkpoint:
 
 def _check(checkpoint: Checkpoint) -> None:
     """Raise TypeError, ValueError or KeyError if a field that others rely on is missing or of another type."""
-    kinds = dict(step=int, state=dict, model_config=dict, tokenizer=dict, settings=dict, scaler=dict, data=dict)
+    kinds = dict(
+        step=int, state=dict, model_config=dict, tokenizer=dict, settings=dict, scaler=dict, data=dict, base=dict
+    )
     held = [(name, getattr(checkpoint, name), kind) for name, kind in kinds.items()]
     if not any(type(value) is not kind for _, value, kind in held):
         held += [(f.name, checkpoint.model_config[f.name], type(f.default)) for f in fields(GPTConfig)]

@@ -17,6 +17,7 @@ from nanogpt.config import BenchConfig, RunFailed, TrainConfig, UserError
 from nanogpt.data import divisors, share_batch
 from nanogpt.generate import bytes_per_token
 from nanogpt.model import GPT, GPTConfig, numbers_held
+from nanogpt.optim import trained_parameters
 from nanogpt.run.device import out_of_memory
 from nanogpt.run.distributed import Dist
 from nanogpt.run.settings import check_bounds
@@ -28,6 +29,12 @@ LATER = 32 * 2**20  # bytes to leave for what a run allocates later: stacks of t
 SHORTEST = 256  # tokens of context that `crop_to_fit` leaves
 TO_USE = 4  # bytes per parameter: its float32
 TO_TRAIN = defaultdict(lambda: 16, muon=12)  # plus its gradient and the optimizer's moments: two of AdamW, one of Muon
+FROZEN = dict(float32=4, bfloat16=2)  # bytes per parameter that is not trained
+
+
+def bytes_to_train(cfg: TrainConfig) -> int:
+    """The least bytes per parameter of the model that training takes; with LoRA, hardly any is trained."""
+    return FROZEN[cfg.lora_base] if cfg.lora_rank else TO_TRAIN[cfg.optimizer]
 
 
 def check_size(model_config: GPTConfig, source: Any, each: int = TO_USE, device: torch.device | None = None) -> None:
@@ -143,7 +150,7 @@ def largest_micro_batch(model: GPT, n: int, cfg: TrainConfig, dist: Dist) -> int
 def later(model: GPT, dist: Dist) -> int:
     """Bytes that a run allocates later: gradients that are averaged over processes, and copies for checkpoints."""
     copies = int(dist.world_size > 1) + 3 * (dist.device.type == "cpu")  # a checkpoint is copied to main memory
-    return LATER + copies * sum(p.nbytes for p in model.parameters())
+    return LATER + copies * sum(p.nbytes for p in trained_parameters(model).values())
 
 
 def fits(model: GPT, size: int, cfg: TrainConfig, dist: Dist, beside: int = 0) -> bool:
@@ -165,7 +172,7 @@ def fits(model: GPT, size: int, cfg: TrainConfig, dist: Dist, beside: int = 0) -
 
 def try_step(model: GPT, size: int, cfg: TrainConfig, dist: Dist) -> None:
     """Allocate what a micro-step after the first takes: it has gradients already."""
-    for p in model.parameters():
+    for p in trained_parameters(model).values():
         p.grad = torch.zeros_like(p)
     idx = torch.zeros((size, cfg.block_size), dtype=torch.int64, device=dist.device)
     forward_backward(model, idx, idx, dist)

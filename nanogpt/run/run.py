@@ -91,6 +91,7 @@ class Run:
     state: TrainState
     batches: data.Batches  # to train on
     eval_batches: dict  # {"train": data.Batches, "val": data.Batches}
+    base: dict = field(default_factory=dict)  # with LoRA, the model that it adapts: see trained.describe_base
     trackers: list[Tracker] = field(default_factory=list)  # on the main process
     model: Any = None  # to call: gpt, perhaps compiled, and wrapped to average gradients
     tick: Callable[[], None] = lambda: None  # called before each batch of an evaluation
@@ -177,7 +178,7 @@ class Run:
 
     def measure(self, evaluation: "Callable[[Run, int], dict]") -> dict:
         """Call evaluation(run, micro_batch), off the clock. Raises StopRequested if the run is asked to stop meanwhile."""
-        self.dist.require_same_bits(self.gpt.parameters(), f"step {self.step}: the weights")
+        self.dist.require_same_bits(optim.trained_parameters(self.gpt).values(), f"step {self.step}: the weights")
         with self.paused():
             self.tick = self.log.counted(self.step, self.stop.check)
             self.stop.check()  # a failed save may mean that memory is short
@@ -234,8 +235,9 @@ class Run:
                 data=self.fingerprints(),
                 settings=asdict(self.cfg),
                 scaler=self.scaler.state_dict(),
+                **({"base": self.base} if self.base else {}),
             )
-            self.writer.save(dict(self.gpt.named_parameters()), self.tensors(), info)
+            self.writer.save(optim.trained_parameters(self.gpt), self.tensors(), info)
 
     def check_writes(self) -> None:
         """Wait for what is being written. Raises RunFailed, on all processes, if a write has failed."""

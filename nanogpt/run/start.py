@@ -85,21 +85,24 @@ def find_weights(cfg: TrainConfig, dist: Dist) -> Checkpoint | str | None:
     return found
 
 
-def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> GPT:
-    """The model that `find_weights` found, or a new one, on the device. UserError if it does not fit the settings."""
+def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> tuple[GPT, dict]:
+    """(the model that `find_weights` found, or a new one, on the device; with LoRA, `trained.describe_base` of it).
+
+    Raises UserError if it does not fit the settings.
+    """
     torch.manual_seed(cfg.seed)
     resuming = cfg.init_from in ("resume", "auto")
     assert dataset.tokenizer_json is not None, "open_dataset sets it"
     if found is None:
         gpt_config = GPTConfig(**shape(cfg), dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
-        memory.check_size(gpt_config, "the settings", memory.TO_TRAIN[cfg.optimizer], dist.device)
+        memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg), dist.device)
         model = GPT(gpt_config)
     elif isinstance(found, Checkpoint):
         if resuming:
             keep_shape(cfg, found)
         origin = cfg.out_dir if resuming else cfg.init_from
         require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, found.tokenizer, origin)
-        model = checkpoint.load_model(found, cfg.dropout)
+        model = trained.load_model(found, cfg.dropout, merged=not resuming)
     else:
         require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, pretrained.read_tokenizer(found), found)
         model = pretrained.from_pretrained(found, cfg.dropout)
@@ -112,12 +115,22 @@ def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> GP
         raise UserError(
             f"--block_size={cfg.block_size}: longer than the {model.config.block_size} tokens of context of {cfg.init_from}"
         )
+    base = found.base if resuming and isinstance(found, Checkpoint) else {}
+    if cfg.lora_rank and not base:
+        if found is None:
+            raise UserError(f"--lora_rank={cfg.lora_rank}: needs a model to adapt: --init_from names one")
+        base = trained.describe_base(model, found, cfg)
     if cfg.block_size < model.config.block_size:
         dist.say(f"context: cropped from {model.config.block_size} to {cfg.block_size} tokens (--block_size)")
         model.crop_block_size(cfg.block_size)
-    memory.check_size(model.config, f"--init_from={cfg.init_from}", memory.TO_TRAIN[cfg.optimizer], dist.device)
+    memory.check_size(model.config, f"--init_from={cfg.init_from}", memory.bytes_to_train(cfg), dist.device)
+    if base:
+        if not resuming:
+            trained.adapt(model, base)
+        n, of = (sum(p.numel() for p in ps) for ps in (optim.trained_parameters(model).values(), model.parameters()))
+        dist.say(f"LoRA: {n:,} parameters of {of:,} are trained ({n / of:.2%}), beside a model in {base['dtype']}")
     model.checkpoint_activations = cfg.checkpoint_activations
-    return model.to(dist.device)
+    return model.to(dist.device), base
 
 
 def choose_context(cfg: TrainConfig, found: Any, dist: Dist) -> None:
@@ -131,8 +144,10 @@ def choose_context(cfg: TrainConfig, found: Any, dist: Dist) -> None:
 
 
 def keep_shape(cfg: TrainConfig, found: Checkpoint) -> None:
-    """Raise UserError if the shape or the optimizer is not the checkpoint's."""
-    had = {name: found.model_config[name] for name in SHAPE} | {"optimizer": found.settings.get("optimizer", "adamw")}
+    """Raise UserError if the shape, the optimizer, or what is trained is not the checkpoint's."""
+    others = ("optimizer", "lora_rank", "lora_alpha", "lora_layers", "lora_base")
+    had = {name: found.settings.get(name, getattr(TrainConfig, name)) for name in others}
+    had = {name: found.model_config[name] for name in SHAPE} | had
     wrong = [name for name in had if getattr(cfg, name) != had[name]]
     if wrong:
         raise UserError(*(f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {had[n]}" for n in wrong))
@@ -243,7 +258,10 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
         found = find_weights(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         run = make_run(cfg, found, resuming, dist)
-    resumed = {f"the step of the checkpoint in --out_dir={cfg.out_dir}, which all machines must share,": run.step}
+    resumed: dict[str, Any] = {
+        f"the step of the checkpoint in --out_dir={cfg.out_dir}, which all machines must share,": run.step
+    }
+    resumed |= {"the hash of the model that LoRA adapts": run.base.get("sha256")}
     dist.require_same(resumed | {f"the fingerprint of {s}.bin": found for s, found in run.fingerprints().items()})
     if not cfg.eval_only:
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.gpt, cfg, dist)
@@ -288,7 +306,7 @@ def make_run(cfg: TrainConfig, found: Any, resuming: bool, dist: Dist) -> Run:
         choose_context(cfg, found, dist)
     splits = ("train", "val")
     datasets = {s: open_dataset(cfg.dataset, s, cfg.block_size, cfg.root, cfg.documents) for s in splits}
-    model = make_model(cfg, found, datasets["train"], dist)
+    model, base = make_model(cfg, found, datasets["train"], dist)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     state = TrainState(epoch_windows=data.epoch_windows(datasets["train"], cfg.block_size))
     optimizer = optim.make_optimizer(model, cfg, dist)
@@ -296,7 +314,7 @@ def make_run(cfg: TrainConfig, found: Any, resuming: bool, dist: Dist) -> Run:
     per_step = cfg.gradient_accumulation_steps * cfg.batch_size
     batches = new(datasets["train"], "train", sampling=cfg.sampling, per_step=per_step)
     eval_batches = {split: new(dataset, f"eval {split}") for split, dataset in datasets.items()}
-    run = Run(cfg, dist, model, optimizer, scaler, health.Health(cfg, dist.device), state, batches, eval_batches)
+    run = Run(cfg, dist, model, optimizer, scaler, health.Health(cfg, dist.device), state, batches, eval_batches, base)
     if resuming:
         restore(run, found, cfg)
         dist.say(f"resuming {found.folder} at step {run.state.step}")

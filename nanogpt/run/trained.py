@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from nanogpt import lora, optim
 from nanogpt.config import (
     EvalConfig,
     ExportConfig,
@@ -52,6 +55,69 @@ def find(
     return (checkpoint.newest if newest else checkpoint.best)(folder, say) or from_nanogpt(folder)
 
 
+def load_model(found: Checkpoint, dropout: float = 0.0, merged: bool = True) -> GPT:
+    """The GPT of a checkpoint, on the CPU; that of a run with LoRA is merged, or as it was trained.
+
+    Raises UserError if the checkpoint does not fit, or the model that LoRA's matrices adapt is not where it was.
+    """
+    if not found.base:
+        return checkpoint.load_model(found, dropout)
+    model = load_base(found, dropout)
+    try:
+        adapt(model, found.base)
+        matrices, tensors = optim.trained_parameters(model), found.model_tensors()
+        if odd := sorted(matrices.keys() ^ tensors.keys()):
+            raise ValueError(f"{odd[0]} is missing or unknown")
+        for name, tensor in tensors.items():
+            matrices[name].data.copy_(tensor)
+    except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as e:
+        raise UserError(f"{found.folder}: its LoRA matrices do not fit the model that they adapt ({e})") from None
+    if merged:
+        lora.merge(model)
+    return model
+
+
+def load_base(found: Checkpoint, dropout: float) -> GPT:
+    """The model that a checkpoint's LoRA matrices adapt. Raises UserError if it is not where it was, or another one."""
+    needs = f"{found.folder}: its LoRA matrices need the model that they were trained with"
+    try:
+        name = found.base["from"]
+        if Path(name, "checkpoint.json").is_file():
+            if problem := checkpoint.damage(name):
+                raise UserError(f"{name}: damaged ({problem})")
+            model = load_model(checkpoint.read(name), dropout)
+        elif (old := from_nanogpt(Path(name).parent) if Path(name).name == "ckpt.pt" else None) is not None:
+            model = load_model(old, dropout)
+        else:
+            model = pretrained.from_pretrained(name, dropout)
+        same = lora.fingerprint(model) == found.base["sha256"]
+        block_size = found.model_config["block_size"]
+        if block_size < model.config.block_size:
+            model.crop_block_size(block_size)
+    except UserError as e:
+        raise UserError(*(f"{needs}: {p}" for p in e.problems)) from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{found.folder}: does not say which model its LoRA matrices adapt ({e})") from None
+    if not same:
+        raise UserError(f"{needs}, and {name} is another one now")
+    return model
+
+
+def describe_base(model: GPT, found: Checkpoint | str, cfg: TrainConfig) -> dict[str, Any]:
+    """What a run's checkpoints say of the model that LoRA adapts: where it is, a hash of its weights, and how."""
+    name = str(found.folder.resolve()) if isinstance(found, Checkpoint) else found
+    if not (isinstance(found, Checkpoint) or is_published(found)):
+        name = str(Path(found).resolve())
+    how = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, layers=cfg.lora_layers, dtype=cfg.lora_base)
+    return {"from": name, "sha256": lora.fingerprint(model)} | how
+
+
+def adapt(model: GPT, base: dict[str, Any]) -> None:
+    """Freeze a model and add LoRA's matrices, as `describe_base` says."""
+    dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16)[base["dtype"]]
+    lora.adapt(model, base["rank"], base["alpha"], base["layers"], dtype)
+
+
 def load(cfg: TextConfig | EvalConfig | ExportConfig | ServeConfig, dist: Dist) -> Trained:
     """Load the model that `init_from` names (see `find`) and its tokenizer. Raises UserError if there is none."""
     found = find(cfg, dist.say)
@@ -67,7 +133,7 @@ def load(cfg: TextConfig | EvalConfig | ExportConfig | ServeConfig, dist: Dist) 
         raise UserError(f"--{name}={folder}: holds no checkpoint{hint}")
     dist.say(f"model: {found.folder}, step {found.step}, val loss {found.val_loss:.4f}")
     latest = checkpoint.peek(folder) or found
-    return with_tokenizer(checkpoint.load_model(found), found.tokenizer, latest.settings, folder, found)
+    return with_tokenizer(load_model(found), found.tokenizer, latest.settings, folder, found)
 
 
 def with_tokenizer(
