@@ -88,6 +88,7 @@ RULES = [
     # data
     Rule(r"^sh data/openwebtext/prepare\.py$", add(" documents.jsonl --val_fraction=0.2" + UNTRIED), MADE),
     Rule(r"^nanogpt prepare hf:", instead(r"hf:\S+", "hf:hub", UNTRIED), MADE),
+    Rule(r"--tokenizer=hf:", instead(r"hf:\S+", "tiny-gpt2", UNTRIED), r"tokens to train on(.*\n)*next: "),
     Rule(r"\bnanogpt prepare ", add(UNTRIED), MADE),
     Rule(r"^sh data/\w+/prepare\.py\b", add(""), r"tokens in train\.bin(.*\n)*" + NEXT),
     # training; the finetuned models are tiny ones in GPT-2's vocabulary, and torchrun starts two processes
