@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 
+from nanogpt.config import ARCHITECTURES
 from nanogpt.generate import Engine, Options, adjust, generate, sample
-from nanogpt.model import ARCHITECTURES, GPT, GPTConfig
+from nanogpt.model import GPT, GPTConfig
 
 S, V = 8, 20  # context and vocabulary of the models here
 

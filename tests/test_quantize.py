@@ -8,9 +8,9 @@ from support import SMALL
 from torch import nn
 
 from nanogpt import quantize, train
-from nanogpt.config import UserError
+from nanogpt.config import ARCHITECTURES, UserError
 from nanogpt.generate import Engine, Options
-from nanogpt.model import ARCHITECTURES, GPT, GPTConfig
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.quantize import Int8Linear, made_ready
 from nanogpt.run import checkpoint
 from nanogpt.text.dataset import open_dataset
