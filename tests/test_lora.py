@@ -146,7 +146,7 @@ def test_a_run_with_lora_is_sampled_evaluated_exported_and_trained_on(based, cap
 
 
 def test_two_processes_adapt_as_one(based, tmp_path):
-    how = ["--init_from=base", *LORA, "--lora_base=bfloat16", "--max_iters=3", "--gradient_accumulation_steps=2"]
+    how = ["--init_from=base", *LORA, "--lora_base=bfloat16", "--checkpoint_activations=True", "--max_iters=3"]
     based(*how, "--out_dir=one")
     done = torchrun(2, *how, "--out_dir=two", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
