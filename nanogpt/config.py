@@ -195,6 +195,8 @@ class TrainConfig(Config):
             yield ("bias", "architecture"), f"the architecture {self.architecture} has no biases"
         if self.lora_rank and self.init_from == "scratch":
             yield ("lora_rank", "init_from"), "needs a model to adapt: --init_from names one"
+        if self.lora_base != "float32" and not self.lora_rank:
+            yield ("lora_base", "lora_rank"), "needs --lora_rank: weights that are trained stay in float32"
         if self.lora_rank and self.optimizer == "muon":
             yield ("lora_rank", "optimizer"), "takes --optimizer=adamw: Muon is for whole matrices"
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -213,6 +215,8 @@ def shape_problems(shape: Any) -> Iterable[Problem]:
     """Yield what is wrong with a model's shape, given as a TrainConfig or a GPTConfig."""
     if shape.architecture not in ARCHITECTURES:
         yield ("architecture",), f"is none of {', '.join(ARCHITECTURES)}"
+    elif shape.n_head < 1:
+        yield ("n_head",), "must be at least 1"
     elif not shape.head_dim and shape.n_embd % shape.n_head:
         yield ("n_embd", "n_head"), f"must be a multiple of n_head, which is {shape.n_head}"
     elif shape.architecture == "gpt2":
@@ -226,7 +230,7 @@ def shape_problems(shape: Any) -> Iterable[Problem]:
         )
     elif shape.head_dim % 2:
         yield ("head_dim",), "must be even, to be rotated in pairs"
-    if shape.n_head % (shape.n_kv_head or shape.n_head):
+    if shape.n_head > 0 and shape.n_head % (shape.n_kv_head or shape.n_head):
         yield ("n_kv_head", "n_head"), f"must divide n_head, which is {shape.n_head}"
 
 
@@ -237,6 +241,13 @@ class BenchConfig(TrainConfig):
     iters: int = setting(20, "iterations to measure", low=1, high=10**6, group="Benchmark")
     warmup: int = setting(5, "iterations before those", low=0, high=10**6)
     vocab_size: int = setting(65, "vocabulary of the model and the random tokens; GPT-2: 50304", low=1, high=2**31 - 1)
+
+    def problems(self) -> Iterable[Problem]:
+        """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
+        if self.lora_rank:
+            yield ("lora_rank",), "has no effect: all weights of a new model are trained here"
+        else:
+            yield from super().problems()
 
 
 @dataclass

@@ -138,10 +138,10 @@ def in_input(monkeypatch, value, sick):
     real = nanogpt.run.start.make_model
 
     def make_model(*args):
-        model = real(*args)
+        model, base = real(*args)
         wte = model.transformer.wte
         wte.register_forward_hook(lambda m, _, x: x * value if model.training and sick() else None)
-        return model
+        return model, base
 
     monkeypatch.setattr(nanogpt.run.start, "make_model", make_model)
 

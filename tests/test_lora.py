@@ -1,13 +1,15 @@
 """LoRA: what is trained and what is kept, merged and unmerged models, and a base that is gone or another one."""
 
 import copy
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from exporting import ARCHITECTURES
-from safetensors.torch import load_file
-from support import ending, losses, torchrun
+from safetensors.torch import load_file, save_file
+from support import ending, losses, torchrun, write_tokenizer
 from torch.nn import functional as F
 
 from nanogpt import lora
@@ -136,13 +138,9 @@ def test_a_run_with_lora_is_sampled_evaluated_exported_and_trained_on(based, cap
     printed = capsys.readouterr().out
     assert "tiny, val split: loss" in printed and "logit difference to transformers" in printed
     assert "lora" not in " ".join(load_file("folder/model.safetensors"))
-    based("--init_from=out", "--out_dir=all", "--max_iters=1")  # all of the merged model
-    based("--init_from=out", "--out_dir=again", "--max_iters=1", *LORA)  # matrices beside it
-    assert checkpoint.newest("again").base["from"].rpartition("-")[0].endswith("out/checkpoints/step")
-    assert (
-        trained.load_model(checkpoint.newest("again")).num_params()
-        == trained.load_model(checkpoint.newest("all")).num_params()
-    )
+    based("--init_from=out", "--out_dir=all", "--max_iters=1")  # all weights of the merged model
+    with pytest.raises(UserError, match="is a run with LoRA itself; nanogpt export"):
+        based("--init_from=out", "--out_dir=again", "--max_iters=1", *LORA)
 
 
 def test_two_processes_adapt_as_one(based, tmp_path):
@@ -153,17 +151,49 @@ def test_two_processes_adapt_as_one(based, tmp_path):
     assert losses("two") == pytest.approx(losses("one"), abs=1e-4)
 
 
-def test_a_base_that_is_gone_or_another_one_is_a_line(based):
+def test_the_run_that_is_adapted_may_go_on_or_be_moved_aside(based):
+    """Its checkpoint is kept in the folder of the run with LoRA, without taking room where the disk has links."""
     based("--init_from=base", *LORA, "--max_iters=2")
-    folder = checkpoint.newest("base").folder
-    shutil.move(folder, "elsewhere")
-    with pytest.raises(
-        UserError, match=f"its LoRA matrices need the model that they were trained with: .*{folder.name}"
-    ):
-        based("--init_from=resume", "--max_iters=3")
-    based("--max_iters=2", "--out_dir=base", "--architecture=qwen3", "--n_kv_head=1", "--seed=5")
-    with pytest.raises(UserError, match=f"trained with, and .*{folder.name} is another one now"):
-        based("--init_from=resume", "--max_iters=3")
+    kept, original = Path("out/base/model.safetensors"), checkpoint.newest("base").folder / "model.safetensors"
+    assert kept.samefile(original)
+    shutil.rmtree("base")
+    based("--init_from=resume", "--max_iters=3")
+    shutil.move("out", "elsewhere")
+    based("--init_from=resume", "--max_iters=4", "--out_dir=elsewhere")
+
+
+def test_a_run_with_lora_may_take_the_folder_of_the_run_that_it_adapts(based):
+    based("--init_from=base", *LORA, "--max_iters=2", "--out_dir=base")
+    (aside,) = Path("base").glob("earlier-*")
+    assert checkpoint.newest(aside).base == {} and checkpoint.newest("base").base["from"] == trained.KEPT
+    based("--init_from=resume", "--max_iters=3", "--out_dir=base")
+    based("--max_iters=1", "--out_dir=base")  # moves the run with LoRA aside, and its base with it
+    *_, second = sorted(Path("base").glob("earlier-*"))
+    assert trained.load_model(checkpoint.newest(second)) and not Path("base/base").exists()
+
+
+def test_a_published_base_that_is_gone_or_another_one_is_a_line(based):
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    V = checkpoint.newest("base").model_config["vocab_size"]
+    config = transformers.Qwen3Config(vocab_size=V, **shape, intermediate_size=32, max_position_embeddings=16)
+    transformers.Qwen3ForCausalLM(config).save_pretrained("published")
+    write_tokenizer("published", checkpoint.newest("base").tokenizer)
+    based("--init_from=published", *LORA, "--max_iters=2")
+    found = checkpoint.newest("out")
+    assert trained.load_model(found)
+    content = json.loads(Path("published/config.json").read_text())
+    Path("published/config.json").write_text(json.dumps(content | {"rms_norm_eps": 1e-5}))
+    with pytest.raises(UserError, match="trained with, and .*published is another one now"):
+        trained.load_model(found)
+    Path("published/config.json").write_text(json.dumps(content))
+    tensors = load_file("published/model.safetensors")
+    save_file({name: t * 1.01 for name, t in tensors.items()}, "published/model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="trained with, and .*published is another one now"):
+        trained.load_model(found)
+    shutil.move("published", "elsewhere")
+    with pytest.raises(UserError, match="need the model that they were trained with: .*published is gone"):
+        trained.load_model(found)
 
 
 def test_what_cannot_be_adapted_is_a_line(based):
@@ -180,11 +210,43 @@ def test_what_cannot_be_adapted_is_a_line(based):
         based("--init_from=resume", "--out_dir=base", "--lora_rank=4")
 
 
-@pytest.mark.parametrize("base", [{}, {"from": 5}, {"rank": "2"}, {"dtype": "int8"}, {"sha256": 5}, {"rank": 9}])
-def test_a_forged_base_is_refused_in_one_line(based, base):
+FORGED = [
+    {"from": 5},
+    {"from": "x" * 5000},
+    {"from": "a\0b"},
+    {"sha256": "0"},
+    {"lora_rank": "2"},
+    {"lora_rank": 4.0},
+    {"lora_rank": 9},
+    {"lora_rank": 4_000_000},
+    {"lora_alpha": float("nan")},
+    {"lora_layers": "none"},
+    {"lora_base": "int8"},
+]
+
+
+@pytest.mark.parametrize("forged", FORGED, ids=str)
+def test_a_forged_base_is_refused_in_one_line(based, forged):
     based("--init_from=base", *LORA, "--max_iters=2")
     found = checkpoint.newest("out")
-    found.base = found.base | base if base else {"from": found.base["from"]}
+    found.base |= forged
     with pytest.raises(UserError) as caught:
         trained.load_model(found)
     assert len(caught.value.problems) == 1 and "\n" not in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("forged", [{"block_size": 0}, {"vocab_size": 7}, {"n_head": 0}, {"n_layer": 10**9}], ids=str)
+def test_a_forged_shape_is_refused_in_one_line(based, forged):
+    based("--init_from=base", *LORA, "--max_iters=2")
+    found = checkpoint.newest("out")
+    found.model_config |= forged
+    with pytest.raises(UserError) as caught:
+        trained.load_model(found)
+    assert len(caught.value.problems) == 1 and "\n" not in caught.value.problems[0]
+
+
+def test_settings_without_effect_are_refused(based, capsys):
+    with pytest.raises(UserError, match="needs --lora_rank"):
+        based("--init_from=base", "--lora_base=bfloat16")
+    assert cli.main(["bench", "--lora_rank=2", "--init_from=base", "--device=cpu"]) == 2
+    assert "--lora_rank=2 has no effect" in capsys.readouterr().err.replace("--lora_rank=2:", "--lora_rank=2")

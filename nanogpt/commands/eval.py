@@ -17,13 +17,14 @@ from nanogpt import data, evaluate
 from nanogpt.commands import tasks
 from nanogpt.config import EvalConfig, UserError, is_name, is_path
 from nanogpt.model import GPTConfig
-from nanogpt.run import distributed, settings, trained
+from nanogpt.run import distributed, memory, settings, trained
 from nanogpt.run.distributed import Dist
 from nanogpt.text import sources
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 from nanogpt.text.tokenizer import CharTokenizer
 
 LOGITS = 2**28  # logits of a window, at most, if the context is `auto`; a batch has up to four times as many
+BYTES_EACH = 10  # memory that a logit takes: 4 bytes, as many for its logarithm, and some to spare
 Measured = tuple[data.Dataset, data.Documents, list[str]]  # what is evaluated, and the names of its documents
 
 
@@ -103,7 +104,11 @@ def choose_context(cfg: EvalConfig, model: GPTConfig, dist: Dist) -> None:
             dist.say(
                 f"context: {cfg.block_size} of the model's {longest} tokens, so that logits fit in memory (--block_size)"
             )
-    cfg.batch_size = max(1, min(cfg.batch_size, 4 * LOGITS // (int(cfg.block_size) * model.vocab_size)))
+    free = memory.free_memory() // BYTES_EACH if dist.device.type == "cpu" else 4 * LOGITS
+    size = max(1, int(min(4 * LOGITS, free) // (int(cfg.block_size) * model.vocab_size)))
+    if size < cfg.batch_size:
+        dist.say(f"windows: {size} at a time, not {cfg.batch_size}, so that their logits fit in memory (--batch_size)")
+        cfg.batch_size = size
     cfg.stride = cfg.block_size if cfg.stride == "auto" else cfg.stride
     for name in ("block_size", "stride"):
         if getattr(cfg, name) > longest:

@@ -136,7 +136,7 @@ def read_config(folder: Path, dropout: float = 0.0) -> GPTConfig:
         for key, value in fixed.items():
             if found.get(key, value) != value:
                 raise UserError(f"{path}: {key} = {found[key]!r} is not supported")
-        shape = read_shape(found, names, path)
+        shape = read_shape(found, kind, names, path)
         if kind != "gpt2":
             check_window(found, shape["block_size"], path)
             return GPTConfig(**shape, dropout=dropout, bias=False, architecture=kind)
@@ -147,28 +147,29 @@ def read_config(folder: Path, dropout: float = 0.0) -> GPTConfig:
         raise
     except FileNotFoundError:
         raise UserError(f"{folder}: has no config.json; expected a folder that save_pretrained wrote") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ArithmeticError) as e:
         raise UserError(f"{path}: describes no such model ({type(e).__name__}: {e})") from None
 
 
-def read_shape(found: dict, names: dict[str, str], path: Path) -> dict[str, Any]:
+def read_shape(found: dict, kind: str, names: dict[str, str], path: Path) -> dict[str, Any]:
     """{our name: value} for the `names` of a config.json. UserError if a value is of another type, or too small.
 
     What a config.json may lack has the default of transformers, and what is as in GPTConfig's default is 0 here as there.
     """
-    modern = names is MODERN
-    optional = dict(rope_theta=10000.0, norm_eps=1e-6, tied=not modern, n_kv_head=None, head_dim=None)
+    modern = kind != "gpt2"
+    optional: dict[str, Any] = dict(rope_theta=10000.0, norm_eps=1e-6, tied=not modern)
+    optional |= dict(n_kv_head=32, head_dim=128) if kind == "qwen3" else dict(n_kv_head=None, head_dim=None)
     optional |= {} if modern else {"n_hidden": None}
     shape: dict[str, Any] = {}
     for name, theirs in names.items():
         value = found.get(theirs, optional[name]) if name in optional else found[theirs]
         if name in ("rope_theta", "norm_eps") and type(value) is int:
             value = float(value)
-        kind = type(getattr(GPTConfig, name))
-        if value is None and name in optional:
+        expected = type(getattr(GPTConfig, name))
+        if value is None and name in ("n_kv_head", "head_dim", "n_hidden") and name in optional:
             value = 0
-        elif type(value) is not kind or (type(value) is int and value < 1):
-            raise UserError(f"{path}: {theirs} = {value!r} is no {'size' if kind is int else kind.__name__}")
+        elif type(value) is not expected or (type(value) is int and value < 1):
+            raise UserError(f"{path}: {theirs} = {value!r} is no {'size' if expected is int else expected.__name__}")
         shape[name] = value
     C, H = shape["n_embd"], shape["n_head"]
     usual = dict(n_kv_head=H, head_dim=C / H, n_hidden=gated_width(C) if modern else 4 * C)
@@ -199,7 +200,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def to_hugging_face(model: GPT, tok: Any, folder: str | Path, dtype: str = "float32", card: str = "") -> None:
-    """Write a model and its tokenizer as transformers' `from_pretrained` reads them: GPT-2's or Qwen3's classes.
+    """Write a model and its tokenizer as transformers' `from_pretrained` reads them: as one of CLASSES.
 
     folder: must be empty or not exist; it appears once it is complete. dtype: number format of all weights. card: the text
     of its README.md. The rows that pad the vocabulary are left out. Raises UserError if the folder holds something,
@@ -228,7 +229,7 @@ def to_hugging_face(model: GPT, tok: Any, folder: str | Path, dtype: str = "floa
 
 
 def rows(model: GPT, vocab_size: int) -> int:
-    """The size of the vocabulary to write: without the rows that pad it, unless a published model has so many of them."""
+    """The size of the vocabulary to write: without the rows that pad it to a multiple of PADDING, but with more of them."""
     V = model.config.vocab_size
     return vocab_size if V - vocab_size < PADDING else V
 

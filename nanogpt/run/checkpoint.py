@@ -39,7 +39,7 @@ from nanogpt.run.device import out_of_memory
 FORMAT = 1
 FILES = ("checkpoint.json", "model.safetensors", "optimizer.safetensors")
 NAME = re.compile(r"step-(\d{8,18})(?:-(\d{1,9}))?")
-RUN_FILES = ("checkpoints", "config.json", "metrics.jsonl", "loss.png")  # what a run leaves in its out_dir
+RUN_FILES = ("checkpoints", "config.json", "metrics.jsonl", "loss.png", "base")  # what a run leaves in its out_dir
 
 
 @dataclass
@@ -326,12 +326,20 @@ def _manifest(folder: Path | str) -> dict:
     raise UserError(f"manifest.json is not of format {FORMAT}, which this version reads")
 
 
+def shape_of(checkpoint: Checkpoint, dropout: float = 0.0) -> GPTConfig:
+    """The checkpoint's GPTConfig. Raises UserError if there can be no such model."""
+    try:
+        return GPTConfig(**checkpoint.model_config | {"dropout": dropout})
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise UserError(f"{checkpoint.folder}: holds no model that this version knows ({e})") from None
+
+
 def load_model(checkpoint: Checkpoint, dropout: float = 0.0) -> GPT:
     """The checkpoint's GPT with its weights, on the CPU. Raises UserError if they do not fit each other."""
     tensors = checkpoint.model_tensors()
+    model_config = shape_of(checkpoint, dropout)
+    memory.check_size(model_config, checkpoint.folder)
     try:
-        model_config = GPTConfig(**checkpoint.model_config | {"dropout": dropout})
-        memory.check_size(model_config, checkpoint.folder)
         model = GPT(model_config)
         model.load_weights(tensors)
     except UserError:
@@ -382,6 +390,19 @@ def set_aside(out_dir: Path | str) -> Path | None:
     for path in present:
         os.rename(path, aside / path.name)
     return aside
+
+
+def keep(folder: Path, out_dir: Path | str) -> Path:
+    """Copy the checkpoint in `folder`, by hard links if possible, to a new hidden folder in `out_dir`, and return that."""
+    copy = Path(out_dir) / ".base.tmp"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    for path in folder.iterdir():
+        try:
+            os.link(path, copy / path.name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(path, copy / path.name)
+    return copy
 
 
 def write_settings(out_dir: Path | str, settings: dict, sources: dict[str, str], **more: Any) -> None:

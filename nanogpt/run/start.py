@@ -4,6 +4,7 @@
 """
 
 import gc
+import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -93,17 +94,20 @@ def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> tu
     torch.manual_seed(cfg.seed)
     resuming = cfg.init_from in ("resume", "auto")
     assert dataset.tokenizer_json is not None, "open_dataset sets it"
+    to_load = max(memory.TO_USE, memory.bytes_to_train(cfg))  # before anything is frozen in fewer bytes
     if found is None:
         gpt_config = GPTConfig(**shape(cfg), dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
         memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg), dist.device)
         model = GPT(gpt_config)
     elif isinstance(found, Checkpoint):
+        memory.check_size(checkpoint.shape_of(found), found.folder, to_load, dist.device)
         if resuming:
             keep_shape(cfg, found)
         origin = cfg.out_dir if resuming else cfg.init_from
         require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, found.tokenizer, origin)
         model = trained.load_model(found, cfg.dropout, merged=not resuming)
     else:
+        memory.check_size(pretrained.read_config(found), f"--init_from={found}", to_load, dist.device)
         require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, pretrained.read_tokenizer(found), found)
         model = pretrained.from_pretrained(found, cfg.dropout)
         if dataset.vocab_size > model.config.vocab_size:
@@ -128,7 +132,7 @@ def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> tu
         if not resuming:
             trained.adapt(model, base)
         n, of = (sum(p.numel() for p in ps) for ps in (optim.trained_parameters(model).values(), model.parameters()))
-        dist.say(f"LoRA: {n:,} parameters of {of:,} are trained ({n / of:.2%}), beside a model in {base['dtype']}")
+        dist.say(f"LoRA: {n:,} parameters of {of:,} are trained ({n / of:.2%}), beside a model in {base['lora_base']}")
     model.checkpoint_activations = cfg.checkpoint_activations
     return model.to(dist.device), base
 
@@ -145,7 +149,7 @@ def choose_context(cfg: TrainConfig, found: Any, dist: Dist) -> None:
 
 def keep_shape(cfg: TrainConfig, found: Checkpoint) -> None:
     """Raise UserError if the shape, the optimizer, or what is trained is not the checkpoint's."""
-    others = ("optimizer", "lora_rank", "lora_alpha", "lora_layers", "lora_base")
+    others = ("optimizer", *trained.LORA)
     had = {name: found.settings.get(name, getattr(TrainConfig, name)) for name in others}
     had = {name: found.model_config[name] for name in SHAPE} | had
     wrong = [name for name in had if getattr(cfg, name) != had[name]]
@@ -266,7 +270,10 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
     if not cfg.eval_only:
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.gpt, cfg, dist)
         with dist.agree():
-            run.trackers = open_out_dir(cfg, dist, run.step if resuming else None, lock)
+            kept = None
+            if run.base.get("from") == trained.KEPT and isinstance(found, Checkpoint) and not resuming:
+                kept = found.folder
+            run.trackers = open_out_dir(cfg, dist, run.step if resuming else None, lock, kept)
     return run, found.folder if isinstance(found, Checkpoint) and resuming else None
 
 
@@ -360,10 +367,13 @@ def take(lock: files.Lock, cfg: TrainConfig, dist: Dist, create: bool) -> None:
         raise RunFailed(f"--out_dir={cfg.out_dir}: cannot be written to ({lock.path}: {e.strerror})") from None
 
 
-def open_out_dir(cfg: TrainConfig, dist: Dist, resumed: int | None, lock: files.Lock) -> list[trackers.Tracker]:
+def open_out_dir(
+    cfg: TrainConfig, dist: Dist, resumed: int | None, lock: files.Lock, base: Path | None
+) -> list[trackers.Tracker]:
     """Create and lock `out_dir`, move an earlier run in it aside, and save the settings. Returns the run's trackers.
 
-    resumed: the number of updates that a resumed run has made, or None. W&B comes first, since it may fail: then the
+    resumed: the number of updates that a resumed run has made, or None. base: the checkpoint that LoRA adapts, to be kept
+    there. W&B comes first, since it may fail: then the
     earlier run stays where it is.
     """
     if not dist.is_main:
@@ -378,7 +388,10 @@ def open_out_dir(cfg: TrainConfig, dist: Dist, resumed: int | None, lock: files.
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         take(lock, cfg, dist, create=True)
         lock.sign()
+        copy = checkpoint.keep(base, cfg.out_dir) if base else None  # first, since it may be in the run that is moved
         aside = None if resumed is not None else checkpoint.set_aside(cfg.out_dir)
+        if copy:
+            os.rename(copy, Path(cfg.out_dir) / "base")
         if aside:
             dist.say(f"{cfg.out_dir}/ held an earlier run, which is now in {aside}/")
         more = {"wandb_run_id": run_id, "launch": launch.launch_id()}

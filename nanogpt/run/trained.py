@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ from nanogpt.config import (
     TextConfig,
     TrainConfig,
     UserError,
+    is_path,
     is_published,
     on_the_hub,
 )
 from nanogpt.formats import hugging_face, pretrained
 from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT
-from nanogpt.run import checkpoint
+from nanogpt.run import checkpoint, memory, settings
 from nanogpt.run.checkpoint import Checkpoint
 from nanogpt.run.distributed import Dist
 from nanogpt.text import tokenizer
+
+LORA = ("lora_rank", "lora_alpha", "lora_layers", "lora_base")  # the settings that say how a model is adapted
+KEPT = "../../base"  # from a checkpoint's folder to that of the model that the run's LoRA adapts
 
 
 @dataclass
@@ -62,60 +66,84 @@ def load_model(found: Checkpoint, dropout: float = 0.0, merged: bool = True) -> 
     """
     if not found.base:
         return checkpoint.load_model(found, dropout)
+    check_base(found)
     model = load_base(found, dropout)
-    try:
-        adapt(model, found.base)
-        matrices, tensors = optim.trained_parameters(model), found.model_tensors()
-        if odd := sorted(matrices.keys() ^ tensors.keys()):
-            raise ValueError(f"{odd[0]} is missing or unknown")
-        for name, tensor in tensors.items():
-            matrices[name].data.copy_(tensor)
-    except (ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as e:
-        raise UserError(f"{found.folder}: its LoRA matrices do not fit the model that they adapt ({e})") from None
+    adapt(model, found.base)
+    matrices, tensors = optim.trained_parameters(model), found.model_tensors()
+    odd = sorted(matrices.keys() ^ tensors.keys()) or [n for n in matrices if matrices[n].shape != tensors[n].shape]
+    if odd:
+        raise UserError(f"{found.folder}: its LoRA matrices do not fit the model that they adapt ({odd[0]})")
+    for name, tensor in tensors.items():
+        matrices[name].data.copy_(tensor)
     if merged:
         lora.merge(model)
     return model
 
 
+def check_base(found: Checkpoint) -> None:
+    """Raise UserError if what a checkpoint says of the model that LoRA adapts is not as `describe_base` writes it."""
+    base, source = found.base, f"{found.folder}: LoRA"
+    kinds = {"from": str, "sha256": str} | {name: type(getattr(TrainConfig, name)) for name in LORA}
+    if odd := [name for name, kind in kinds.items() if type(base.get(name)) is not kind]:
+        raise UserError(f"{source}: {odd[0]} is {base.get(odd[0])!r:.60}")
+    settings.check_bounds(TrainConfig, {name: base[name] for name in LORA}, source)
+    config = checkpoint.shape_of(found)
+    memory.check_size(config, found.folder)
+    if base["lora_rank"] > max(config.n_embd, config.hidden):
+        raise UserError(f"{source}: lora_rank is {base['lora_rank']}, more than the model's channels")
+
+
 def load_base(found: Checkpoint, dropout: float) -> GPT:
     """The model that a checkpoint's LoRA matrices adapt. Raises UserError if it is not where it was, or another one."""
     needs = f"{found.folder}: its LoRA matrices need the model that they were trained with"
+    name, expected = found.base["from"], found.model_config
     try:
-        name = found.base["from"]
-        if Path(name, "checkpoint.json").is_file():
-            if problem := checkpoint.damage(name):
-                raise UserError(f"{name}: damaged ({problem})")
-            model = load_model(checkpoint.read(name), dropout)
+        if name == KEPT:
+            kept = found.folder / KEPT
+            if problem := checkpoint.damage(kept):
+                raise UserError(f"{kept}: damaged ({problem})")
+            model = checkpoint.load_model(checkpoint.read(kept), dropout)
         elif (old := from_nanogpt(Path(name).parent) if Path(name).name == "ckpt.pt" else None) is not None:
-            model = load_model(old, dropout)
+            model = checkpoint.load_model(old, dropout)
+        elif not (is_published(name) or (is_path(name) and Path(name).is_dir())):
+            raise UserError(f"{name:.200} is gone")
         else:
             model = pretrained.from_pretrained(name, dropout)
         same = lora.fingerprint(model) == found.base["sha256"]
-        block_size = found.model_config["block_size"]
-        if block_size < model.config.block_size:
-            model.crop_block_size(block_size)
+        if expected["block_size"] < model.config.block_size:
+            model.crop_block_size(expected["block_size"])
     except UserError as e:
         raise UserError(*(f"{needs}: {p}" for p in e.problems)) from None
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{found.folder}: does not say which model its LoRA matrices adapt ({e})") from None
-    if not same:
+    if not same or asdict(model.config) | {"dropout": 0} != expected | {"dropout": 0}:
         raise UserError(f"{needs}, and {name} is another one now")
     return model
 
 
 def describe_base(model: GPT, found: Checkpoint | str, cfg: TrainConfig) -> dict[str, Any]:
-    """What a run's checkpoints say of the model that LoRA adapts: where it is, a hash of its weights, and how."""
-    name = str(found.folder.resolve()) if isinstance(found, Checkpoint) else found
-    if not (isinstance(found, Checkpoint) or is_published(found)):
-        name = str(Path(found).resolve())
-    how = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha, layers=cfg.lora_layers, dtype=cfg.lora_base)
-    return {"from": name, "sha256": lora.fingerprint(model)} | how
+    """What a run's checkpoints say of the model that LoRA adapts: where it is, a hash of its weights, and how.
+
+    A checkpoint of another run is kept in the run's own folder, since that run may remove it: see `checkpoint.keep`.
+    Raises UserError if that run has LoRA, too.
+    """
+    if isinstance(found, Checkpoint) and found.base:
+        raise UserError(
+            f"--init_from={cfg.init_from}: is a run with LoRA itself; nanogpt export --init_from={cfg.init_from} "
+            f"--to=FOLDER makes a model of it, which --init_from=FOLDER takes"
+        )
+    name = found if isinstance(found, str) and is_published(found) else str(Path(source(found)).resolve())
+    name = KEPT if isinstance(found, Checkpoint) and not found.in_memory else name
+    return {"from": name, "sha256": lora.fingerprint(model)} | {name: getattr(cfg, name) for name in LORA}
+
+
+def source(found: Checkpoint | str) -> Path | str:
+    """The file, folder or name of a model that `find` returned."""
+    return found.folder if isinstance(found, Checkpoint) else found
 
 
 def adapt(model: GPT, base: dict[str, Any]) -> None:
     """Freeze a model and add LoRA's matrices, as `describe_base` says."""
-    dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16)[base["dtype"]]
-    lora.adapt(model, base["rank"], base["alpha"], base["layers"], dtype)
+    dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16)[base["lora_base"]]
+    lora.adapt(model, base["lora_rank"], base["lora_alpha"], base["lora_layers"], dtype)
 
 
 def load(cfg: TextConfig | EvalConfig | ExportConfig | ServeConfig, dist: Dist) -> Trained:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from nanogpt.config import GPT2_NAMES, HUB, UserError, installs
 
-WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
+WEIGHTS = ["model*.safetensors"]
+TOKENIZER = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json"]
 
 
 def download(name: str, weights: bool = True) -> Path:
@@ -20,7 +20,7 @@ def download(name: str, weights: bool = True) -> Path:
     except ModuleNotFoundError:
         extras = "gpt2,hf" if ours else "hf"
         raise UserError(f"{name}: downloading it takes huggingface_hub; {installs(extras)} brings it") from None
-    patterns = ["config.json", "model.safetensors"] if ours else (WANTED if weights else []) + TOKENIZER
+    patterns = ["config.json", "model.safetensors"] if ours else TOKENIZER + (WEIGHTS if weights else [])
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as e:  # of many kinds: network, hub, disk

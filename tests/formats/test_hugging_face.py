@@ -473,6 +473,8 @@ ROPE = {"rope_type": "yarn", "rope_theta": 10000.0}
         ("rope_theta", "1e6", "rope_theta = '1e6' is no float"),
         ("rope_theta", 0.5, "rope_theta"),
         ("rms_norm_eps", 0, "norm_eps"),
+        ("rms_norm_eps", 10**400, "describes no such model"),
+        ("rope_theta", None, "rope_theta = None is no float"),
         ("tie_word_embeddings", 1, "tie_word_embeddings = 1 is no bool"),
         ("tie_word_embeddings", False, "lm_head.weight"),
     ],

@@ -227,12 +227,18 @@ def test_a_context_whose_cache_does_not_fit_is_shortened(monkeypatch, capsys):
     assert "context: 1024 of the model's 4096 tokens, for 10 texts in memory (--max_batch)" in capsys.readouterr().out
 
 
-def test_a_context_whose_logits_do_not_fit_is_shortened(capsys):
+def test_a_context_whose_logits_do_not_fit_is_shortened(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**40)
     dist = Dist(torch.device("cpu"), torch.float32, out=sys.stdout)
     cfg = EvalConfig()
     eval.choose_context(cfg, GPTConfig(40960, 151936, architecture="qwen3"), dist)
     assert (cfg.block_size, cfg.stride, cfg.batch_size) == (1280, 1280, 5)
-    assert "context: 1280 of the model's 40960 tokens" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "context: 1280 of the model's 40960 tokens" in said and "windows: 5 at a time, not 12" in said
     cfg = EvalConfig(block_size=4096)
     eval.choose_context(cfg, GPTConfig(40960, 151936, architecture="qwen3"), dist)
     assert (cfg.block_size, cfg.batch_size) == (4096, 1)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
+    cfg = EvalConfig()
+    eval.choose_context(cfg, GPTConfig(1024, 50304), dist)
+    assert (cfg.block_size, cfg.batch_size) == (1024, 2)
