@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 DTYPES = ("float32", "bfloat16", "float16")
 ARCHITECTURES = ("gpt2", "qwen3", "llama")
+MATMULS = ("default", "onednn", "cast")  # what kernels.use_matmul takes
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 HUB = "hf:"  # before the name of a model or dataset on Hugging Face's hub
 MANY = 10**11  # iterations; with LARGEST_BATCH, every window of a run has a number of 64 bits
@@ -176,6 +177,12 @@ class TrainConfig(Config):
         "auto", "CPU threads of each process; auto: its share of the cores", int, low=1, high=10**4, auto=True
     )
     dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
+    matmul: str = setting(
+        "auto",
+        "how CPUs multiply: default (PyTorch's library), onednn, or cast (bfloat16 tensors); auto: the fastest, measured",
+        choices=MATMULS,
+        auto=True,
+    )
     compile: bool | str = setting("auto", "torch.compile: slower to start, faster to run", bool, auto=True)
     checkpoint_activations: bool = setting(
         False, "keep less for the backward pass and compute it again there: slower, with far less memory"
@@ -197,6 +204,8 @@ class TrainConfig(Config):
             yield ("lora_rank", "init_from"), "needs a model to adapt: --init_from names one"
         if self.lora_base != "float32" and not self.lora_rank:
             yield ("lora_base", "lora_rank"), "needs --lora_rank: weights that are trained stay in float32"
+        if self.matmul == "cast" and self.dtype != "bfloat16":
+            yield ("matmul", "dtype"), f"multiplies in bfloat16, and dtype is {self.dtype}"
         if self.lora_rank and self.optimizer == "muon":
             yield ("lora_rank", "optimizer"), "takes --optimizer=adamw: Muon is for whole matrices"
         if self.decay_lr and self.min_lr > self.learning_rate:
@@ -369,6 +378,12 @@ class EvalConfig(Config):
         "auto", "CPU threads of each process; auto: its share of the cores", int, low=1, high=10**4, auto=True
     )
     dtype: str = setting("auto", "number format of matrix products; weights stay float32", choices=DTYPES, auto=True)
+    matmul: str = setting(
+        "auto",
+        "how CPUs multiply: default (PyTorch's library), onednn, or cast (bfloat16 tensors); auto: the fastest, measured",
+        choices=MATMULS,
+        auto=True,
+    )
 
     def problems(self) -> Iterable[Problem]:
         """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""

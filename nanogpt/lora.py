@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt.kernels import Linear
 from nanogpt.model import GPT
 
 
@@ -83,7 +84,7 @@ def merge(model: GPT) -> None:
     """Make a model that `adapt` changed a plain one, in float32, that computes the same."""
     for name, layer in linear_layers(model):
         layer.weight.data = layer.merged() if isinstance(layer, LoRALinear) else layer.weight
-        plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        plain = Linear(layer.in_features, layer.out_features, device="meta")
         plain.weight, plain.bias = layer.weight, layer.bias
         put(model, name, plain)
     embedding = nn.Embedding(model.config.vocab_size, model.config.n_embd, device="meta")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanogpt.config import shape_problems
-from nanogpt.kernels import Dropout, attention, rms_norm
+from nanogpt.kernels import Dropout, Linear, attention, rms_norm
 
 
 @dataclass
@@ -76,8 +76,8 @@ class CausalSelfAttention(nn.Module):  # a new kind also needs a case in GPT._in
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
 
@@ -94,8 +94,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.hidden, bias=config.bias)
-        self.c_proj = nn.Linear(config.hidden, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.hidden, bias=config.bias)
+        self.c_proj = Linear(config.hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
         self.approximate = "tanh" if config.activation == "gelu_new" else "none"
 
@@ -156,10 +156,10 @@ class RotaryAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C, H, G, D = config.n_embd, config.n_head, config.kv_heads, config.head_size
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, G * D, bias=False)
-        self.v_proj = nn.Linear(C, G * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_proj = Linear(C, H * D, bias=False)
+        self.k_proj = Linear(C, G * D, bias=False)
+        self.v_proj = Linear(C, G * D, bias=False)
+        self.o_proj = Linear(H * D, C, bias=False)
         self.q_norm, self.k_norm = (
             RMSNorm(D, config) if config.architecture == "qwen3" else nn.Identity() for _ in range(2)
         )
@@ -181,9 +181,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.hidden, bias=False)
-        self.down_proj = nn.Linear(config.hidden, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.hidden, bias=False)
+        self.up_proj = Linear(config.n_embd, config.hidden, bias=False)
+        self.down_proj = Linear(config.hidden, config.n_embd, bias=False)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ class GPT(nn.Module):
         self.transformer["ln_f"] = make_norm(config)
         self.rotary = Rotary(config) if config.modern else None
         self.checkpoint_activations = False  # whether training keeps only the inputs of blocks, and repeats the rest
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.config import TrainConfig
+from nanogpt.kernels import casts_to_bfloat16
 from nanogpt.model import GPT
 
 
@@ -140,8 +141,8 @@ class Muon:
         torch._foreach_sub_(weights, (steps * (lr * max(1, rows / columns) ** 0.5)).unbind())
 
     def orthogonalize_share(self, matrices: Tensor) -> Tensor:
-        """`orthogonalize` a stack (N, rows, columns), each rank its share; in bfloat16 on a GPU."""
-        matrices = matrices.bfloat16() if matrices.is_cuda else matrices
+        """`orthogonalize` a stack (N, rows, columns), each rank its share; in bfloat16 on GPUs, and beside layers in it."""
+        matrices = matrices.bfloat16() if matrices.is_cuda or casts_to_bfloat16() else matrices
         if self.dist is None or self.dist.world_size == 1:
             return orthogonalize(matrices)
         size = -(-len(matrices) // self.dist.world_size)

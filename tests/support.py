@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import nanogpt.run.log
-from nanogpt import train
+from nanogpt import kernels, train
 from nanogpt.commands import cli
 from nanogpt.run import checkpoint
 from nanogpt.run.distributed import Dist
@@ -51,6 +51,19 @@ hypothesis.settings.load_profile("repeatable")
 def one_thread():
     """Tiny tensors gain nothing from threads, and tests may run side by side."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """What tests measure about this machine is not remembered for its user."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def default_products():
+    """A run in this process leaves the next test PyTorch's own products."""
+    yield
+    kernels.use_matmul("default")
 
 
 @pytest.fixture(autouse=True, scope="session")

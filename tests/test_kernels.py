@@ -6,16 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanogpt.kernels import Dropout, attention, rms_norm
+from nanogpt.config import MATMULS
+from nanogpt.kernels import Dropout, Linear, attention, rms_norm, use_matmul
 from nanogpt.run.device import prepare_device
 
 CPU, EPS = torch.device("cpu"), 1e-6
-
-
-@pytest.fixture(autouse=True)
-def exact_products_afterwards():
-    yield
-    prepare_device(CPU)
 
 
 def plain_attention(q, k, v, mask):
@@ -25,7 +20,7 @@ def plain_attention(q, k, v, mask):
     return torch.einsum("bhts,bshd->bthd", weights, v)
 
 
-@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("matmul", MATMULS)
 @pytest.mark.parametrize(
     "T, S, mask, sees",
     [
@@ -35,13 +30,13 @@ def plain_attention(q, k, v, mask):
     ],
     ids=["causal", "one query sees all", "mask"],
 )
-def test_attention_is_what_its_definition_says(precision, T, S, mask, sees):
+def test_attention_is_what_its_definition_says(matmul, T, S, mask, sees):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, 3, 8, requires_grad=True) for n in (T, S, S))
-    torch.set_float32_matmul_precision(precision)
+    use_matmul(matmul)
     y = attention(q, k, v, mask)
     grads = torch.autograd.grad(y.square().sum(), (q, k, v))
-    torch.set_float32_matmul_precision("highest")
+    use_matmul("default")
     expected = plain_attention(q, k, v, sees)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(grads, torch.autograd.grad(expected.square().sum(), (q, k, v)), atol=1e-5, rtol=1e-4)
@@ -67,6 +62,24 @@ def test_attention_beside_products_in_bfloat16_still_has_its_dropout():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 16, 3, 8) for _ in range(3))
     assert not torch.equal(attention(q, k, v, dropout=0.5), attention(q, k, v, dropout=0.5))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_that_casts_has_the_gradients_of_rounded_operands(bias):
+    torch.manual_seed(0)
+    layer, x, grad = Linear(48, 24, bias=bias), torch.randn(2, 5, 48, requires_grad=True), torch.randn(2, 5, 24)
+    use_matmul("cast")
+    y = layer(x)
+    found = [y, *torch.autograd.grad(y, (x, *layer.parameters()), grad)]
+    assert all(t.dtype == torch.float32 for t in found)
+    xr, wr, gr = (t.detach().bfloat16().double() for t in (x, layer.weight, grad))
+    right = [xr @ wr.mT, gr @ wr, gr.flatten(0, 1).mT @ xr.flatten(0, 1)]
+    if bias:
+        right = [right[0] + layer.bias.detach(), *right[1:], grad.sum((0, 1)).double()]
+    for mine, expected in zip(found, right, strict=True):
+        torch.testing.assert_close(mine.detach().double(), expected, atol=0.02, rtol=1e-2)
+    use_matmul("default")
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 def test_rms_norm_and_its_gradient_are_those_of_pytorch():

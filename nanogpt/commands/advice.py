@@ -20,8 +20,7 @@ import torch
 from nanogpt import optim
 from nanogpt.config import TrainConfig
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import distributed, settings, start
-from nanogpt.run.device import choose_dtype, prepare_device
+from nanogpt.run import distributed, products, settings, start
 from nanogpt.run.distributed import Dist
 from nanogpt.run.memory import TO_TRAIN, total_memory
 from nanogpt.run.speed import duration, synchronize
@@ -46,7 +45,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 RECIPE: dict[str, Any] = dict(architecture="qwen3", optimizer="muon", lr_schedule="linear", min_lr=0.0, grad_clip=0.0)
 SMALL, LARGE = "config/fast_shakespeare_cpu.py", "config/fast_shakespeare_char.py"  # config files of the commands
-IN_BFLOAT16 = 256  # channels from which on bfloat16 is faster on a CPU
+MINUTES = 256  # channels from which on a model takes minutes, so that it is tried in bfloat16 and compared with LARGE
 
 
 @dataclass
@@ -110,6 +109,7 @@ class Plan:
         with torch.device("meta"):  # counts without memory
             model = GPT(self.model)
         self.params, self.flops = model.num_params(), model.flops_per_token()
+        self.in_bfloat16 = False  # whether bfloat16 is faster on this CPU: see `measure`
         self.train_tokens, self.batch_size = train_tokens, shape["batch_size"]
         self.batch = self.batch_size * self.model.block_size  # in tokens
         self.max_iters = rounded(min(TOKENS_PER_PARAMETER * self.params, MAX_EPOCHS * train_tokens) / self.batch)
@@ -122,7 +122,7 @@ class Plan:
             "max_iters": self.max_iters, "lr_decay_iters": self.max_iters, "warmup_iters": min(100, self.max_iters // 50),
             "eval_interval": min(max(self.max_iters // 15, 50), self.max_iters),
             "patience": 5 if self.overfits else 0,
-            "dtype": "bfloat16" if device == "cpu" and self.model.n_embd >= IN_BFLOAT16 else "auto",
+            "dtype": "bfloat16" if device == "cpu" and self.in_bfloat16 else "auto",
         }  # fmt: skip
 
     def fit(self, rate: float) -> None:
@@ -232,13 +232,16 @@ def measure(plan: Plan, memory: float, dist: Dist, end: float) -> Trial:
 
     Batches are as large as this allows, and small enough that there is time for several steps.
     """
-    most, cfg = plan.batch_size, TrainConfig(**plan.settings(dist.device.type))
+    most = plan.batch_size
+    began = time.perf_counter()
+    model = GPT(plan.model).to(dist.device)
     if dist.device.type == "cpu":
         while most > 1 and plan.memory(most) > memory:
             most //= 2
-        prepare_device(dist.device, choose_dtype(cfg, dist.device, dist.say))
-    began = time.perf_counter()
-    model = GPT(plan.model).to(dist.device)
+        wanted = TrainConfig(dtype="bfloat16" if plan.model.n_embd >= MINUTES else "auto")
+        products.choose_products(model, wanted, dist, plan.batch)
+        plan.in_bfloat16 = dist.dtype == torch.bfloat16
+    cfg = TrainConfig(**plan.settings(dist.device.type))
     optimizer = optim.make_optimizer(model, cfg)
     build = (time.perf_counter() - began) / plan.params
 
@@ -286,7 +289,7 @@ def warnings(plan: Plan, vocab_size: int) -> Iterator[str]:
 
 def command(name: str, root: str, plan: Plan, device: str) -> str:
     """The shell command: a config file, and flags for settings that differ from it."""
-    base = SMALL if device == "cpu" and plan.model.n_embd < IN_BFLOAT16 else LARGE
+    base = SMALL if device == "cpu" and plan.model.n_embd < MINUTES else LARGE
     here = Path(base).is_file() and Path("train.py").is_file()
     cfg = settings.load(TrainConfig, [base] if here else [], "train.py")
     wanted = asdict(cfg) | {"dataset": name, "root": root, "out_dir": f"out-{name}"} | plan.settings(device)

@@ -13,7 +13,7 @@ import torch
 from nanogpt import data, optim, step
 from nanogpt.config import BenchConfig, TrainConfig, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import compile, distributed, health, memory, settings, speed, start
+from nanogpt.run import compile, distributed, health, memory, products, settings, speed, start
 from nanogpt.run.distributed import Dist
 from nanogpt.run.run import Run, TrainState
 from nanogpt.text.dataset import open_dataset
@@ -68,6 +68,7 @@ def make_run(cfg: BenchConfig, dist: Dist, clock: "Clock") -> Run:
     memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg), dist.device)
     model = GPT(gpt_config).to(dist.device)
     model.checkpoint_activations = cfg.checkpoint_activations
+    products.choose_products(model, cfg, dist, cfg.batch_size * cfg.block_size)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     judge = health.Health(cfg, dist.device)
     return Run(cfg, dist, model, optim.make_optimizer(model, cfg, dist), scaler, judge, TrainState(), batches, {})

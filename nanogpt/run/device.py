@@ -6,12 +6,14 @@ Each `auto` is announced in one line with its reason. `operand_dtype` alone deci
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from nanogpt.config import UserError
+from nanogpt.kernels import use_matmul
 
 Say = Callable[[str], Any]
 
@@ -49,23 +51,43 @@ def choose_device(cfg: Any, say: Say, local_rank: int = 0, several: bool = False
 
 
 def choose_dtype(cfg: Any, device: torch.device, say: Say) -> torch.dtype:
-    """The dtype of matrix products that `cfg.dtype` means on this device."""
-    units = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16")
-    if cfg.dtype == "bfloat16" and device.type == "cpu" and not units:
-        say("dtype: float32, because this CPU has no units for bfloat16 (AMX) and would be slower in it")
+    """The dtype of matrix products that `cfg.dtype` means on this device.
+
+    Training on a CPU, that is, with a `cfg.matmul`, products.py decides and announces it once the model is known.
+    """
+    trains = device.type == "cpu" and hasattr(cfg, "matmul")
+    if cfg.dtype == "bfloat16" and device.type == "cpu" and not trains and (why := slow_in_bfloat16()):
+        say(f"dtype: float32, because {why} (--dtype)")
         return torch.float32
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
-    if units:
-        name, why = "float32", "matrix products in it are exact; bfloat16 is faster on this CPU"
-    elif device.type != "cuda":
-        name, why = "float32", f"matrix products in it are exact, and not slower at small sizes on {device.type}"
+    if device.type != "cuda":
+        name, why = "float32", "matrix products in it are exact"
     elif torch.cuda.is_bf16_supported(including_emulation=False):
         name, why = "bfloat16", "this GPU multiplies in it at full speed"
     else:
         name, why = "float16", "this GPU has no bfloat16; gradients are scaled"
-    say(f"dtype: {name}, because {why} (--dtype)")
+    if not trains:
+        say(f"dtype: {name}, because {why} (--dtype)")
     return getattr(torch, name)
+
+
+@torch.inference_mode()
+def slow_in_bfloat16() -> str | None:
+    """A reason not to multiply in bfloat16 on this CPU, which is measured; None if it is faster."""
+    seconds = []
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        a @ b  # loads the library
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - began)
+        seconds.append(min(times))
+    if seconds[1] < seconds[0]:
+        return None
+    return f"this CPU is {seconds[1] / seconds[0]:.1f} times slower in bfloat16"
 
 
 def operand_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -89,7 +111,7 @@ def prepare_device(
         if dtype == torch.float32:
             say("float32 products: in TF32, with 10 bits of mantissa, many times faster (--dtype)")
     if device.type == "cpu":
-        torch.set_float32_matmul_precision("medium" if dtype == torch.bfloat16 else "highest")
+        use_matmul("onednn" if dtype == torch.bfloat16 else "default")  # for training, products.py chooses
         if sys.platform == "linux":
             keep_memory()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nanogpt.config import TrainConfig
+from nanogpt.kernels import casts_to_bfloat16
 from nanogpt.model import GPT
 
 # Dense peak in TFLOP/s, bfloat16 (float16 if the chip has no bfloat16), from the vendors' datasheets.
@@ -59,10 +60,15 @@ def peak_beside(flops_rate: float, peak: float, dist: Any) -> float:
     return peak
 
 
+def yardstick_dtype(dist: Any) -> torch.dtype:
+    """The dtype of the tensors that the model's layers multiply on this device."""
+    return torch.bfloat16 if dist.device.type == "cpu" and casts_to_bfloat16() else dist.operand_dtype
+
+
 def measured_peak(dist: Any) -> float:
     """FLOP/s of a large matrix product on the device: the fastest of those that fit in a tenth of a second."""
     n = 1024 if dist.device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=dist.device, dtype=dist.operand_dtype) for _ in range(2))
+    a, b = (torch.randn(n, n, device=dist.device, dtype=yardstick_dtype(dist)) for _ in range(2))
     a @ b  # the first product loads the library
     synchronize(dist.device)
     fastest, end = math.inf, time.perf_counter() + 0.1
@@ -81,7 +87,7 @@ def products_rate(model: GPT, dist: Any, tokens: int, repeats: int = 50) -> floa
     Each product has its own buffers, since in a real iteration its operands are not in the CPU's cache either.
     """
     layers = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    new = partial(torch.randn, device=dist.device, dtype=dist.operand_dtype)
+    new = partial(torch.randn, device=dist.device, dtype=yardstick_dtype(dist))
     x, w, g = [new(tokens, k) for k, _ in layers], [new(n, k) for k, n in layers], [new(tokens, n) for _, n in layers]
     times: list[float] = []
     began = time.perf_counter()

@@ -21,7 +21,7 @@ from nanogpt.data import Dataset
 from nanogpt.formats import pretrained
 from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import checkpoint, compile, distributed, health, launch, memory, signals, trackers, trained
+from nanogpt.run import checkpoint, compile, distributed, health, launch, memory, products, signals, trackers, trained
 from nanogpt.run.checkpoint import Checkpoint
 from nanogpt.run.distributed import Dist
 from nanogpt.run.run import Run, TrainState
@@ -267,6 +267,7 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
     }
     resumed |= {"the hash of the model that LoRA adapts": run.base.get("sha256")}
     dist.require_same(resumed | {f"the fingerprint of {s}.bin": found for s, found in run.fingerprints().items()})
+    products.choose_products(run.gpt, cfg, dist, cfg.batch_size * cfg.block_size)
     if not cfg.eval_only:
         run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.gpt, cfg, dist)
         with dist.agree():
