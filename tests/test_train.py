@@ -18,7 +18,7 @@ from nanogpt import data, evaluate, train
 from nanogpt.commands import cli
 from nanogpt.config import TrainConfig, UserError
 from nanogpt.model import GPT
-from nanogpt.run import checkpoint, settings, start
+from nanogpt.run import checkpoint, plan, settings, start
 from nanogpt.text.dataset import open_dataset, write_dataset
 from nanogpt.text.tokenizer import CharTokenizer
 
@@ -663,7 +663,7 @@ def test_a_vocabulary_of_100_000_is_read_from_shards_and_trained(run, tiny):
 
 @pytest.mark.parametrize("size, padded", [(1024, 1024), (1025, 1088), (50257, 50304), (50304, 50304)])
 def test_a_large_vocabulary_is_padded_and_never_cut(dist, size, padded):
-    assert start.padded(size, dist) == padded
+    assert plan.padded(size, dist) == padded
 
 
 def test_a_learning_rate_that_ends_before_the_run_is_told(run):

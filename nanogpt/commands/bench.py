@@ -13,7 +13,7 @@ import torch
 from nanogpt import data, optim, step
 from nanogpt.config import BenchConfig, TrainConfig, UserError
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import compile, distributed, health, memory, products, settings, speed, start
+from nanogpt.run import compile, distributed, health, memory, plan, products, settings, speed
 from nanogpt.run.distributed import Dist
 from nanogpt.run.run import Run, TrainState
 from nanogpt.text.dataset import open_dataset
@@ -64,7 +64,7 @@ def make_run(cfg: BenchConfig, dist: Dist, clock: "Clock") -> Run:
         dataset = data.Dataset(ids, cfg.vocab_size, None, "random tokens")
     batches = TimedBatches(dataset, "train", cfg.seed, T, dist, per_step=per_step)
     batches.clock = clock
-    gpt_config = GPTConfig(**start.shape(cfg), dropout=cfg.dropout, vocab_size=start.padded(dataset.vocab_size, dist))
+    gpt_config = GPTConfig(**plan.shape_of(cfg), dropout=cfg.dropout, vocab_size=plan.padded(dataset.vocab_size, dist))
     memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg), dist.device)
     model = GPT(gpt_config).to(dist.device)
     model.checkpoint_activations = cfg.checkpoint_activations

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,9 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import checkpoint, compile, distributed, health, launch, memory, products, signals, trackers, trained
 from nanogpt.run.checkpoint import Checkpoint
 from nanogpt.run.distributed import Dist
+from nanogpt.run.plan import SHAPE, padded, shape_of
 from nanogpt.run.run import Run, TrainState
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
-
-# the settings that determine a model's shape: fields of both classes, in the order of GPTConfig
-SHAPE = [f.name for f in fields(GPTConfig) if hasattr(config.TrainConfig, f.name) and f.name != "dropout"]
-
-
-def shape(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings that determine a model's shape, {name: value}."""
-    return {name: getattr(cfg, name) for name in SHAPE}
 
 
 def settings_to_resume(cfg: TrainConfig) -> tuple[dict, str | None]:
@@ -96,7 +89,7 @@ def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> tu
     assert dataset.tokenizer_json is not None, "open_dataset sets it"
     to_load = max(memory.TO_USE, memory.bytes_to_train(cfg))  # before anything is frozen in fewer bytes
     if found is None:
-        gpt_config = GPTConfig(**shape(cfg), dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
+        gpt_config = GPTConfig(**shape_of(cfg), dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
         memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg), dist.device)
         model = GPT(gpt_config)
     elif isinstance(found, Checkpoint):
@@ -155,16 +148,6 @@ def keep_shape(cfg: TrainConfig, found: Checkpoint) -> None:
     wrong = [name for name in had if getattr(cfg, name) != had[name]]
     if wrong:
         raise UserError(*(f"{cfg.sources.get(n, n)}: {found.folder}, to be resumed, has {n} = {had[n]}" for n in wrong))
-
-
-def padded(vocab_size: int, dist: Dist) -> int:
-    """The size of the embedding: a large vocabulary is rounded up to a multiple of 64."""
-    size = -(-vocab_size // config.PADDING) * config.PADDING if vocab_size > 1024 else vocab_size
-    if size != vocab_size:
-        dist.say(
-            f"vocabulary: {vocab_size} tokens, padded to {size}, because matrix units like multiples of {config.PADDING}"
-        )
-    return size
 
 
 def restore(run: Run, found: Checkpoint, cfg: TrainConfig) -> None:

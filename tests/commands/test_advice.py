@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from nanogpt.commands import advice
-from nanogpt.commands.advice import About, Plan, advise, choose, command, duration, measure, rounded
+from nanogpt.commands.advice import About, advise, command, duration
 from nanogpt.config import TrainConfig
 from nanogpt.model import GPT
+from nanogpt.run import plan
 from nanogpt.run.distributed import Dist
+from nanogpt.run.plan import Plan, choose, measure, rounded
 from nanogpt.run.settings import load
 
 ROOT = Path(__file__).parents[2]
 CPU = Dist(torch.device("cpu"), torch.float32)
-SMALLEST, LARGEST = advice.SHAPES[0], advice.SHAPES[-1]
+SMALLEST, LARGEST = plan.SHAPES[0], plan.SHAPES[-1]
 
 
 def run(tokens=10**6, vocab_size=66, shape=SMALLEST, val=10**5):
@@ -36,7 +38,7 @@ def test_a_plan_counts_parameters_and_flops_as_the_model_does():
 def test_iterations_follow_from_the_model_and_the_text():
     enough, little = run(10**9), run(18_000)
     assert enough.max_iters * enough.batch == pytest.approx(20 * enough.params, rel=0.1)
-    assert little.epochs == pytest.approx(advice.MAX_EPOCHS, rel=0.1)
+    assert little.epochs == pytest.approx(plan.MAX_EPOCHS, rel=0.1)
     assert not enough.overfits and little.overfits and (enough.dropout, little.dropout) == (0.0, 0.2)
 
 
@@ -46,7 +48,7 @@ def test_a_short_text_gets_a_shorter_context():
 
 def test_larger_texts_and_faster_machines_get_larger_models():
     def chosen(tokens, rate):
-        return choose([run(tokens, shape=shape) for shape in advice.SHAPES], rate, CPU).model.n_embd
+        return choose([run(tokens, shape=shape) for shape in plan.SHAPES], rate, CPU).model.n_embd
 
     sizes = [[chosen(tokens, rate) for tokens in (10**5, 10**6, 10**8, 10**10)] for rate in (1e8, 1e12, 1e15)]
     assert sizes[0] == [64, 64, 64, 64]
@@ -55,7 +57,7 @@ def test_larger_texts_and_faster_machines_get_larger_models():
 
 
 def test_a_model_fits_the_gpu(monkeypatch):
-    runs, gpu = [run(10**10, shape=shape) for shape in advice.SHAPES], Dist(torch.device("cuda"), torch.bfloat16)
+    runs, gpu = [run(10**10, shape=shape) for shape in plan.SHAPES], Dist(torch.device("cuda"), torch.bfloat16)
     for room, chosen in ((1e12, -1), (runs[-1].memory(), -2), (runs[2].memory(), 1), (1e6, 0)):
         about = SimpleNamespace(total_memory=room)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, about=about: about)
@@ -83,7 +85,7 @@ def test_a_trial_needs_no_more_memory_than_is_allowed(monkeypatch):
         GPT, "forward", lambda model, x, y: seen.append(len(x)) or (None, sum(p.sum() for p in model.parameters()))
     )
     clock = itertools.count()  # which moves a bit each time that it is looked at
-    monkeypatch.setattr(advice, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 1000))
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 1000))
     measure(large, memory=large.memory() - 1, dist=CPU, end=0.1)
     assert max(seen) == large.batch_size // 2 and min(seen) == 1
     lines = advise(About("own", "data", 50257, 10**6, 10**5, memory=1e6, trial=True), CPU)
@@ -92,7 +94,7 @@ def test_a_trial_needs_no_more_memory_than_is_allowed(monkeypatch):
 
 @pytest.mark.parametrize("trial", [True, False])
 def test_the_advice_in_words(trial, monkeypatch):
-    monkeypatch.setattr(advice, "TRIAL", 0.0)
+    monkeypatch.setattr(plan, "TRIAL", 0.0)
     monkeypatch.chdir(ROOT)
     lines = list(advise(About("own", "data", 66, 10**5, 10**4, 1e9, trial), CPU))
     assert re.match(r"a model that fits: \d+ layers, .* [\d.]+M parameters, [\d.]+ tokens of text for each", lines[0])
@@ -115,7 +117,7 @@ def test_a_vocabulary_too_large_for_the_text_is_reported():
 @pytest.mark.parametrize("where", ["root", "elsewhere"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("tokens", [10**4, 10**9])
-@pytest.mark.parametrize("shape", advice.SHAPES)
+@pytest.mark.parametrize("shape", plan.SHAPES)
 def test_the_suggested_command_starts_the_planned_run(where, device, tokens, shape, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT if where == "root" else tmp_path)
     described = run(tokens, shape=shape)
@@ -148,27 +150,25 @@ def test_varying_measurements_are_printed_as_a_range():
 
 def test_trials_end_in_time(monkeypatch):
     """Only steps advance the clock, so the result does not depend on the speed of the machine."""
-    runs, now, tried = [run(10**9, shape=shape) for shape in advice.SHAPES], [0.0], []
+    runs, now, tried = [run(10**9, shape=shape) for shape in plan.SHAPES], [0.0], []
 
     def slow(speed):
         def measure(run, memory, dist, end):
             tried.append((runs.index(run), end))
             now[0] = max(end, now[0] + 3 * run.work(1) / speed)
             rate = run.batch * run.flops / (run.work(run.batch_size) / speed)
-            return advice.Trial([rate, rate, rate], 1 / speed, 0.0)
+            return plan.Trial([rate, rate, rate], 1 / speed, 0.0)
 
         return measure
 
-    monkeypatch.setattr(advice, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     for speed, largest in ((1e8, 0), (3e10, 1), (1e12, 3), (1e16, 5)):
-        monkeypatch.setattr(advice, "measure", slow(speed))
+        monkeypatch.setattr(plan, "measure", slow(speed))
         now[0], tried[:] = 0.0, []
-        found = advice.try_out(runs, 1e12, CPU)
+        found = plan.try_out(runs, 1e12, CPU)
         assert max(n for n, _ in tried) == largest and found.rate > 0
-        assert all(end <= advice.TRIAL for _, end in tried)
-        assert (
-            len(tried) == 1 if speed == 1e8 else now[0] <= advice.TRIAL
-        )  # then the first glimpse took too long already
+        assert all(end <= plan.TRIAL for _, end in tried)
+        assert len(tried) == 1 if speed == 1e8 else now[0] <= plan.TRIAL  # then the first glimpse took too long already
 
 
 def test_the_advice_process_never_fails():

@@ -10,7 +10,7 @@ from support import Door, free_port
 from nanogpt.commands import bench
 from nanogpt.config import BenchConfig
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import memory, speed, start
+from nanogpt.run import memory, plan, speed
 from nanogpt.run.settings import load
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=2", "--device=cpu"]
@@ -45,7 +45,7 @@ def test_bench_measures_the_model_of_the_settings(dist, tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     cfg = load(BenchConfig, [*SMALL, f"--architecture={architecture}", "--dropout=0.25"], "bench.py")
     run, _, seconds = bench.measure(cfg, dist)
-    assert all(getattr(run.gpt.config, name) == getattr(cfg, name) for name in (*start.SHAPE, "dropout"))
+    assert all(getattr(run.gpt.config, name) == getattr(cfg, name) for name in (*plan.SHAPE, "dropout"))
     assert len(seconds) == cfg.iters and run.step == cfg.warmup + cfg.iters
 
 
