@@ -155,6 +155,12 @@ class TrainConfig(Config):
         0.95, "momentum of Muon; less for runs of a few hundred iterations", low=0.0, high=1.0
     )
     max_iters: int = setting(600000, "optimizer updates in total", low=0, high=MANY)
+    minutes: float = setting(
+        0.0,
+        "minutes that the run may take, which choose model and iterations, except for what is set; 0: as set",
+        low=0.0,
+        high=1e6,
+    )
     weight_decay: float = setting(1e-1, "weight decay of matrices and embeddings", low=0.0)
     beta1: float = setting(0.9, "decay rate of AdamW's first moment", low=0.0, high=1.0)
     beta2: float = setting(0.95, "decay rate of AdamW's second moment", low=0.0, high=1.0)

@@ -14,11 +14,10 @@ from pathlib import Path
 from nanogpt.config import TrainConfig
 from nanogpt.run import distributed, settings
 from nanogpt.run.distributed import Dist
-from nanogpt.run.plan import MINUTES, SHAPES, TOKENS_PER_PARAMETER, Plan, choose, padded, try_out
+from nanogpt.run.plan import MINUTES, SHAPES, TOKENS_PER_PARAMETER, UNMEASURED, Plan, choose, padded, try_out
 from nanogpt.run.speed import duration
 
 SMALL, LARGE = "config/fast_shakespeare_cpu.py", "config/fast_shakespeare_char.py"  # config files of the commands
-UNMEASURED = 2e11  # FLOP/s assumed without a trial, about those of two cores of a Xeon
 
 
 @dataclass

@@ -24,6 +24,7 @@ HOUR = 3600  # seconds that a suggested run may take
 TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffmann et al. 2022, "Chinchilla")
 MAX_EPOCHS = 10  # with Muon, more repetitions of the text teach nothing; see benchmarks/LOG.md
 TRIAL, GLIMPSE = 3.0, 0.4  # seconds for all trials, and for one that only shows whether to try a larger model
+UNMEASURED = 2e11  # FLOP/s assumed without a trial, about those of two cores of a Xeon
 STEADY = 6  # steps, at least, for which a trial's batch leaves time
 
 # From small to large, with batch sizes and learning rates. The first three were tried (benchmarks/LOG.md); the rates of
@@ -83,6 +84,10 @@ class Plan:
             "dtype": "bfloat16" if device == "cpu" and self.in_bfloat16 else "auto",
         }  # fmt: skip
 
+    def repeat(self, epochs: int) -> None:
+        """Lengthen the run to this many times through the text."""
+        self.max_iters = max(1, epochs * self.train_tokens // self.batch)
+
     def fit(self, rate: float, seconds: float = HOUR) -> None:
         """Shorten the run to these seconds at `rate` FLOP/s."""
         self.max_iters = min(self.max_iters, rounded(seconds / self.seconds(rate, 1)))
@@ -115,9 +120,9 @@ class Plan:
     @property
     def dropout(self) -> float:
         """0 unless the model may overfit; more for a larger model."""
-        if not self.overfits or self.params < 2 * self.train_tokens:
+        if self.epochs <= 2 or self.params < 2 * self.train_tokens:
             return 0.0
-        return 0.1 if self.params < 5 * self.train_tokens else 0.2
+        return 0.1 if self.params < 5 * self.train_tokens or not self.overfits else 0.2
 
 
 def rounded(iterations: float) -> int:

@@ -8,6 +8,7 @@ not raise there and then (the thread that writes, the log between collective ope
 """
 
 import math
+import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from nanogpt.run import checkpoint, memory, signals
 from nanogpt.run.distributed import Dist
 from nanogpt.run.health import Health, Watch
 from nanogpt.run.log import Log, Step, Unread, start_log
+from nanogpt.run.minutes import Clock
 from nanogpt.run.trackers import Tracker
 from nanogpt.text import tokenizer
 
@@ -92,6 +94,7 @@ class Run:
     batches: data.Batches  # to train on
     eval_batches: dict  # {"train": data.Batches, "val": data.Batches}
     base: dict = field(default_factory=dict)  # with LoRA, the model that it adapts: see trained.describe_base
+    clock: Clock | None = None  # of a run that is to take `--minutes`
     trackers: list[Tracker] = field(default_factory=list)  # on the main process
     model: Any = None  # to call: gpt, perhaps compiled, and wrapped to average gradients
     tick: Callable[[], None] = lambda: None  # called before each batch of an evaluation
@@ -115,6 +118,8 @@ class Run:
         """Count a step. A skipped update counts, too: its windows are not read again."""
         self.state.step += 1
         self.state.windows += self.batches.per_step or 0
+        if self.clock:
+            self.clock.follow(self.step, len(self.eval_batches["val"].dataset.tokens))
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state but the weights, by name; not copies."""
@@ -179,10 +184,14 @@ class Run:
     def measure(self, evaluation: "Callable[[Run, int], dict]") -> dict:
         """Call evaluation(run, micro_batch), off the clock. Raises StopRequested if the run is asked to stop meanwhile."""
         self.dist.require_same_bits(optim.trained_parameters(self.gpt).values(), f"step {self.step}: the weights")
+        began = time.perf_counter()
         with self.paused():
             self.tick = self.log.counted(self.step, self.stop.check)
             self.stop.check()  # a failed save may mean that memory is short
-            return self.retry_smaller(evaluation)
+            found = self.retry_smaller(evaluation)
+        if self.clock:
+            self.clock.evaluated(time.perf_counter() - began)
+        return found
 
     def record(self, losses: dict[str, float], lr: float) -> None:
         """Record and report the losses {'train': nats, 'val': nats} of an evaluation at this step."""

@@ -21,7 +21,19 @@ from nanogpt.data import Dataset
 from nanogpt.formats import pretrained
 from nanogpt.formats.nanogpt import from_nanogpt
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import checkpoint, compile, distributed, health, launch, memory, products, signals, trackers, trained
+from nanogpt.run import (
+    checkpoint,
+    compile,
+    distributed,
+    health,
+    launch,
+    memory,
+    minutes,
+    products,
+    signals,
+    trackers,
+    trained,
+)
 from nanogpt.run.checkpoint import Checkpoint
 from nanogpt.run.distributed import Dist
 from nanogpt.run.plan import SHAPE, padded, shape_of
@@ -235,6 +247,8 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
         cfg.init_from = "resume"
     dist.require_same(facts_of(cfg))
     distributed.choose_seed(cfg, dist)
+    new = cfg.minutes and not cfg.eval_only and settings_to_resume(cfg)[1] is None
+    clock = minutes.choose_run(cfg, dist) if new else None
     data.share_batch(cfg, dist.world_size)  # raises if the number of processes does not divide the batch
     trackers.require_installed(cfg)
     with dist.agree():
@@ -245,6 +259,7 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
         found = find_weights(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         run = make_run(cfg, found, resuming, dist)
+        run.clock = clock
     resumed: dict[str, Any] = {
         f"the step of the checkpoint in --out_dir={cfg.out_dir}, which all machines must share,": run.step
     }
