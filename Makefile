@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+MINUTES ?=
 
 RUN := .venv/bin/python
 OUT := out-shakespeare-char
@@ -22,10 +23,12 @@ help: ## print this list
 install: .venv/.installed-demo ## make .venv and install NanoGPT into it, every version pinned
 	@echo "Installed in .venv. Next: make demo"
 
-demo: .venv/.installed-demo ## train a small Shakespeare model on this machine and let it write
+demo: .venv/.installed-demo ## train a small Shakespeare model on this machine and let it write (MINUTES=5: a better one)
 	@$(RUN) data/shakespeare_char/prepare.py
 	@set -e; \
-	if $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	if [ -n "$(MINUTES)" ]; \
+	then config="--dataset=shakespeare_char --out_dir=$(OUT) --minutes=$(MINUTES)"; \
+	elif $(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then config=config/fast_shakespeare_char.py; else config=config/fast_shakespeare_cpu.py; fi; \
 	echo "sh train.py $$config $(DEMO_ARGS)"; \
 	$(RUN) train.py $$config $(DEMO_ARGS); \

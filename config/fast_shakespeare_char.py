@@ -1,5 +1,5 @@
 # The fast recipe: train_shakespeare_char.py reaches a validation loss of 1.47 in minutes on a GPU, this one 1.44.
-# Six minutes on two CPU cores with bfloat16 units (AMX), twice that on others. Not measured on GPUs yet.
+# Six minutes on two CPU cores that are fast in bfloat16, twice that on others. Not measured on GPUs yet.
 
 out_dir = "out-shakespeare-char"
 eval_interval = 100

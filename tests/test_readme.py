@@ -79,6 +79,7 @@ def instead(pattern, replacement, flags=""):
 
 # The first that matches counts. A flag that is added overrides the one that stands in the command.
 RULES = [
+    Rule(r" --minutes=10$", instead("=10", "=0.1", " --device=cpu --compile=False"), r"minutes: 0.1, (.*\n)*exact val loss"),
     Rule(r"^make \w+$", instead("^make", "make -n"), r"pip install"),
     Rule(r"^\. \.venv/bin/activate$", ACTIVATE.format, r"Python 3"),
     Rule(r"^pip install -c constraints.txt -e '\.\[[\w,]+\]'$", "echo {}".format, r"-e \.\["),  # see test_extras

@@ -69,6 +69,10 @@ def advise(about: About, dist: Dist) -> Iterator[str]:
         least = plans[0].memory(1) / 1e6
         yield f"no trial was made: it would take {least:,.0f} MB, and --memory does not allow it"
     yield from warnings(plan, about.vocab_size)
+    door = "sh train.py" if Path("train.py").is_file() else "nanogpt train"
+    root = [] if about.root == TrainConfig.root else [f"--root={about.root}"]
+    args = [f"--dataset={about.name}", *root, f"--out_dir=out-{about.name}", "--minutes=10"]
+    yield f"in the minutes you have: {door} {shlex.join(args)}"
     yield f"next: {command(about.name, about.root, plan, dist.device.type)}"
 
 
