@@ -267,10 +267,17 @@ class Batches:
         self.offsets = 1 if self.documents else min(block_size, fitting)  # that an epoch can begin at
         self._cached = functools.lru_cache(maxsize=8)(self._block)
 
-    def get(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets (B=size, T) of windows `first` to `first + size - 1`, on the device."""
-        starts, stops = self._places(first, size)
+    def get(self, first: int, size: int, padded_to: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets (B, T) of windows `first` to `first + size - 1`, on the device; B is `size` or `padded_to`.
+
+        Rows of padding have no targets. If there is nothing else, they have some, so that the mean loss, which then must
+        be given no weight, is a number.
+        """
+        padding = np.zeros((2, max(0, padded_to - size)), dtype=np.int64)
+        starts, stops = np.concatenate([self._places(first, size), padding], axis=1)
         x, y = self.dataset.windows(starts, stops, self.block_size)
+        if not size:
+            y.zero_()
         if self.per_step and isinstance(self.dataset.tokens, Tokens):
             for start, stop in self._places(first + self.per_step, size).T.tolist():
                 self.dataset.tokens.expect(start, stop)
@@ -283,16 +290,21 @@ class Batches:
         starts, stops = self._places(first, size)
         return int((stops - starts - 1).sum()) / (size * self.block_size)
 
-    def weight(self, first: int, size: int, begin: int) -> float:
-        """The weight of the mean loss of these windows in the step that begins with window number `begin`.
+    def divisor(self, first: int, size: int, begin: int) -> float:
+        """What the mean loss of these windows is divided by, in the step that begins with window number `begin`.
 
-        With these weights, all targets of the step count the same.
+        The sums of these losses, averaged over the processes, are then the mean over all targets of the step. Infinity
+        if there are no windows.
         """
-        return self.filled(first, size) / self.filled(begin, self.per_step or size)
+        assert self.per_step, "the windows are read step by step"
+        if not size:
+            return math.inf
+        weight = self.filled(first, size) / self.filled(begin, self.per_step)
+        return self.per_step / (self.dist.world_size * size) / weight
 
     def _places(self, first, size):
         """`places` of windows `first` to `first + size - 1`: an array (2, size)."""
-        blocks = range(first // AT_ONCE, (first + size - 1) // AT_ONCE + 1)
+        blocks = range(first // AT_ONCE, (first + max(size, 1) - 1) // AT_ONCE + 1)
         found = [self._cached(b)[:, max(0, first - b * AT_ONCE) : first + size - b * AT_ONCE] for b in blocks]
         return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
 
@@ -347,18 +359,30 @@ def share_batch(cfg: Any, world_size: int, micro_batch: int | None = None) -> tu
     """How each process works through its part of the global batch: (micro-steps, sequences in each).
 
     The global batch is gradient_accumulation_steps * batch_size whatever the number of processes. A micro-step
-    holds at most `micro_batch` sequences, or batch_size. UserError if the processes do not divide the batch.
+    holds at most `micro_batch` sequences, or batch_size. All processes make the same micro-steps. If the number of
+    processes does not divide the batch, their parts differ by one sequence, and smaller parts are padded.
     """
+    total, most = cfg.gradient_accumulation_steps * cfg.batch_size, micro_batch or cfg.batch_size
+    largest = -(-total // world_size)
+    if total % world_size == 0:
+        size = largest_divisor(largest, most)
+        return largest // size, size
+    micro_steps = -(-largest // most)
+    return micro_steps, -(-largest // micro_steps)
+
+
+def part_of_rank(per_step: int, rank: int, world_size: int) -> range:
+    """Which of a step's windows, counted from 0, a process reads. The numbers of two processes differ by at most one."""
+    return range(rank * per_step // world_size, (rank + 1) * per_step // world_size)
+
+
+def micro_batch_sizes(cfg: Any, world_size: int) -> list[int]:
+    """Sizes of micro-batches to choose from, the least first; the last is a process's whole part of the global batch."""
     total = cfg.gradient_accumulation_steps * cfg.batch_size
-    if total % world_size:
-        fitting = [n for n in range(1, min(total, 4 * world_size) + 1) if total % n == 0]
-        raise UserError(
-            f"{world_size} processes do not divide the global batch of {cfg.gradient_accumulation_steps} x {cfg.batch_size} = "
-            f"{total} sequences; these numbers would: {', '.join(map(str, fitting))}"
-        )
-    mine = total // world_size
-    size = largest_divisor(mine, micro_batch or cfg.batch_size)
-    return mine // size, size
+    if total % world_size == 0:
+        return divisors(total // world_size)
+    largest = -(-total // world_size)
+    return sorted({-(-largest // 2**halvings) for halvings in range(largest.bit_length() + 1)})
 
 
 def largest_divisor(n: int, most: int) -> int:

@@ -29,8 +29,9 @@ def losses(run, micro_batch: int) -> dict[str, float]:
     """Mean loss over the first `eval_iters` batches of each of the run's splits: {'train': nats, 'val': nats}.
 
     Always the same batches, so that evaluations can be compared. Each rank takes every world_size-th batch, at most
-    `micro_batch` sequences at a time. A split of at most eval_iters * batch_size windows is read once as a whole: its
-    loss is then `exact`, and costs less than the estimate. run.tick() is called before each batch and may raise.
+    `micro_batch` sequences at a time; all call the model equally often, since that may be a collective operation. A split
+    of at most eval_iters * batch_size windows is read once as a whole: its loss is then `exact`, and costs less than the
+    estimate. run.tick() is called before each batch and may raise.
     """
     cfg, dist, result = run.cfg, run.dist, {}
     B = largest_divisor(cfg.batch_size, micro_batch)
@@ -44,12 +45,12 @@ def losses(run, micro_batch: int) -> dict[str, float]:
             for first in range(0, cfg.eval_iters, dist.world_size):
                 run.tick()
                 i = first + dist.rank
-                if i >= cfg.eval_iters:
-                    break
                 for window in range(i * cfg.batch_size, (i + 1) * cfg.batch_size, B):
                     x, y = batches.get(window, B)
                     with dist.autocast():
-                        total += run.model(x, y)[1] * batches.filled(window, B)
+                        loss = run.model(x, y)[1]
+                    if i < cfg.eval_iters:
+                        total += loss * batches.filled(window, B)
             filled = batches.filled(0, cfg.eval_iters * cfg.batch_size)  # all targets count the same
             result[split] = dist.sum([total.item()])[0] / (cfg.eval_iters * (cfg.batch_size // B) * filled)
     return result
@@ -93,11 +94,11 @@ def exact(
         for first in tqdm(rounds, desc=what, leave=False, disable=None if dist.is_main else True, mininterval=0.5):
             tick()
             mine = np.arange(first + dist.rank * B, min(first + (dist.rank + 1) * B, len(layout)))
-            if not len(mine):
-                break
             x, y = padded_windows(dataset, layout, mine, B, T)
             with dist.autocast():
                 logits, loss = model(dist.to_device(x), dist.to_device(y))
+            if not len(mine):  # in the last round, if there is no batch left for this process
+                break
             counts = (y >= 0).sum(1).numpy()
             # the mean loss of the batch, spread over its windows by their targets, or that of each window
             nats = window_nats(logits, dist.to_device(y)) if each else loss.item() * counts

@@ -49,16 +49,17 @@ def gradients(run, micro_batch: int) -> Tensor:
     """
     cfg, dist, batches, state = run.cfg, run.dist, run.batches, run.state
     micro_steps, B = data.share_batch(cfg, dist.world_size, micro_batch)
-    first_of_rank = state.windows + dist.rank * micro_steps * B  # state.windows: read before this step
+    mine = data.part_of_rank(batches.per_step, dist.rank, dist.world_size)
     run.optimizer.zero_grad()  # of an attempt that ran out of memory
     if cfg.dropout:
         torch.manual_seed(data.step_seed(cfg.seed, state.step, dist.rank))  # so no random state has to be saved
     loss = torch.zeros((), device=dist.device)
     for micro_step in range(micro_steps):
-        first = first_of_rank + micro_step * B
-        x, y = batches.get(first, B)
-        # micro_steps, unless --documents leaves windows partly empty: then all targets of the step count the same
-        divisor = micro_steps / batches.weight(first, B, state.windows)
+        part = mine[micro_step * B :][:B]  # fewer than B, or none, if the processes do not divide the batch
+        first = state.windows + part.start  # state.windows: read before this step
+        x, y = batches.get(first, len(part), padded_to=B)
+        # micro_steps, unless parts differ or windows are partly empty: all targets of the step count the same
+        divisor = batches.divisor(first, len(part), state.windows)
         with dist.averaging(run.model, when=micro_step == micro_steps - 1):  # over all ranks, in the last one
             loss += forward_backward(run.model, x, y, dist, divisor, run.scaler)
     return loss

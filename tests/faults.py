@@ -58,11 +58,11 @@ def record_windows(path):
     """In any process: note every window that it trains on, by number, with its tokens."""
     real = data.Batches.get
 
-    def get(self, first, size):
-        x, y = real(self, first, size)
+    def get(self, first, size, padded_to=0):
+        x, y = real(self, first, size, padded_to)
         if self.stream == data.STREAMS["train"]:
             with open(f"{path}-{os.getpid()}", "a") as f:
-                f.writelines(f"{first + i} {row.tolist()}\n" for i, row in enumerate(x))
+                f.writelines(f"{first + i} {row.tolist()}\n" for i, row in enumerate(x[:size]))
         return x, y
 
     data.Batches.get = get

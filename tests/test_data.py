@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import random
 from types import SimpleNamespace
@@ -748,6 +749,35 @@ def test_random_windows_of_documents_are_drawn_from_all_of_them(dist):
     assert set(starts) == {0, 4, 6, 8}
 
 
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20))
+def test_any_number_of_processes_shares_a_batch(per_step, processes, batch_size, micro_batch):
+    cfg = SimpleNamespace(gradient_accumulation_steps=per_step, batch_size=batch_size)
+    parts = [data.part_of_rank(per_step * batch_size, rank, processes) for rank in range(processes)]
+    assert [i for part in parts for i in part] == list(range(per_step * batch_size))
+    fewest, largest = min(map(len, parts)), max(map(len, parts))
+    assert largest - fewest <= 1
+    micro_steps, size = data.share_batch(cfg, processes, micro_batch)
+    assert size <= micro_batch and micro_steps * size >= largest
+    if fewest == largest:
+        assert micro_steps * size == largest
+    else:
+        assert micro_steps == -(-largest // micro_batch) and micro_steps * (size - 1) < largest  # little padding
+    sizes = data.micro_batch_sizes(cfg, processes)
+    assert (sizes[0], sizes[-1]) == (1, largest) and sizes == sorted(set(sizes))
+    assert [data.share_batch(cfg, processes, size)[1] for size in sizes] == sizes
+
+
+def test_padding_is_no_target_and_a_batch_of_nothing_else_has_a_loss(make, dist):
+    batches = Batches(open_dataset(make(np.arange(1000) % 100)), "train", 1, 4, dist, per_step=6)
+    x, y = batches.get(300, 2, padded_to=5)
+    assert torch.equal(x[:2], batches.get(300, 2)[0]) and torch.equal(y[:2], batches.get(300, 2)[1])
+    assert x.shape == y.shape == (5, 4) and (y[2:] == -1).all()
+    for first in (0, 256, 300):  # at a block of positions, and between
+        x, y = batches.get(first, 0, padded_to=3)
+        assert x.shape == y.shape == (3, 4) and (y >= 0).all()
+        assert batches.divisor(first, 0, 0) == math.inf
+
+
 def test_each_target_of_a_step_weighs_the_same_however_its_windows_are_divided(dist):
     ids = np.where(np.random.default_rng(0).random(500) < 0.2, SEPARATOR, 1)
     batches = Batches(in_documents(ids, 8), "train", 1, 8, dist, per_step=12)
@@ -755,9 +785,11 @@ def test_each_target_of_a_step_weighs_the_same_however_its_windows_are_divided(d
     starts, stops = batches.places(np.arange(begin, begin + 12))
     targets = stops - starts - 1
     assert len(set(targets)) > 3
-    for size in (1, 2, 3, 4, 6, 12):
-        weights = [batches.weight(i, size, begin) * size / 12 for i in range(begin, begin + 12, size)]
-        assert weights == pytest.approx(targets.reshape(-1, size).sum(1) / targets.sum())
+    for size in (1, 2, 3, 4, 5, 6, 7, 12):
+        for dist.world_size in (1, 5):  # 5: in the mean over processes, each counts a fifth
+            parts = [range(12)[i : i + size] for i in range(0, 12, size)]
+            weights = [1 / batches.divisor(begin + p.start, len(p), begin) / dist.world_size for p in parts]
+            assert weights == pytest.approx([targets[p.start : p.stop].sum() / targets.sum() for p in parts])
 
 
 def test_documents_without_a_separator_are_refused(make):

@@ -1,5 +1,6 @@
 """The loss: the exact one against one token at a time, and an estimate that always asks the same."""
 
+import collections
 import math
 from types import SimpleNamespace
 
@@ -117,6 +118,17 @@ def test_the_shares_of_several_processes_make_the_whole(model, open_text, dist):
         exact(model, dataset, config(batch_size=2), dist, None)
     nats, count, _ = (sum(column) for column in zip(*shares, strict=True))
     assert (nats / count, count) == (pytest.approx(whole["loss"], rel=1e-6), whole["tokens"])
+
+
+def test_all_processes_call_the_model_equally_often(model, open_text, dist):
+    """It may be a collective operation. Three processes divide neither the batches of the estimate nor the exact loss's."""
+    cfg, calls = config(batch_size=2, eval_iters=4), collections.Counter()
+    model.register_forward_pre_hook(lambda *_: calls.update([dist.rank]))
+    dist.sum, dist.world_size = lambda numbers: numbers, 3
+    for dist.rank in range(3):
+        exact(model, open_text(TEXT[:82]), cfg, dist, None)
+        estimate(model, streams(open_text(TEXT * 3), dist), cfg, dist)
+    assert len(set(calls.values())) == 1 and len(calls) == 3
 
 
 def test_a_hopeless_model_has_a_finite_perplexity(model, open_text, dist):

@@ -390,14 +390,26 @@ def test_two_processes_train_the_same_model(run, tmp_path):
     assert evals[0] == pytest.approx(evals[1], abs=1e-4)
 
 
-def test_processes_that_do_not_divide_the_batch_are_refused_with_those_that_do(tmp_path, tiny):
-    done = torchrun(3, cwd=tmp_path)
-    assert done.returncode != 0
-    assert (
-        "3 processes do not divide the global batch of 2 x 4 = 8 sequences; these numbers would: 1, 2, 4, 8"
-        in done.stderr
-    )
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize(
+    "processes, args, shares",
+    [
+        (3, ["--batch_size=2", "--gradient_accumulation_steps=4"], "2 or 3 sequences each, at most 2 at a time"),
+        (5, ["--documents=True", "--batch_size=12"], "4 or 5 sequences each, at most 5 at a time"),
+        (5, ["--documents=True", "--gradient_accumulation_steps=1"], "0 or 1 sequences each, at most 1 at a time"),
+        (7, ["--optimizer=muon", "--architecture=qwen3"], "1 or 2 sequences each, at most 2 at a time"),
+    ],
+)
+def test_processes_that_do_not_divide_the_batch_train_the_same_model(
+    run, documents, undrawn, start_ranks, processes, args, shares
+):
+    args = [*args, "--eval_iters=3", "--timeout=60"]
+    run(*args, "--out_dir=one")
+    doors = start_ranks(processes, *args, "--out_dir=more")
+    assert [d.end() for d in doors] == [0] * processes, doors[0].printed
+    assert f"({processes} processes with {shares})" in doors[0].printed
+    assert losses("one") == pytest.approx(losses("more"), abs=1e-5)
+    evals = [[r[k] for r in metrics(o) for k in ("val_loss", "exact_loss") if k in r] for o in ("one", "more")]
+    assert evals[0] == pytest.approx(evals[1], abs=1e-5)
 
 
 SLOW_TO_TELL = f"""
@@ -480,10 +492,10 @@ def read(undrawn, monkeypatch):
     """Where the windows lie that runs in this process train on, in the order in which they are read."""
     starts, real = [], data.Batches.get
 
-    def get(self, first, size):
+    def get(self, first, size, padded_to=0):
         if self.stream == data.STREAMS["train"]:
             starts.extend(self.places(np.arange(first, first + size))[0].tolist())
-        return real(self, first, size)
+        return real(self, first, size, padded_to)
 
     monkeypatch.setattr(data.Batches, "get", get)
     return starts

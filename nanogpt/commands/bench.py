@@ -103,9 +103,9 @@ class TimedBatches(data.Batches):
 
     clock: Clock
 
-    def get(self, first: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def get(self, first: int, size: int, padded_to: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         self.clock.ends("backward")
-        batch = super().get(first, size)
+        batch = super().get(first, size, padded_to)
         self.clock.ends("data")
         return batch
 

@@ -277,7 +277,11 @@ def start_log(run: Any) -> Log:
         )
     dist.say(f"model: {run.gpt.num_params() / 1e6:.2f}M parameters, {cfg.block_size} tokens of context")
     processes = f"{dist.world_size} processes x " if dist.world_size > 1 else ""
-    dist.say(f"iteration: {tokens:,} tokens ({processes}{micro_steps} x {size} sequences), {flops / 1e9:,.2f} GFLOP")
+    shares = f"{processes}{micro_steps} x {size} sequences"
+    fewest, more = divmod(run.batches.per_step, dist.world_size)
+    if more:
+        shares = f"{dist.world_size} processes with {fewest} or {fewest + 1} sequences each, at most {size} at a time"
+    dist.say(f"iteration: {tokens:,} tokens ({shares}), {flops / 1e9:,.2f} GFLOP")
     peak = device_peak(dist) if dist.is_main and not cfg.eval_only else math.nan
     if line := takes_hours(cfg, dist, run.state.step, flops, peak, micro_steps):
         dist.say(line)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from nanogpt.config import BenchConfig, RunFailed, TrainConfig, UserError
-from nanogpt.data import divisors, share_batch
+from nanogpt.data import largest_divisor, micro_batch_sizes, share_batch
 from nanogpt.generate import bytes_per_token
 from nanogpt.model import GPT, GPTConfig, numbers_held
 from nanogpt.optim import trained_parameters
@@ -88,7 +88,7 @@ def retry_smaller(work: Callable[[int], Any], state: Any, cfg: TrainConfig, dist
             hint = "--batch_size=auto finds how many fit"
             if cfg.auto_batch:
                 total, half = cfg.gradient_accumulation_steps * cfg.batch_size, max(1, micro_batch // 2)
-                half = share_batch(cfg, dist.world_size, half)[1]
+                half = largest_divisor(total, share_batch(cfg, dist.world_size, half)[1])
                 hint = f"half of them: --batch_size={half} --gradient_accumulation_steps={total // half}"
             raise RunFailed(f"out of memory with {micro_batch} sequences at a time; {hint}{why}")
         state.micro_batch = halved(micro_batch, cfg, dist, why)
@@ -115,9 +115,9 @@ def choose_micro_batch(model: GPT, cfg: TrainConfig, dist: Dist) -> int | None:
     With `batch_size=auto`, as many as fit. Several processes on GPUs try batch_size beforehand, since none of them
     can repeat a step alone.
     """
-    steps, size = share_batch(cfg, dist.world_size)
+    _, size = share_batch(cfg, dist.world_size)
     if cfg.auto_batch:
-        return largest_micro_batch(model, steps * size, cfg, dist)
+        return largest_micro_batch(model, cfg, dist)
     if dist.world_size == 1 or dist.device.type != "cuda":
         return None
     while not fits(model, size, cfg, dist):
@@ -125,8 +125,8 @@ def choose_micro_batch(model: GPT, cfg: TrainConfig, dist: Dist) -> int | None:
     return size
 
 
-def largest_micro_batch(model: GPT, n: int, cfg: TrainConfig, dist: Dist) -> int:
-    """The largest divisor of this process's n sequences that fits in every process's memory, trying from 1 upward.
+def largest_micro_batch(model: GPT, cfg: TrainConfig, dist: Dist) -> int:
+    """The largest of `data.micro_batch_sizes` that fits in every process's memory, trying from 1 upward.
 
     Each trial takes more memory than the size needs: see MORE and LATER. A process that exhausts main memory is
     killed, so on a CPU the memory of the next trial is first predicted from the trials before it.
@@ -134,7 +134,8 @@ def largest_micro_batch(model: GPT, n: int, cfg: TrainConfig, dist: Dist) -> int
     if not fits(model, 1, cfg, dist):  # also loads libraries, so that later trials measure only the sequences
         halved(1, cfg, dist)
     size, last, each, peak = 1, 1, 0.0, peak_memory(dist.device)
-    for more in divisors(n):
+    sizes = micro_batch_sizes(cfg, dist.world_size)
+    for more in sizes:
         tried = math.ceil((1 + MORE) * more)
         too_much = dist.device.type == "cpu" and each * (tried - last) > (1 - SPARE) * free_memory()
         if dist.max(int(too_much)) or not fits(model, tried, cfg, dist, later(model, dist)):
@@ -142,8 +143,8 @@ def largest_micro_batch(model: GPT, n: int, cfg: TrainConfig, dist: Dist) -> int
         before, peak = peak, peak_memory(dist.device)
         size, last, each = more, tried, max(each, (peak - before) / (tried - last))
     whose = "an iteration" if dist.world_size == 1 else "a process's part of an iteration"
-    why = "all" if size == n else "the most that fit the memory"
-    dist.say(f"micro-batch: {size} of the {n} sequences of {whose}, {why} (--batch_size)")
+    why = "all" if size == sizes[-1] else "the most that fit the memory"
+    dist.say(f"micro-batch: {size} of the {sizes[-1]} sequences of {whose}, {why} (--batch_size)")
     return size
 
 

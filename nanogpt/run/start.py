@@ -249,7 +249,6 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
     distributed.choose_seed(cfg, dist)
     new = cfg.minutes and not cfg.eval_only and settings_to_resume(cfg)[1] is None
     clock = minutes.choose_run(cfg, dist) if new else None
-    data.share_batch(cfg, dist.world_size)  # raises if the number of processes does not divide the batch
     trackers.require_installed(cfg)
     with dist.agree():
         if dist.is_main and not cfg.eval_only:

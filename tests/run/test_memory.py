@@ -133,7 +133,8 @@ def test_auto_leaves_room_for_what_comes_later(dist):
     assert memory.later(model, dist) > 3 * bytes_of_it  # a checkpoint's copy
     tried = []
     model.register_forward_pre_hook(lambda _, args: tried.append(len(args[0])))
-    assert memory.largest_micro_batch(model, 12, CFG, dist) == 12
+    cfg = TrainConfig(block_size=8, batch_size=12, gradient_accumulation_steps=1)
+    assert memory.largest_micro_batch(model, cfg, dist) == 12
     assert tried == [1, 2, 3, 4, 5, 8, 15]
 
 
@@ -218,13 +219,22 @@ def test_one_sequence_that_does_not_fit_ends_the_run_with_a_line(dist, capsys, e
     assert "\n" not in str(caught.value)
 
 
-def test_among_several_processes_the_run_ends_with_a_line(dist):
+@pytest.mark.parametrize(
+    "processes, auto, hint",
+    [
+        (2, False, "--batch_size=auto finds how many fit"),
+        (2, True, "half of them: --batch_size=2 --gradient_accumulation_steps=10"),
+        (3, True, "half of them: --batch_size=2 --gradient_accumulation_steps=10"),  # 6 or 7 of 20, in 4 steps of 2
+    ],
+)
+def test_among_several_processes_the_run_ends_with_a_line(dist, processes, auto, hint):
     def work(most):
         raise ERRORS[0]
 
-    dist.world_size = 2
-    with pytest.raises(RunFailed, match="with 4 sequences at a time; --batch_size=auto finds how many fit"):
-        memory.retry_smaller(work, TrainState(), CFG, dist)
+    cfg = TrainConfig(block_size=8, batch_size=4, gradient_accumulation_steps=5)
+    cfg.auto_batch, dist.world_size = auto, processes
+    with pytest.raises(RunFailed, match=f"with 4 sequences at a time; {hint}"):
+        memory.retry_smaller(work, TrainState(), cfg, dist)
 
 
 def test_another_error_is_another_matter(dist):
@@ -252,7 +262,7 @@ def test_auto_ends_with_a_line_where_not_one_sequence_fits(dist, monkeypatch):
     monkeypatch.setattr(GPT, "forward", forward)
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
     with pytest.raises(RunFailed, match="out of memory with a single sequence at a time"):
-        memory.largest_micro_batch(model, 4, CFG, dist)
+        memory.largest_micro_batch(model, CFG, dist)
 
 
 def test_the_peak_is_that_of_this_process(dist):
