@@ -3,6 +3,7 @@
 The speed of the machine comes from a short trial.
 """
 
+import io
 import math
 import statistics
 import time
@@ -196,6 +197,7 @@ def measure(plan: Plan, memory: float, dist: Dist, end: float) -> Trial:
     Batches are as large as this allows, and small enough that there is time for several steps.
     """
     most = plan.batch_size
+    dist = Dist(dist.device, dist.dtype, out=io.StringIO())  # silent, and alone: processes need not try the same
     began = time.perf_counter()
     model = GPT(plan.model).to(dist.device)
     if dist.device.type == "cpu":
