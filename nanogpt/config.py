@@ -177,6 +177,13 @@ class TrainConfig(Config):
     backend: str = setting(
         "auto", "torch.distributed backend: nccl or gloo", choices=("nccl", "gloo"), auto=True, group="System"
     )
+    shard: str = setting(
+        "auto",
+        "divide weights, gradients and moments among the processes: none, full, or hybrid, within each machine only; "
+        "auto: full if they do not fit otherwise",
+        choices=("none", "full", "hybrid"),
+        auto=True,
+    )
     timeout: int = setting(600, "seconds that a process waits for the others before it stops", low=1, high=10**6)
     device: str = setting("auto", "cpu, cuda, cuda:1, mps", auto=True)
     threads: int | str = setting(
@@ -214,6 +221,8 @@ class TrainConfig(Config):
             yield ("matmul", "dtype"), f"multiplies in bfloat16, and dtype is {self.dtype}"
         if self.lora_rank and self.optimizer == "muon":
             yield ("lora_rank", "optimizer"), "takes --optimizer=adamw: Muon is for whole matrices"
+        if self.lora_rank and self.shard in ("full", "hybrid"):
+            yield ("shard", "lora_rank"), "takes no --lora_rank: a model that LoRA adapts is not sharded"
         if self.decay_lr and self.min_lr > self.learning_rate:
             yield (
                 ("min_lr", "learning_rate", "decay_lr"),

@@ -59,12 +59,12 @@ class AdamW:
             return  # Metal's kernel may ignore found_inf (PyTorch #186360), so this waits for the device
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            states = [self.state[p] for p in params]
+            states = [{name: local(value) for name, value in self.state[p].items()} for p in params]
             steps = [s["step"] for s in states]
             torch._foreach_add_(steps, 1 if skip is None else 1 - skip)
             torch._fused_adamw_(
-                params,
-                [p.grad for p in params],
+                [local(p) for p in params],
+                [local(p.grad) for p in params],
                 [s["exp_avg"] for s in states],
                 [s["exp_avg_sq"] for s in states],
                 [],
@@ -90,7 +90,8 @@ class Muon:
     """Gradient descent with momentum and orthogonalized updates for the blocks' matrices; AdamW for the rest.
 
     Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Matrices of one shape are processed
-    as one batch, and each rank orthogonalizes its share of them.
+    as one batch, and each rank orthogonalizes its share of them. If they are sharded, their rows go to the rank that does
+    so, and return; the momentum stays where the rows are.
 
     matrices: [(parameter, parts), ...]; a parameter of several parts, such as queries, keys and values in one, counts as
     that many matrices. `state` maps each of them to its `momentum_buffer`, and the other parameters to AdamW's state.
@@ -100,6 +101,7 @@ class Muon:
 
     def __init__(self, matrices, adamw, lr, momentum, weight_decay, dist=None):
         self.adamw, self.momentum, self.dist = adamw, momentum, dist
+        self.shards = getattr(dist, "shards", None)
         self.group = {"params": [p for p, _ in matrices], "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
         self.param_groups = [self.group, *adamw.param_groups]
         buffers = {p: torch.zeros_like(p) for p in self.group["params"]}
@@ -109,6 +111,8 @@ class Muon:
             for i in range(parts):
                 shape = p.shape[0] // parts, p.shape[1]
                 self.by_shape.setdefault(shape, []).append((p, buffers[p], parts, i))
+        every = [m for matrices in self.by_shape.values() for m in matrices]
+        self.first = {(p, i): number for number, (p, _, _, i) in enumerate(every)}
 
     @torch.no_grad()
     def step(self, skip: Tensor | None = None) -> None:
@@ -126,19 +130,40 @@ class Muon:
 
     def step_shape(self, shape: tuple[int, int], matrices: list[tuple], skip: Tensor | None = None) -> None:
         """Update the matrices of one shape, (rows, columns), unless the scalar `skip` is 1."""
-        grads = [p.grad.chunk(parts)[i] for p, _, parts, i in matrices]
-        buffers = [buffer.chunk(parts)[i] for _, buffer, parts, i in matrices]
-        weights = [p.chunk(parts)[i] for p, _, parts, i in matrices]
+        rows = [self.rows_here(p, parts, i) for p, _, parts, i in matrices]
+        grads, buffers, weights = (
+            [local(t)[own] for t, own in zip(tensors, rows, strict=True)]
+            for tensors in ([m[0].grad for m in matrices], [m[1] for m in matrices], [m[0] for m in matrices])
+        )
         lr = self.group["lr"]
         if skip is not None:  # keeps a gradient that is not finite out of the buffers
             grads, lr = [torch.where(skip > 0, b, g) for b, g in zip(buffers, grads, strict=True)], lr * (1 - skip)
         torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
         ahead = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov momentum
-        steps = self.orthogonalize_share(torch.stack(ahead)).to(weights[0].dtype)
+        steps = self.orthogonalize_all(ahead, matrices)
         if self.group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * self.group["weight_decay"])
-        rows, columns = shape
-        torch._foreach_sub_(weights, (steps * (lr * max(1, rows / columns) ** 0.5)).unbind())
+        height, width = shape
+        torch._foreach_sub_(weights, torch._foreach_mul(steps, lr * max(1, height / width) ** 0.5))
+
+    def rows_here(self, p: Tensor, parts: int, i: int, shard: int | None = None) -> slice:
+        """Where the rows of part i of a parameter are in what this rank, or another shard, holds of it."""
+        n = p.shape[0]
+        held = self.shards.rows(n, shard) if self.shards else range(n)
+        start, stop = (min(max(row, held.start), held.stop) for row in (i * n // parts, (i + 1) * n // parts))
+        return slice(start - held.start, stop - held.start)
+
+    def orthogonalize_all(self, pieces: list[Tensor], matrices: list[tuple]) -> list[Tensor]:
+        """The rows that this rank holds of the orthogonalized matrices, given those of the matrices; in bfloat16 on a GPU."""
+        if self.shards is None:
+            return list(self.orthogonalize_share(torch.stack(pieces)).to(pieces[0].dtype).unbind())
+        held = []
+        for p, _, parts, i in matrices:
+            slices = [self.rows_here(p, parts, i, shard) for shard in range(self.shards.count)]
+            held.append([s.stop - s.start for s in slices])
+        first = self.first[matrices[0][0], matrices[0][3]]  # in turn over all shapes, so that the owners' work is even
+        sent = [piece.bfloat16() if piece.is_cuda or casts_to_bfloat16() else piece for piece in pieces]
+        return [rows.to(pieces[0].dtype) for rows in self.shards.by_owners(sent, held, first, orthogonalize)]
 
     def orthogonalize_share(self, matrices: Tensor) -> Tensor:
         """`orthogonalize` a stack (N, rows, columns), each rank its share; in bfloat16 on GPUs, and beside layers in it."""
@@ -171,6 +196,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if tall else x
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: its shard, if it is sharded (a DTensor), else all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def either(*skips: Tensor | None) -> Tensor | None:
@@ -210,17 +240,18 @@ def set_lr(optimizer: Optimizer, lr: float, cfg: TrainConfig) -> None:
 
 def grad_norm(module: torch.nn.Module) -> Tensor:
     """The norm of all gradients of a module, a scalar on the device."""
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    grads = [local(p.grad) for p in module.parameters() if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
-def clip_gradients(model: GPT, max_norm: float) -> Tensor:
+def clip_gradients(model: GPT, max_norm: float, dist=None) -> Tensor:
     """Scale the gradients so that their global norm is at most `max_norm`; 0.0 does not scale (Pascanu et al. 2013).
 
-    Returns the norm before clipping, a scalar on the device, so that the host does not wait for it.
+    dist: makes the norm that of all shards, if the model is sharded. Returns the norm before clipping, a scalar on the
+    device, so that the host does not wait for it.
     """
-    norm = grad_norm(model)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = dist.norm(grad_norm(model)) if dist else grad_norm(model)
+    grads = [local(p.grad) for p in model.parameters() if p.grad is not None]
     if max_norm:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
@@ -233,8 +264,11 @@ def state_tensors(model: GPT, optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_state_tensors(model: GPT, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors as `state_tensors` returned them into the state. Raises ValueError if names or shapes differ."""
-    present = state_tensors(model, optimizer)
+    """Copy tensors as `state_tensors` returned them into the state: this rank's rows of those that are sharded.
+
+    Raises ValueError if names or shapes differ.
+    """
+    present = {name: local(value) for name, value in state_tensors(model, optimizer).items()}
     odd = sorted(present.keys() ^ tensors.keys()) or [n for n in present if present[n].shape != tensors[n].shape]
     if odd:
         raise ValueError(f"the optimizer's state does not fit the model; the first that differs is {odd[0]}")

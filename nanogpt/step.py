@@ -1,8 +1,9 @@
 """One training step: the gradients of the global batch, then the update. The only backward pass of the package.
 
 `run` is a run.run.Run; used here are cfg, dist (a run.distributed.Dist), gpt (the model, to read parameters from), model
-(gpt, perhaps compiled and wrapped by DDP, to call), optimizer, scaler (a GradScaler, which does nothing unless the
-products are float16), health, batches, and state. A window is a sequence of block_size tokens and their targets.
+(gpt, perhaps compiled and wrapped by DDP, to call; FSDP2 changes gpt itself), optimizer, scaler (a GradScaler, which
+does nothing unless the products are float16), health, batches, and state. A window is a sequence of block_size tokens
+and their targets.
 Shapes: B windows in a micro-batch, T block_size. Scalars are tensors of no dimension; the host does not wait for them.
 """
 
@@ -73,7 +74,7 @@ def update(run, loss: Tensor) -> dict[str, Tensor]:
     run.scaler.unscale_(run.optimizer)
     loss = run.dist.mean(loss)  # of the global batch from here on
     # metrics of gradients belong here: .grad is averaged and unscaled, the next line clips it, zero_grad clears it
-    grad_norm = optim.clip_gradients(run.gpt, run.cfg.grad_clip)
+    grad_norm = optim.clip_gradients(run.gpt, run.cfg.grad_clip, run.dist)
     skip, spike = run.health.judge(run.step, loss, grad_norm)
     run.scaler.step(run.optimizer, skip)  # calls optimizer.step(skip): the device decides, and the host does not wait
     run.scaler.update()

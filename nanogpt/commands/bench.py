@@ -65,8 +65,9 @@ def make_run(cfg: BenchConfig, dist: Dist, clock: "Clock") -> Run:
     batches = TimedBatches(dataset, "train", cfg.seed, T, dist, per_step=per_step)
     batches.clock = clock
     gpt_config = GPTConfig(**plan.shape_of(cfg), dropout=cfg.dropout, vocab_size=plan.padded(dataset.vocab_size, dist))
-    memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg), dist.device)
-    model = GPT(gpt_config).to(dist.device)
+    memory.choose_shards(cfg, gpt_config, dist)
+    memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg, dist), dist.device)
+    model = dist.place(GPT(gpt_config))
     model.checkpoint_activations = cfg.checkpoint_activations
     products.choose_products(model, cfg, dist, cfg.batch_size * cfg.block_size)
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,9 +78,15 @@ class Checkpoint:
         """{parameter name: tensor}."""
         return self.in_memory[0] if self.in_memory else _tensors(self.folder / "model.safetensors")
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The tensors of `optim.state_tensors`, and the health of the run: {'exp_avg.NAME': tensor, ...}."""
-        return self.in_memory[1] if self.in_memory else _tensors(self.folder / "optimizer.safetensors")
+    def optimizer_tensors(self, slices: Mapping[str, slice] | None = None) -> dict[str, Tensor]:
+        """The tensors of `optim.state_tensors`, and the health of the run: {'exp_avg.NAME': tensor, ...}.
+
+        slices: the rows to read of some tensors, by name; all of the others.
+        """
+        if not self.in_memory:
+            return _tensors(self.folder / "optimizer.safetensors", slices or {})
+        rows = {name: slice(None) for name in self.in_memory[1]} | dict(slices or {})
+        return {name: tensor[rows[name]] if tensor.dim() else tensor for name, tensor in self.in_memory[1].items()}
 
 
 class Writer:
@@ -105,29 +111,40 @@ class Writer:
         self.failed = False
         self.place = files.identity(out_dir)
 
-    def save(self, model_tensors: Mapping[str, Tensor], other_tensors: Mapping[str, Tensor], info: dict) -> None:
-        """Copy the tensors, then write them and `info` (a dict for JSON) in the background."""
+    def save(
+        self,
+        model_tensors: Mapping[str, Tensor],
+        other_tensors: Mapping[str, Tensor],
+        info: dict,
+        whole: Callable[[Tensor], Tensor | None] = lambda tensor: tensor,
+    ) -> None:
+        """Copy the tensors, then write them and `info` (a dict for JSON) in the background.
+
+        whole: called with each tensor in turn, also after a failure, since it may gather shards from other processes.
+        """
         self.wait()
+        self.step = self.step if self.failed else info["step"]
+        groups = [self._copy("model", model_tensors, whole), self._copy("optimizer", other_tensors, whole)]
         if self.failed:
-            return
-        self.step = info["step"]
-        try:
-            groups = [self._copy("model", model_tensors), self._copy("optimizer", other_tensors)]
-        except (RuntimeError, MemoryError) as e:
-            if not out_of_memory(e):
-                raise
-            self._failed(e)
             return
         self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
         self.thread.start()
 
-    def _copy(self, group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _copy(self, group: str, tensors: Mapping[str, Tensor], whole: Callable) -> dict[str, Tensor]:
         """CPU copies, in memory that is reused by each save: new pages cost more than the copying."""
         kept = self.copies.setdefault(group, {})
-        for name, tensor in tensors.items():
-            if name not in kept:
-                kept[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
-            kept[name].copy_(tensor.detach())
+        for name, part in tensors.items():
+            tensor = whole(part)
+            if self.failed:
+                continue
+            try:
+                if name not in kept:
+                    kept[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+                kept[name].copy_(tensor.detach())
+            except (RuntimeError, MemoryError) as e:
+                if not out_of_memory(e):
+                    raise
+                self._failed(e)
         return kept
 
     def _write(self, model_tensors: dict[str, Tensor], other_tensors: dict[str, Tensor], info: dict) -> None:
@@ -430,9 +447,12 @@ def _free_name(parent: Path, step: int) -> Path:
     return parent / (f"step-{step:08d}" + (f"-{max(taken) + 1}" if taken else ""))
 
 
-def _tensors(path: Path | str) -> dict[str, Tensor]:
+def _tensors(path: Path | str, slices: Mapping[str, slice] | None = None) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        if not slices:
+            return load_file(path)
+        with safe_open(path, "pt") as f:
+            return {n: f.get_slice(n)[slices[n]] if n in slices else f.get_tensor(n) for n in f.keys()}
     except (SafetensorError, OSError, ValueError, KeyError) as e:
         raise UserError(f"{path}: cannot be read ({e})") from None
 

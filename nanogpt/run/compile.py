@@ -46,7 +46,7 @@ def compiled(
     errors = CompileErrors()
     dist.say(f"compile: takes a while before the first {'step' if eval_shape else 'token'}")
     began = time.perf_counter()
-    fast = torch.compile(model)
+    fast = compile_blocks(model, dist) if dist.shards else torch.compile(model)
     if eval_shape:
         try:
             try_out(fast, model, dist, eval_shape, train_shape)
@@ -55,11 +55,26 @@ def compiled(
                 raise
             errors.note(e)
         if errors.reasons:
+            uncompile_blocks(model)
             dist.say(f"compile: failed, going on without it ({errors.reasons[0]})")
             return model
         dist.say(f"compile: took {time.perf_counter() - began:.0f} s")
     errors.say = dist.say
     return fast
+
+
+def compile_blocks(model: Any, dist: Dist) -> Any:
+    """Compile each block of a sharded model: between them its weights are gathered, which is not compiled."""
+    dist.say("compile: block by block, since the model is sharded (--shard)")
+    for block in model.transformer["h"]:
+        block.forward = torch.compile(block.forward)
+    return model
+
+
+def uncompile_blocks(model: Any) -> None:
+    """Undo what `compile_blocks` did, if it did."""
+    for block in model.modules():
+        block.__dict__.pop("forward", None)
 
 
 def try_out(

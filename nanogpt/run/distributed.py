@@ -17,8 +17,10 @@ import torch
 import torch.distributed as td
 
 from nanogpt.config import RunFailed, UserError
+from nanogpt.optim import local
 from nanogpt.run import launch
 from nanogpt.run.device import choose_device, choose_dtype, operand_dtype, prepare_device
+from nanogpt.run.shards import Shards
 from nanogpt.run.signals import Stopped
 from nanogpt.run.threads import choose_threads
 from nanogpt.step import forward_backward
@@ -35,6 +37,7 @@ class Dist:
     world_size: int = 1
     out: TextIO = sys.stdout  # where `say` prints
     host_group: Any = None  # connects the hosts; their devices go on meanwhile
+    shards: Shards | None = None  # how the model is divided among the processes, if it is: see memory.choose_shards
     failure: Exception | None = None  # what this process failed at, until all processes know: see `fail`
 
     @property
@@ -64,14 +67,21 @@ class Dist:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def place(self, model: Any) -> Any:
+        """The model on the device, or its shards. A collective operation if it is sharded: see `Shards.split`."""
+        if self.shards is None:
+            return model.to(self.device)
+        self.shards.split(model, self.device, self.operand_dtype)
+        return model
+
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model with its gradients averaged over all processes, or the model itself if there is only one.
+        """The model with its gradients averaged over all processes, or the model itself if that is not DDP's task.
 
         A collective operation. DDP arranges gradients in buckets, and anew after its first backward pass, in the order
         in which they became ready. From three processes on the order of additions depends on it, so that pass is made
         here, with one token: a resumed run then adds in the same order as one that was never stopped.
         """
-        if self.world_size == 1:
+        if self.world_size == 1 or self.shards:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
@@ -86,7 +96,13 @@ class Dist:
         return ddp
 
     def averaging(self, model: Any, when: bool) -> AbstractContextManager:
-        """Context of a backward pass, which averages the gradients over all processes only if `when` is true."""
+        """Context of a backward pass, which averages the gradients over all processes only if `when` is true.
+
+        Gradients of a sharded model are divided in each pass, since they are not to be held as a whole.
+        """
+        if self.shards:
+            model.set_requires_all_reduce(when)  # over its copies
+            return nullcontext()
         return nullcontext() if when or self.world_size == 1 else model.no_sync()
 
     def mean(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -96,6 +112,18 @@ class Dist:
             td.all_reduce(tensor)
             tensor /= self.world_size
         return tensor
+
+    def norm(self, norm: torch.Tensor) -> torch.Tensor:
+        """The norm of a vector, given that of its part here, if the model is sharded; else the same."""
+        if self.shards is None:
+            return norm
+        square = norm.square()
+        td.all_reduce(square, group=self.shards.group)
+        return square.sqrt()
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """A tensor of the state, with all its rows on the main process. A collective operation if it is sharded."""
+        return self.shards.whole(tensor) if self.shards else tensor
 
     def sum(self, numbers: list) -> list:
         """Python numbers, each summed over all processes in float64."""
@@ -162,13 +190,20 @@ class Dist:
             raise UserError(*sorted(wrong))
 
     def require_same_bits(self, tensors: Iterable[torch.Tensor], what: str) -> None:
-        """Raise RunFailed, on all processes, if the checksums of float32 tensors are not the same on all of them."""
-        if self.world_size == 1:
+        """Raise RunFailed, on all processes, if the checksums of float32 tensors are not the same on all of them.
+
+        Shards of one copy of the model are compared with those of the first copy.
+        """
+        count = self.shards.count if self.shards else 1
+        if self.world_size == count:
             return
-        found = self.gather(torch.stack([checksum(t) for t in tensors])[None])
-        odd = [str(rank) for rank in range(self.world_size) if not torch.equal(found[rank], found[0])]
+        found = self.gather(torch.stack([checksum(local(t)) for t in tensors])[None])
+        odd = [
+            (rank, rank % count) for rank in range(self.world_size) if not torch.equal(found[rank], found[rank % count])
+        ]
         if odd:
-            raise RunFailed(f"{what} on process {' and '.join(odd)} are not those on process 0: the run stops")
+            ranks = " and ".join(str(rank) for rank, _ in odd)
+            raise RunFailed(f"{what} on process {ranks} are not those on process {odd[0][1]}: the run stops")
 
     def barrier(self) -> None:
         """Wait for all processes."""
@@ -178,7 +213,7 @@ class Dist:
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
     """Two int64s that depend on the bits of a float32 tensor and on their places, computed on its device."""
-    bits = tensor.detach().view(torch.int32).reshape(-1, tensor.shape[-1])
+    bits = tensor.detach().view(torch.int32).reshape(-1, max(tensor.shape[-1], 1))
     sums = [bits.sum(dim, dtype=torch.int64) for dim in (0, 1)]  # by column and by row
     return torch.stack([(s * (2 * torch.arange(len(s), device=s.device) + 1)).sum() for s in sums])
 

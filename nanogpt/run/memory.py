@@ -21,6 +21,7 @@ from nanogpt.optim import trained_parameters
 from nanogpt.run.device import out_of_memory
 from nanogpt.run.distributed import Dist
 from nanogpt.run.settings import check_bounds
+from nanogpt.run.shards import Shards
 from nanogpt.step import forward_backward
 
 SPARE = 0.2  # fraction of a CPU's free memory to leave free
@@ -32,12 +33,50 @@ TO_TRAIN = defaultdict(lambda: 16, muon=12)  # plus its gradient and the optimiz
 FROZEN = dict(float32=4, bfloat16=2)  # bytes per parameter that is not trained
 
 
-def bytes_to_train(cfg: TrainConfig) -> int:
-    """The least bytes per parameter of the model that training takes; with LoRA, hardly any is trained."""
-    return FROZEN[cfg.lora_base] if cfg.lora_rank else TO_TRAIN[cfg.optimizer]
+def bytes_to_train(cfg: TrainConfig, dist: Dist) -> float:
+    """The least bytes per parameter of the model that training takes here; with LoRA, hardly any is trained."""
+    shards = dist.shards.count if dist.shards else 1
+    return FROZEN[cfg.lora_base] if cfg.lora_rank else TO_TRAIN[cfg.optimizer] / shards
 
 
-def check_size(model_config: GPTConfig, source: Any, each: int = TO_USE, device: torch.device | None = None) -> None:
+def choose_shards(cfg: TrainConfig, model_config: GPTConfig, dist: Dist) -> None:
+    """Set `dist.shards` as `cfg.shard` says; None if the model is not sharded. UserError if it cannot be."""
+    processes, how = dist.world_size, cfg.shard
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or processes)  # processes of this machine
+    dist.shards = None
+    if processes == 1:
+        if how in ("full", "hybrid"):
+            dist.say("shard: none, because there is one process (--shard)")
+        return
+    if how == "auto":
+        how, why = whether_to_shard(cfg, model_config, dist)
+        dist.say(f"shard: {how}, because {why} (--shard)")
+    if how == "hybrid" and processes % here:
+        raise UserError(
+            f"--shard=hybrid: {processes} processes are not the same number, {here}, on each machine; --shard=full"
+        )
+    count = {"none": 1, "full": processes, "hybrid": here}[how]
+    if count > 1:
+        dist.shards = Shards(count, processes // count, dist.rank)
+
+
+def whether_to_shard(cfg: TrainConfig, model_config: GPTConfig, dist: Dist) -> tuple[str, str]:
+    """(`none` or `full`, the reason): full if the state of the run and a single sequence do not fit in memory."""
+    if cfg.lora_rank:
+        return "none", "hardly any parameters are trained with LoRA"
+    if dist.device.type == "cpu":
+        return "none", "processes on CPUs share their memory, and exchange weights slowly"
+    params, others = numbers_held(model_config)
+    state = params * (TO_TRAIN[cfg.optimizer] + 4) + others * 4 + LATER  # plus the gradients of a micro-batch
+    C, F, T = model_config.n_embd, model_config.hidden, cfg.block_size
+    a_sequence = 4 * T * (model_config.n_layer * (10 * C + 3 * F) + 3 * model_config.vocab_size)
+    needed, there = (state + a_sequence) / 1e9, total_memory(dist.device) / 1e9
+    fits = "fit" if needed <= there else "do not fit"
+    how = "none" if needed <= there else "full"
+    return how, f"about {needed:,.1f} GB a process {fits} the {there:,.1f} GB of its GPU"
+
+
+def check_size(model_config: GPTConfig, source: Any, each: float = TO_USE, device: torch.device | None = None) -> None:
     """Raise UserError, before a model is built, if its shape is out of bounds or it cannot fit in memory.
 
     source: named in errors. each: the least bytes per parameter. device: whose memory counts; None: main memory.
@@ -116,6 +155,13 @@ def choose_micro_batch(model: GPT, cfg: TrainConfig, dist: Dist) -> int | None:
     can repeat a step alone.
     """
     _, size = share_batch(cfg, dist.world_size)
+    if dist.shards:
+        if cfg.auto_batch:
+            raise UserError(
+                "--batch_size=auto: what fits is found by trial, at which one process may fail alone, and a sharded model "
+                "needs all of them; expected a number, such as --batch_size=1"
+            )
+        return None
     if cfg.auto_batch:
         return largest_micro_batch(model, cfg, dist)
     if dist.world_size == 1 or dist.device.type != "cuda":

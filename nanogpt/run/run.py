@@ -226,11 +226,16 @@ class Run:
         return evaluate.byte_lengths(tok, dataset.separator)
 
     def save(self) -> None:
-        """Copy the state, on the main process, and write it in the background.
+        """Copy the state to the main process, tensor by tensor, and write it in the background. A collective operation.
 
         An untrained model is saved only if the run was asked to stop.
         """
-        if self.cfg.eval_only or not self.dist.is_main or (self.step == 0 and not self.stop.agreed):
+        if self.cfg.eval_only or (self.step == 0 and not self.stop.agreed):
+            return
+        model_tensors, other_tensors = optim.trained_parameters(self.gpt), self.tensors()
+        if not self.dist.is_main:
+            for tensor in (*model_tensors.values(), *other_tensors.values()):
+                self.dist.whole(tensor)
             return
         with self.paused():
             state = self.state
@@ -246,7 +251,7 @@ class Run:
                 scaler=self.scaler.state_dict(),
                 **({"base": self.base} if self.base else {}),
             )
-            self.writer.save(optim.trained_parameters(self.gpt), self.tensors(), info)
+            self.writer.save(model_tensors, other_tensors, info, self.dist.whole)
 
     def check_writes(self) -> None:
         """Wait for what is being written. Raises RunFailed, on all processes, if a write has failed."""

@@ -92,34 +92,45 @@ def find_weights(cfg: TrainConfig, dist: Dist) -> Checkpoint | str | None:
 
 
 def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> tuple[GPT, dict]:
-    """(the model that `find_weights` found, or a new one, on the device; with LoRA, `trained.describe_base` of it).
+    """(the model that `find_weights` found, or a new one, on the CPU; with LoRA, `trained.describe_base` of it).
 
-    Raises UserError if it does not fit the settings.
+    Decides whether it is to be sharded: then it is on the device `meta`, without weights, on all ranks but 0. Raises
+    UserError if it does not fit the settings.
     """
     torch.manual_seed(cfg.seed)
     resuming = cfg.init_from in ("resume", "auto")
     assert dataset.tokenizer_json is not None, "open_dataset sets it"
-    to_load = max(memory.TO_USE, memory.bytes_to_train(cfg))  # before anything is frozen in fewer bytes
     if found is None:
-        gpt_config = GPTConfig(**shape_of(cfg), dropout=cfg.dropout, vocab_size=padded(dataset.vocab_size, dist))
-        memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg), dist.device)
-        model = GPT(gpt_config)
+        gpt_config = GPTConfig(**shape_of(cfg), vocab_size=padded(dataset.vocab_size, dist))
+    else:
+        gpt_config = checkpoint.shape_of(found) if isinstance(found, Checkpoint) else pretrained.read_config(found)
+    gpt_config.dropout = cfg.dropout
+    memory.choose_shards(cfg, gpt_config, dist)
+    to_load = max(memory.TO_USE, memory.bytes_to_train(cfg, dist))  # before anything is frozen in fewer bytes
+    elsewhere = dist.shards is not None and not dist.is_main  # whether the weights come from rank 0
+    if found is None:
+        memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg, dist), dist.device)
     elif isinstance(found, Checkpoint):
-        memory.check_size(checkpoint.shape_of(found), found.folder, to_load, dist.device)
+        memory.check_size(gpt_config, found.folder, to_load, dist.device)
         if resuming:
             keep_shape(cfg, found)
         origin = cfg.out_dir if resuming else cfg.init_from
         require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, found.tokenizer, origin)
-        model = trained.load_model(found, cfg.dropout, merged=not resuming)
     else:
-        memory.check_size(pretrained.read_config(found), f"--init_from={found}", to_load, dist.device)
+        memory.check_size(gpt_config, f"--init_from={found}", to_load, dist.device)
         require_same_tokenizer(cfg.dataset, dataset.tokenizer_json, pretrained.read_tokenizer(found), found)
-        model = pretrained.from_pretrained(found, cfg.dropout)
-        if dataset.vocab_size > model.config.vocab_size:
+        if dataset.vocab_size > gpt_config.vocab_size:
             raise UserError(
                 f"--dataset={cfg.dataset}: its vocabulary of {dataset.vocab_size} does not fit "
-                f"the {model.config.vocab_size} of {found}"
+                f"the {gpt_config.vocab_size} of {found}"
             )
+    if found is None or elsewhere:
+        with torch.device("meta" if elsewhere else "cpu"):
+            model = GPT(gpt_config)
+    elif isinstance(found, Checkpoint):
+        model = trained.load_model(found, cfg.dropout, merged=not resuming)
+    else:
+        model = pretrained.from_pretrained(found, cfg.dropout)
     if cfg.block_size > model.config.block_size:
         raise UserError(
             f"--block_size={cfg.block_size}: longer than the {model.config.block_size} tokens of context of {cfg.init_from}"
@@ -132,14 +143,14 @@ def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> tu
     if cfg.block_size < model.config.block_size:
         dist.say(f"context: cropped from {model.config.block_size} to {cfg.block_size} tokens (--block_size)")
         model.crop_block_size(cfg.block_size)
-    memory.check_size(model.config, f"--init_from={cfg.init_from}", memory.bytes_to_train(cfg), dist.device)
+    memory.check_size(model.config, f"--init_from={cfg.init_from}", memory.bytes_to_train(cfg, dist), dist.device)
     if base:
         if not resuming:
             trained.adapt(model, base)
         n, of = (sum(p.numel() for p in ps) for ps in (optim.trained_parameters(model).values(), model.parameters()))
         dist.say(f"LoRA: {n:,} parameters of {of:,} are trained ({n / of:.2%}), beside a model in {base['lora_base']}")
     model.checkpoint_activations = cfg.checkpoint_activations
-    return model.to(dist.device), base
+    return model, base
 
 
 def choose_context(cfg: TrainConfig, found: Any, dist: Dist) -> None:
@@ -165,7 +176,8 @@ def keep_shape(cfg: TrainConfig, found: Checkpoint) -> None:
 def restore(run: Run, found: Checkpoint, cfg: TrainConfig) -> None:
     """Restore the run's state from the checkpoint. UserError if it does not fit."""
     try:
-        tensors = found.optimizer_tensors()
+        sharded = run.dist.shards.slices(run.tensors()) if run.dist.shards else {}
+        tensors = found.optimizer_tensors(sharded)
         for name in run.health.state.keys() & tensors.keys():
             run.health.state[name].copy_(tensors.pop(name))
         optim.load_state_tensors(run.gpt, run.optimizer, tensors)
@@ -257,7 +269,10 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
             take(lock, cfg, dist, create=False)  # before the checkpoint is chosen: another run may be adding one
         found = find_weights(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
-        run = make_run(cfg, found, resuming, dist)
+        datasets, model, base = make_parts(cfg, found, resuming, dist)
+    model = dist.place(model)
+    with dist.agree():
+        run = make_run(cfg, (found, resuming), datasets, (model, base), dist)
         run.clock = clock
     resumed: dict[str, Any] = {
         f"the step of the checkpoint in --out_dir={cfg.out_dir}, which all machines must share,": run.step
@@ -305,13 +320,20 @@ def compile_model(run: Run) -> Any:
         return run.model
 
 
-def make_run(cfg: TrainConfig, found: Any, resuming: bool, dist: Dist) -> Run:
-    """The Run that starts from what `find_weights` found."""
+def make_parts(cfg: TrainConfig, found: Any, resuming: bool, dist: Dist) -> tuple[dict[str, Dataset], GPT, dict]:
+    """(the dataset of each split, and what `make_model` returns) for a run that starts from what `find_weights` found."""
     if not resuming:
         choose_context(cfg, found, dist)
     splits = ("train", "val")
     datasets = {s: open_dataset(cfg.dataset, s, cfg.block_size, cfg.root, cfg.documents) for s in splits}
-    model, base = make_model(cfg, found, datasets["train"], dist)
+    return datasets, *make_model(cfg, found, datasets["train"], dist)
+
+
+def make_run(
+    cfg: TrainConfig, origin: tuple[Any, bool], datasets: dict[str, Dataset], weights: tuple[GPT, dict], dist: Dist
+) -> Run:
+    """The Run of these parts. origin: what `find_weights` found, and whether it is resumed. weights: see `make_model`."""
+    (found, resuming), (model, base) = origin, weights
     scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
     state = TrainState(epoch_windows=data.epoch_windows(datasets["train"], cfg.block_size))
     optimizer = optim.make_optimizer(model, cfg, dist)
