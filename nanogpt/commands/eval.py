@@ -17,7 +17,7 @@ from nanogpt import data, evaluate
 from nanogpt.commands import tasks
 from nanogpt.config import EvalConfig, UserError, is_name, is_path
 from nanogpt.model import GPTConfig
-from nanogpt.run import distributed, memory, settings, trained
+from nanogpt.run import distributed, memory, products, settings, trained
 from nanogpt.run.distributed import Dist
 from nanogpt.text import sources
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
@@ -44,6 +44,7 @@ def evaluate_on_task(cfg: EvalConfig, dist: Dist) -> list[str]:
         found = trained.load(cfg, dist)
         choose_context(cfg, found.model.config, dist)
         requests = tasks.all_requests(cfg, task, found.tokenizer)
+    products.choose_products(found.model, cfg, dist, products.LARGEST)
     return [tasks.evaluate_task(found.model, requests, task, cfg, dist)]
 
 
@@ -54,6 +55,7 @@ def evaluate_on_text(cfg: EvalConfig, dist: Dist) -> list[str]:
         found = trained.load(cfg, dist)
         choose_context(cfg, found.model.config, dist)
         dataset, documents, names = from_texts(cfg, texts, found, dist) if texts else from_split(cfg, found)
+    products.choose_products(found.model, cfg, dist, products.LARGEST)
     result = measure(cfg, found, dataset, documents, dist)
     return list(lines(result, names)) if dist.is_main else []
 

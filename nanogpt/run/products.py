@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nanogpt import files, kernels
-from nanogpt.config import MATMULS, TrainConfig
+from nanogpt.config import MATMULS, EvalConfig, TrainConfig
 from nanogpt.model import GPT
 
 EXACT = 1e-5  # relative to the largest; float32 rounds products of 1,024 terms to 1e-6 of it, bfloat16 to 1e-3
@@ -30,7 +30,7 @@ NAMES = {"default": "PyTorch's default library", "onednn": "oneDNN", "cast": "bf
 Rates = dict[str, float]  # {one of MATMULS: FLOP/s}
 
 
-def choose_products(model: GPT, cfg: TrainConfig, dist: Any, tokens: int) -> None:
+def choose_products(model: GPT, cfg: TrainConfig | EvalConfig, dist: Any, tokens: int) -> None:
     """Choose how this model multiplies on a CPU, and announce it; sets `cfg.matmul`, `dist.dtype` and the kernels.
 
     tokens: in a forward pass. With `--dtype=bfloat16`, products are in bfloat16 if that is faster. A collective
@@ -77,7 +77,7 @@ def best(rates: Rates, allowed: list[str]) -> str:
     return chosen
 
 
-def announcement(chosen: str, exact: bool, rates: Rates, cfg: TrainConfig) -> str:
+def announcement(chosen: str, exact: bool, rates: Rates, cfg: TrainConfig | EvalConfig) -> str:
     """The line that names the number format of products and what multiplies them. exact: whether oneDNN's are float32."""
     names = dict(NAMES, onednn="oneDNN" if exact else "oneDNN in bfloat16")
     in_bfloat16 = chosen == "cast" or (chosen == "onednn" and not exact)
