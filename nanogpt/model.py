@@ -7,71 +7,17 @@ kernels.py, and everything that uses a model is elsewhere. Shapes:
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanogpt.config import shape_problems
 from nanogpt.kernels import Dropout, Linear, attention, rms_norm
+from nanogpt.shape import GPTConfig, flops_per_token, gated_width, numbers_held  # noqa: F401  (for others, too)
 
 
-@dataclass
-class GPTConfig:
-    """The architecture and shape of a GPT. The defaults are GPT-2 (124M), its vocabulary padded for speed."""
-
-    block_size: int = 1024
-    vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # in linear layers and layer norms
-    activation: str = "gelu"  # or "gelu_new", the tanh approximation that OpenAI's weights were trained with
-    architecture: str = "gpt2"  # or "qwen3" or "llama", which have neither biases nor a choice of activation
-    n_kv_head: int = 0  # heads of keys and values; 0: n_head
-    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
-    n_hidden: int = 0  # channels of the hidden layer of MLPs; 0: 4 n_embd, or `gated_width`
-    rope_theta: float = 10000.0  # base of the rotary frequencies
-    norm_eps: float = 1e-6  # added to the mean square in RMS norms
-    norm_gain: bool = False  # whether RMS norms have gains
-    tied: bool = True  # whether the output layer is the token embedding (Press & Wolf 2017)
-
-    def __post_init__(self):
-        for (name, *_), problem in shape_problems(self):
-            raise ValueError(f"{name} = {getattr(self, name)} {problem}")
-        if self.activation not in ("gelu", "gelu_new"):
-            raise ValueError(f"activation must be gelu or gelu_new, not {self.activation!r}")
-
-    @property
-    def modern(self) -> bool:
-        """Whether this is Qwen3's or Llama's architecture, and not GPT-2's."""
-        return self.architecture != "gpt2"
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of heads of keys and values."""
-        return self.n_kv_head or self.n_head
-
-    @property
-    def head_size(self) -> int:
-        """Channels of a head."""
-        return self.head_dim or self.n_embd // self.n_head
-
-    @property
-    def hidden(self) -> int:
-        """Channels of the hidden layer of MLPs."""
-        return self.n_hidden or (gated_width(self.n_embd) if self.modern else 4 * self.n_embd)
-
-
-def gated_width(n_embd: int) -> int:
-    """Width of a GatedMLP's hidden layer: a multiple of 32 near 8/3 n_embd, which gives it as many parameters as `MLP`."""
-    return max(32, round(n_embd * 8 / 3 / 32) * 32)
-
-
-class CausalSelfAttention(nn.Module):  # a new kind also needs a case in GPT._init_weights and in numbers_held
+class CausalSelfAttention(nn.Module):  # a new kind also needs a case in GPT._init_weights, and in shape.py
     """Multi-head attention in which a token attends to itself and the tokens before it."""
 
     def __init__(self, config: GPTConfig, layer: int):
@@ -188,19 +134,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
-
-
-def numbers_held(config: GPTConfig) -> tuple[int, int]:
-    """Number of parameters, and of elements of buffers, of a GPT of this shape, without building it."""
-    C, T, V, F = config.n_embd, config.block_size, config.vocab_size, config.hidden
-    embeddings = V * C if config.tied else 2 * V * C
-    if config.modern:
-        D, gain = config.head_size, config.norm_gain
-        norms = 2 * C + (2 * D if config.architecture == "qwen3" else 0)
-        block = 2 * C * D * (config.n_head + config.kv_heads) + 3 * C * F + gain * norms
-        return embeddings + config.n_layer * block + gain * C, 2 * T * D
-    norm, biases = (2 * C, 5 * C + F) if config.bias else (C, 0)  # biases of the linear layers: 3 C + C + F + C
-    return embeddings + T * C + config.n_layer * (4 * C * C + 2 * C * F + 2 * norm + biases) + norm, 0
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -334,12 +267,9 @@ class GPT(nn.Module):
     def flops_per_token(self, T: int | None = None) -> float:
         """Floating-point operations of the forward and backward pass per token of a sequence of T (block_size).
 
-        Matrix products only: 2 operations per weight, 2 per query-key and per probability-value product. Position t
-        has t + 1 keys, so attention is counted as causal. A backward pass costs two forward passes (as in Chowdhery
-        et al. 2022, PaLM, appendix B, who count attention in full), and one for weights that are not trained.
+        As `shape.flops_per_token` counts them. The backward pass through weights that are not trained costs one forward
+        pass instead of two.
         """
-        T = T or self.config.block_size
         layers = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
         weights = sum(w.numel() * (1 if w.requires_grad else 2 / 3) for w in layers)
-        attention = self.config.n_layer * 2 * self.config.n_head * self.config.head_size * (T + 1) / 2
-        return 3 * 2 * (weights + attention)
+        return flops_per_token(self.config, weights, T or self.config.block_size)

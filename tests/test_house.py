@@ -176,7 +176,8 @@ def test_one_room_for_one_idea():
 
 
 def test_the_light_modules_stay_light():
-    code = "import sys, nanogpt.commands.cli, nanogpt.config; print(*{'torch', 'numpy'} & set(sys.modules))"
+    light = "nanogpt.commands.cli, nanogpt.config, nanogpt.shape"
+    code = f"import sys, {light}; print(*{{'torch', 'numpy'}} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
 
