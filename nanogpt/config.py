@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 DTYPES = ("float32", "bfloat16", "float16")
 ARCHITECTURES = ("gpt2", "qwen3", "llama")
-MATMULS = ("default", "onednn", "cast")  # what kernels.use_matmul takes
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+MATMULS = ("default", "onednn", "cast")  # what kernels.use_matmul takes
 HUB = "hf:"  # before the name of a model or dataset on Hugging Face's hub
 MANY = 10**11  # iterations; with LARGEST_BATCH, every window of a run has a number of 64 bits
 PADDING = 64  # a large vocabulary is rounded up to a multiple of this
@@ -272,6 +272,53 @@ class BenchConfig(TrainConfig):
             yield ("lora_rank",), "has no effect: all weights of a new model are trained here"
         else:
             yield from super().problems()
+
+
+@dataclass
+class EstimateConfig(TrainConfig):
+    """Settings of `nanogpt estimate`: those of the training run that it is about, and what the run would use."""
+
+    gpus: int = setting(1, "number of GPUs", low=1, high=10**6, group="Estimate")
+    gpu: str = setting("h100", "their kind, such as h100, a100, a100-40gb, l4, rtx-4090")
+    gpus_per_node: int = setting(8, "GPUs of a machine", low=1, high=10**4)
+    network: float | str = setting(
+        "auto",
+        "Gbit/s between machines per GPU; auto: what is usual for the GPU",
+        float,
+        above=0.0,
+        high=1e6,
+        auto=True,
+    )
+    price: float = setting(0.0, "price of a GPU for an hour, in any currency; 0: no costs are printed", low=0.0)
+    shard: str = setting(
+        "auto",
+        "what the GPUs divide among them: none, full (weights, gradients, optimizer state), or hybrid (full within a "
+        "machine); auto: none if it fits, else full",
+        choices=("none", "full", "hybrid"),
+        auto=True,
+    )
+    hours_between_failures: float | str = setting(
+        "auto", "mean time between failures of one GPU with its share of a machine", float, above=0.0, auto=True
+    )
+    vocab_size: int | str = setting(
+        "auto", "vocabulary; auto: the dataset's, or GPT-2's 50257", int, low=1, high=2**31 - 1, auto=True
+    )
+
+    def problems(self) -> Iterable[Problem]:
+        """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
+        if self.lora_rank:
+            yield ("lora_rank",), "has no effect: the estimate is for training all weights"
+        else:
+            yield from super().problems()
+        if self.dtype == "float32":
+            yield ("dtype",), "the table of GPUs has their speed in bfloat16 and float16 only"
+        sequences = self.gradient_accumulation_steps * self.batch_size
+        if self.gpus > sequences:
+            yield (
+                ("gpus", "gradient_accumulation_steps", "batch_size"),
+                f"a batch of {self.gradient_accumulation_steps} x {self.batch_size} = {sequences:,} sequences is work "
+                f"for at most {sequences:,} GPUs",
+            )
 
 
 @dataclass

@@ -3,9 +3,10 @@
 Never imports torch, so that `nanogpt estimate` needs no PyTorch. The model itself is in model.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from nanogpt.config import shape_problems
+from nanogpt.config import PADDING, TrainConfig, shape_problems
 
 
 @dataclass
@@ -54,6 +55,20 @@ class GPTConfig:
     def hidden(self) -> int:
         """Channels of the hidden layer of MLPs."""
         return self.n_hidden or (gated_width(self.n_embd) if self.modern else 4 * self.n_embd)
+
+
+# the settings that determine a model's shape: fields of both classes, in the order of GPTConfig
+SHAPE = [f.name for f in fields(GPTConfig) if hasattr(TrainConfig, f.name) and f.name != "dropout"]
+
+
+def shape(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings that determine a model's shape, {name: value}."""
+    return {name: getattr(cfg, name) for name in SHAPE}
+
+
+def padded(vocab_size: int) -> int:
+    """The size of the embedding: a large vocabulary is rounded up to a multiple of 64."""
+    return -(-vocab_size // PADDING) * PADDING if vocab_size > 1024 else vocab_size
 
 
 def gated_width(n_embd: int) -> int:

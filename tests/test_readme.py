@@ -21,6 +21,7 @@ from support import free_port, write_tokenizer
 
 from nanogpt.config import (
     BenchConfig,
+    EstimateConfig,
     EvalConfig,
     ExportConfig,
     PrepareConfig,
@@ -99,6 +100,7 @@ RULES = [
     Rule(r"^sh train\.py config/(finetune_|eval_gpt2)", add(FINETUNE), DONE),
     Rule(r"^sh train\.py .*--init_from=(resume|auto)\b", add(TINY + " --max_iters=4"), RESUMED),
     Rule(r"^sh train\.py config/", add(TINY), DONE),
+    Rule(r"^nanogpt estimate ", add(""), r"GiB per GPU(.*\n)*cost .*(.*\n)*this batch"),
     # serving, each on a free port until the line has been run
     Rule(r"^nanogpt serve ", lambda command: while_served("curl -s $address/health", command), r'"ok"'),
     Rule(r"^curl ", lambda command: while_served(command.replace("http://127.0.0.1:8000", "$address")), r'"text": ?"'),
@@ -313,6 +315,7 @@ def test_settings_exist():
             ServeConfig,
             EvalConfig,
             BenchConfig,
+            EstimateConfig,
             PrepareConfig,
             TalkConfig,
             ExportConfig,

@@ -16,6 +16,7 @@ from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import compile, distributed, health, memory, plan, products, settings, speed
 from nanogpt.run.distributed import Dist
 from nanogpt.run.run import Run, TrainState
+from nanogpt.shape import shape
 from nanogpt.text.dataset import open_dataset
 
 PHASES = ("data", "forward", "backward", "optimizer")
@@ -64,7 +65,7 @@ def make_run(cfg: BenchConfig, dist: Dist, clock: "Clock") -> Run:
         dataset = data.Dataset(ids, cfg.vocab_size, None, "random tokens")
     batches = TimedBatches(dataset, "train", cfg.seed, T, dist, per_step=per_step)
     batches.clock = clock
-    gpt_config = GPTConfig(**plan.shape_of(cfg), dropout=cfg.dropout, vocab_size=plan.padded(dataset.vocab_size, dist))
+    gpt_config = GPTConfig(**shape(cfg), dropout=cfg.dropout, vocab_size=plan.padded(dataset.vocab_size, dist))
     memory.choose_shards(cfg, gpt_config, dist)
     memory.check_size(gpt_config, "the settings", memory.bytes_to_train(cfg, dist), dist.device)
     model = dist.place(GPT(gpt_config))

@@ -20,6 +20,7 @@ COMMANDS = {  # name: (module, what it does)
     "train": ("nanogpt.train", "train a GPT from scratch, from a checkpoint or from GPT-2's weights"),
     "prepare": ("nanogpt.text.prepare", "make a dataset of any text"),
     "bench": ("nanogpt.commands.bench", "measure how long each phase of an iteration takes, for any config"),
+    "estimate": ("nanogpt.commands.estimate", "estimate memory, speed, time and cost of a run on GPUs, without them"),
     "sample": ("nanogpt.commands.sample", "generate text with a trained GPT"),
     "talk": ("nanogpt.commands.talk", "try out a trained GPT in the terminal"),
     "serve": ("nanogpt.serve.start", "serve a trained GPT to programs and browsers"),

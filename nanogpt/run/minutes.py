@@ -11,6 +11,7 @@ from nanogpt.config import TrainConfig, UserError
 from nanogpt.run import memory, plan
 from nanogpt.run.distributed import Dist
 from nanogpt.run.speed import duration
+from nanogpt.shape import SHAPE
 from nanogpt.text.dataset import open_dataset
 
 FEW = 3  # iterations before the first look at the clock
@@ -64,7 +65,7 @@ def choose_run(cfg: TrainConfig, dist: Dist) -> "Clock":
 
 def plans_for(cfg: TrainConfig, dist: Dist, vocab_size: int, tokens: tuple[int, int]) -> list[plan.Plan]:
     """The plans whose shapes the user's settings allow. tokens: of the two splits. UserError if there is none."""
-    fixed = {name: getattr(cfg, name) for name in (*plan.SHAPE, "batch_size") if name in cfg.sources}
+    fixed = {name: getattr(cfg, name) for name in (*SHAPE, "batch_size") if name in cfg.sources}
     found, wrong = [], ""
     for shape in plan.SHAPES:
         try:

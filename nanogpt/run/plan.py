@@ -7,12 +7,13 @@ import io
 import math
 import statistics
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nanogpt import config, optim
+from nanogpt import shape as shapes
 from nanogpt.config import TrainConfig
 from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import products
@@ -41,18 +42,10 @@ SHAPES: list[dict[str, Any]] = [
 RECIPE: dict[str, Any] = dict(architecture="qwen3", optimizer="muon", lr_schedule="linear", min_lr=0.0, grad_clip=0.0)
 MINUTES = 256  # channels from which on a model takes minutes, so that it is tried in bfloat16 and compared with LARGE
 
-# The settings that determine a model's shape: fields of both classes, in the order of GPTConfig
-SHAPE = [f.name for f in fields(GPTConfig) if hasattr(config.TrainConfig, f.name) and f.name != "dropout"]
-
-
-def shape_of(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings that determine a model's shape, {name: value}."""
-    return {name: getattr(cfg, name) for name in SHAPE}
-
 
 def padded(vocab_size: int, dist: Dist) -> int:
-    """The size of the embedding: a large vocabulary is rounded up to a multiple of 64."""
-    size = -(-vocab_size // config.PADDING) * config.PADDING if vocab_size > 1024 else vocab_size
+    """`shape.padded`, announced."""
+    size = shapes.padded(vocab_size)
     if size != vocab_size:
         dist.say(
             f"vocabulary: {vocab_size} tokens, padded to {size}, because matrix units like multiples of {config.PADDING}"
@@ -65,7 +58,7 @@ class Plan:
 
     def __init__(self, shape: dict[str, Any], vocab_size: int, train_tokens: int, val_tokens: int) -> None:
         self.shape = shape | dict(block_size=min(shape["block_size"], val_tokens - 1, train_tokens - 1))
-        self.model = GPTConfig(**shape_of(TrainConfig(**RECIPE | self.shape)), vocab_size=vocab_size)
+        self.model = GPTConfig(**shapes.shape(TrainConfig(**RECIPE | self.shape)), vocab_size=vocab_size)
         with torch.device("meta"):  # counts without memory
             model = GPT(self.model)
         self.params, self.flops = model.num_params(), model.flops_per_token()

@@ -1,7 +1,6 @@
 """The speed of this machine: peak rates, the rate of a model's matrix products, and estimates of a run's length."""
 
 import math
-import re
 import shlex
 import statistics
 import time
@@ -13,27 +12,18 @@ import torch
 from nanogpt.config import TrainConfig
 from nanogpt.kernels import casts_to_bfloat16
 from nanogpt.model import GPT
-
-# Dense peak in TFLOP/s, bfloat16 (float16 if the chip has no bfloat16), from the vendors' datasheets.
-# The first name that occurs in the device's name counts.
-PEAK_TFLOPS = {
-    "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H20": 148, "B200": 2250, "GH200": 989,
-    "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10G": 70, "A10": 125, "A6000": 155,
-    "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
-    "RTX 4090": 165, "RTX 4080": 98, "RTX 3090": 71, "RTX 3080": 60,
-}  # fmt: skip
+from nanogpt.run import gpus
 
 
 def device_peak(dist: Any) -> float:
     """Peak FLOP/s of the devices of all processes at this dtype: the datasheet's if it is known, otherwise measured."""
     if dist.device.type == "cuda" and dist.dtype != torch.float32:
         name = torch.cuda.get_device_name(dist.device)
-        for known, tflops in PEAK_TFLOPS.items():
-            if re.search(rf"\b{known}\b(?! (Ti|SUPER|Laptop))", name) and "MIG" not in name:
-                dist.say(
-                    f"peak: {tflops} TFLOP/s, the datasheet's for {name} at {str(dist.dtype)[6:]}; MFU is relative to it"
-                )
-                return tflops * 1e12 * dist.world_size
+        if tflops := gpus.peak_tflops(name):
+            dist.say(
+                f"peak: {tflops} TFLOP/s, the datasheet's for {name} at {str(dist.dtype)[6:]}; MFU is relative to it"
+            )
+            return tflops * 1e12 * dist.world_size
     rate = measured_peak(dist) * dist.world_size
     if dist.device.type == "cpu":
         threads = torch.get_num_threads()

@@ -36,8 +36,9 @@ from nanogpt.run import (
 )
 from nanogpt.run.checkpoint import Checkpoint
 from nanogpt.run.distributed import Dist
-from nanogpt.run.plan import SHAPE, padded, shape_of
+from nanogpt.run.plan import padded
 from nanogpt.run.run import Run, TrainState
+from nanogpt.shape import SHAPE, shape
 from nanogpt.text.dataset import open_dataset, require_same_tokenizer
 
 
@@ -101,7 +102,7 @@ def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> tu
     resuming = cfg.init_from in ("resume", "auto")
     assert dataset.tokenizer_json is not None, "open_dataset sets it"
     if found is None:
-        gpt_config = GPTConfig(**shape_of(cfg), vocab_size=padded(dataset.vocab_size, dist))
+        gpt_config = GPTConfig(**shape(cfg), vocab_size=padded(dataset.vocab_size, dist))
     else:
         gpt_config = checkpoint.shape_of(found) if isinstance(found, Checkpoint) else pretrained.read_config(found)
     gpt_config.dropout = cfg.dropout

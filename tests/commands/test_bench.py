@@ -10,8 +10,9 @@ from support import Door, free_port
 from nanogpt.commands import bench
 from nanogpt.config import BenchConfig
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import memory, plan, speed
+from nanogpt.run import memory, speed
 from nanogpt.run.settings import load
+from nanogpt.shape import SHAPE
 
 SMALL = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8", "--batch_size=2", "--device=cpu"]
 SMALL += ["--gradient_accumulation_steps=2", "--iters=3", "--warmup=1", "--compile=False"]
@@ -45,7 +46,7 @@ def test_bench_measures_the_model_of_the_settings(dist, tmp_path, monkeypatch, a
     monkeypatch.chdir(tmp_path)
     cfg = load(BenchConfig, [*SMALL, f"--architecture={architecture}", "--dropout=0.25"], "bench.py")
     run, _, seconds = bench.measure(cfg, dist)
-    assert all(getattr(run.gpt.config, name) == getattr(cfg, name) for name in (*plan.SHAPE, "dropout"))
+    assert all(getattr(run.gpt.config, name) == getattr(cfg, name) for name in (*SHAPE, "dropout"))
     assert len(seconds) == cfg.iters and run.step == cfg.warmup + cfg.iters
 
 
