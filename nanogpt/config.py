@@ -344,6 +344,9 @@ class TextConfig(Config):
     int8: bool | str = setting(
         "auto", "8-bit weights, on CPUs; auto: if a large model is faster with them", bool, auto=True
     )
+    pack: bool | str = setting(
+        "auto", "weights in the order that oneDNN reads fastest, on CPUs; auto: if that is faster", bool, auto=True
+    )
 
     def problems(self) -> Iterable[Problem]:
         """Yield what is wrong with combinations of settings, as `TrainConfig.problems` does."""
@@ -587,6 +590,9 @@ class ServeConfig(Config):
     dtype: str = setting("auto", "number format of weights and matrix products", choices=DTYPES, auto=True)
     int8: bool | str = setting(
         "auto", "8-bit weights, on CPUs; auto: if a large model is faster with them", bool, auto=True
+    )
+    pack: bool | str = setting(
+        "auto", "weights in the order that oneDNN reads fastest, on CPUs; auto: if that is faster", bool, auto=True
     )
 
     def problems(self) -> Iterable[Problem]:

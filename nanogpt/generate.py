@@ -299,7 +299,7 @@ class Engine:
                     family = [row, *self._share(row)]
                     ready += family
                     logits.append(found[i].expand(len(family), -1))
-        tokens = self._choose(ready, torch.cat(logits)) if ready else []
+        tokens = self._choose(ready, torch.cat(logits) if len(logits) > 1 else logits[0]) if ready else []
         for row in [token.row for token in reversed(tokens) if token.finish]:  # from the end, so that fewer are moved
             self.remove(row)
         return tokens
@@ -450,6 +450,10 @@ class KVCacheView:
         end = cache.size if whole else min(max(lengths) + T, cache.size)
         in_order = rows == list(range(len(rows)))
         self.seen = (slice(len(rows)) if in_order else self.rows, slice(end))  # slices are read without a copy
+        self.at: tuple = (self.rows[:, None], self.places)  # where the new tokens are written
+        start = lengths[0] % cache.size
+        if in_order and not whole and lengths == lengths[:1] * len(rows) and start + T <= cache.size:
+            self.at = slice(len(rows)), slice(start, start + T)
         # (B, 1, T, end): the positions that a new token attends to; None if it attends to all that are read. In a row
         # longer than the cache, every position is at least `end`, so it attends to the whole cache.
         self.mask = None
@@ -459,6 +463,5 @@ class KVCacheView:
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store the keys and values (B, T, G, D) of new tokens. Returns the (k, v, mask) for `kernels.attention`."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # (rows, S, G, D)
-        at = self.rows[:, None], self.places
-        keys[at], values[at] = k, v
+        keys[self.at], values[self.at] = k, v
         return (k, v, None) if self.first else (keys[self.seen], values[self.seen], self.mask)

@@ -72,7 +72,7 @@ def sample(cfg: SampleConfig, dist: Dist) -> None:
     distributed.choose_seed(cfg, dist)
     start, stop = read_start(cfg.start), cfg.stop_strings()
     found = trained.load(cfg, dist)
-    model, tok = quantize.made_ready(found.model, cfg, dist), found.tokenizer
+    model, tok = quantize.made_ready(found.model, cfg, dist, [min(cfg.num_samples, TOGETHER)]), found.tokenizer
     start, unknown = trained.known(start, tok)
     if unknown:
         dist.say(f"--start: {unknown}")

@@ -59,7 +59,7 @@ class Server:
         size = dict(context=self.context, parameters=found.model.num_params())
         limits = dict(max_tokens=cfg.max_tokens, max_n=cfg.max_n, max_prompt=cfg.max_prompt)
         self.model_body = of_openai | size | limits | dict(vocab_size=self.tok.vocab_size)
-        model = quantize.made_ready(found.model, cfg, dist)
+        model = quantize.made_ready(found.model, cfg, dist, [1, cfg.max_batch])
         make_engine = partial(Engine, model, cfg.max_batch, self.tok.vocab_size, chunk=CHUNK)
         self.metrics = Metrics()
         self.batcher = batching.Batcher(make_engine, self.tok, cores, self.metrics)
