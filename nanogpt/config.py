@@ -290,13 +290,6 @@ class EstimateConfig(TrainConfig):
         auto=True,
     )
     price: float = setting(0.0, "price of a GPU for an hour, in any currency; 0: no costs are printed", low=0.0)
-    shard: str = setting(
-        "auto",
-        "what the GPUs divide among them: none, full (weights, gradients, optimizer state), or hybrid (full within a "
-        "machine); auto: none if it fits, else full",
-        choices=("none", "full", "hybrid"),
-        auto=True,
-    )
     hours_between_failures: float | str = setting(
         "auto", "mean time between failures of one GPU with its share of a machine", float, above=0.0, auto=True
     )
