@@ -71,7 +71,8 @@ class Dist:
         """The model on the device, or its shards. A collective operation if it is sharded: see `Shards.split`."""
         if self.shards is None:
             return model.to(self.device)
-        self.shards.split(model, self.device, self.operand_dtype)
+        # on a GPU, autocast computes norms in float32, whatever format their gains have; on a CPU it does not
+        self.shards.split(model, self.device, self.operand_dtype if self.device.type == "cuda" else torch.float32)
         return model
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -30,6 +30,8 @@ def evaluations(out_dir):
 def assert_same_losses(out_dir, other, steps=8):
     assert len(losses(out_dir)) == len(losses(other)) == steps
     assert losses(out_dir) == pytest.approx(losses(other), abs=1e-5)
+    norms, expected = ([r["grad_norm"] for r in metrics(o) if "loss" in r] for o in (out_dir, other))
+    assert norms == pytest.approx(expected, rel=1e-3)
     assert len(evaluations(out_dir)) == 7 and evaluations(out_dir) == pytest.approx(evaluations(other), abs=1e-5)
 
 
@@ -52,6 +54,7 @@ def test_shards_learn_as_one_process_does(architecture, optimizer, run, ranks, u
         args += ["--bias=True"]
     else:
         args += ["--checkpoint_activations=True", "--norm_gain=True", "--n_kv_head=1", "--tied=False"]
+    args += ["--grad_clip=0.5"]  # less than some norms
     run(*BATCH, *args, "--out_dir=one")
     ranks(3, *args, "--shard=full", "--out_dir=three")
     assert_same_losses("three", "one")
@@ -59,6 +62,15 @@ def test_shards_learn_as_one_process_does(architecture, optimizer, run, ranks, u
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(tensors[name], tensor, atol=2e-3, rtol=0, msg=name)
+
+
+def test_shards_learn_in_float16_as_one_process_does(run, ranks, undrawn):
+    """Gradients are scaled, and all processes agree on the scale."""
+    run(*BATCH, "--dtype=float16", "--out_dir=one")
+    ranks(2, "--dtype=float16", "--shard=full", "--out_dir=two")
+    assert losses("two") == pytest.approx(losses("one"), abs=1e-3)
+    scales = [checkpoint.newest(out_dir).scaler for out_dir in ("two", "one")]
+    assert scales[0] == scales[1] and scales[0]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -161,6 +173,32 @@ def hold_shards():
 def test_each_process_holds_its_rows_alone(start_ranks):
     doors = start_ranks(3, before=hold_shards)
     assert [door.end(60) for door in doors] == [0] * 3, "\n".join(door.printed for door in doors)
+
+
+def gather_in_bfloat16():
+    """In each of two processes: blocks whose weights are gathered in bfloat16 compute what autocast does, as on GPUs."""
+    with distributed.setup(SimpleNamespace(device="cpu", dtype="float32", backend="auto")) as dist:
+        torch.manual_seed(1)
+        model = GPT(GPTConfig(block_size=16, vocab_size=50, n_layer=2, n_head=2, n_embd=20, architecture="qwen3"))
+        idx = torch.randint(50, (2, 16))
+        gradients = []
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                model(idx, idx)[1].backward()
+            gradients.append([dist.whole(p.grad) for p in model.parameters()])
+            if dist.shards is None:
+                model.zero_grad()
+                dist.shards = Shards(2, 1, dist.rank)
+                dist.shards.split(model, dist.device, torch.bfloat16)
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        for one, several in zip(*gradients, strict=True):
+            assert several is None or torch.allclose(one, several, atol=1e-2)
+    cli.leave(0)
+
+
+def test_blocks_may_be_gathered_in_bfloat16(start_two):
+    doors = start_two(before=gather_in_bfloat16)
+    assert [door.end(60) for door in doors] == [0, 0], "\n".join(door.printed for door in doors)
 
 
 def own_matrices():
