@@ -122,7 +122,8 @@ def test_sharded_runs_stop_together_and_are_saved(start_ranks):
 def test_a_diverged_sharded_run_ends_on_all_processes(start_ranks):
     doors = start_ranks(2, *BATCH, "--shard=full", "--learning_rate=1e18", "--grad_clip=0", "--warmup_iters=0")
     assert [door.end(60) for door in doors] == [1, 1]
-    assert doors[0].printed.count("this update was not applied") == 1, doors[0].printed
+    said = "\n".join(door.printed for door in doors)  # by the process that ended first
+    assert "this update was not applied" in said, said
 
 
 def test_another_runs_weights_and_compiled_blocks(run, ranks, undrawn):
