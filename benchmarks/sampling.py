@@ -25,7 +25,7 @@ import nanogpt  # noqa: E402, F401  (before PyTorch: it says how the threads wai
 # isort: split
 import torch  # noqa: E402
 
-from nanogpt import quantize  # noqa: E402
+from nanogpt import packed, quantize  # noqa: E402
 from nanogpt.formats import hugging_face as hf  # noqa: E402
 from nanogpt.generate import Engine, Options  # noqa: E402
 from nanogpt.model import GPT, GPTConfig  # noqa: E402
@@ -169,9 +169,47 @@ def compare_processes(model, n, repeats):
           f"uncached, one by one: {got['uncached']:.2f} s; {got['uncached'] / got['here']:.1f} times as long")  # fmt: skip
 
 
+def read_prompt(model, T):
+    """Tokens a second of a prompt of T tokens, up to its first new token."""
+    engine = Engine(model, 1, length=T + 1)
+    engine.add([0] * T, Options(max_new_tokens=1))
+    began = time.perf_counter()
+    engine.step()
+    return T / (time.perf_counter() - began)
+
+
+@torch.inference_mode()
+def products_of_prompt(model, T):
+    """Tokens a second of the products of a prompt alone; the last one is for a single token."""
+    x = {C: torch.randn(1, T, C) for C in (LARGE["n_embd"], 4 * LARGE["n_embd"])}
+    blocks = [(b.qkv, b.attn_proj, b.fc, b.mlp_proj) for b in model.transformer.h]
+    began = time.perf_counter()
+    for *others, last in blocks:
+        for layer in others:
+            layer(x[LARGE["n_embd"]])
+        last(x[4 * LARGE["n_embd"]])
+    model.lm_head(x[LARGE["n_embd"]][:, -1:])
+    return T / (time.perf_counter() - began)
+
+
+def compare_prompts(T, repeats):
+    """The 124 M model reads a prompt: the usual weights, packed ones, int8, and packed products alone."""
+    model, ready, small = make(LARGE), packed.pack(make(LARGE)), quantize.quantize(make(LARGE))
+    contenders = {
+        "float32": lambda: read_prompt(model, T),
+        "packed": lambda: read_prompt(ready, T),
+        "its products alone": lambda: products_of_prompt(ready, T),
+        "int8": lambda: read_prompt(small, T),
+        "int8's products alone": lambda: products_of_prompt(small, T),
+    }
+    got = in_turns(contenders, repeats)
+    print(f"\nA prompt of {T} tokens, tokens a second: " + ", ".join(f"{k} {v:,.0f}" for k, v in got.items()))
+
+
 def compare_large(n, repeats):
-    """The 124 M model, one text: float32 and int8 against memory's speed, Hugging Face, and no cache."""
+    """The 124 M model, one text: float32, packed, and int8 against memory's speed, Hugging Face, and no cache."""
     model = make(LARGE)
+    ready = packed.pack(make(LARGE))
     other = hugging_face(model, Gpt2Size())
     small = quantize.quantize(make(LARGE))
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -180,6 +218,7 @@ def compare_large(n, repeats):
         {
             "memory": lambda: bandwidth(buffer),
             "float32": lambda: rate(cached, model, 1, n),
+            "packed": lambda: rate(cached, ready, 1, n),
             "theirs": lambda: rate(theirs, other, 1, n),
             "int8": lambda: rate(cached, small, 1, n),
             "uncached": lambda: rate(uncached, model, 1, n),
@@ -189,11 +228,17 @@ def compare_large(n, repeats):
     allowed = got["memory"] / (4 * weights)
     print(f"\nThe 124 M model, one text of {n} tokens. Memory is read at {got['memory'] / 1e9:.1f} GB/s, each token reads "
           f"{weights / 1e6:.0f} M weights: in float32, {allowed:.1f} tokens a second can be had\n")  # fmt: skip
-    print_row("", "tokens a second", "of what memory allows in float32", "times float32 here")
+    print_row("", "tokens a second", "of what memory allows in float32", "times packed")
     print_row(*["---"] * 4)
-    names = dict(float32="here, float32", int8="here, int8", theirs="Hugging Face, cache", uncached="uncached")
+    names = dict(
+        float32="here, float32",
+        packed="here, packed",
+        int8="here, int8",
+        theirs="Hugging Face, cache",
+        uncached="uncached",
+    )
     for key, name in names.items():
-        print_row(name, f"{got[key]:.1f}", f"{got[key] / allowed:.0%}", f"{got[key] / got['float32']:.2f}")
+        print_row(name, f"{got[key]:.1f}", f"{got[key] / allowed:.0%}", f"{got[key] / got['packed']:.2f}")
 
 
 def main():
@@ -217,6 +262,7 @@ def main():
     compare("10 M, context 256", make(MIDDLE), 10, n, repeats, their_n=min(n, 255))
     compare_processes(small, n, repeats)
     compare_large(min(n, 256), repeats)
+    compare_prompts(min(50 * n, 1000), repeats)
 
 
 if __name__ == "__main__":
