@@ -126,7 +126,7 @@ def in_loss(monkeypatch, value, sick):
 def in_gradient(monkeypatch, value, sick):
     real = optim.clip_gradients
 
-    def clip_gradients(model, max_norm):
+    def clip_gradients(model, max_norm, dist=None):
         if sick():
             model.transformer.ln_f.weight.grad[3] = value
         return real(model, max_norm)
