@@ -25,6 +25,7 @@ from nanogpt.model import GPT
 EXACT = 1e-5  # relative to the largest; float32 rounds products of 1,024 terms to 1e-6 of it, bfloat16 to 1e-3
 WORTH = 1.15  # how much faster another way must be: results that differ in the last bit are not worth less
 LARGEST = 1024  # a product is measured with at most this many rows, columns and terms, so that it takes milliseconds
+ENOUGH = 0.03  # seconds for the turns of one shape
 NAMES = {"default": "PyTorch's default library", "onednn": "oneDNN", "cast": "bfloat16 tensors"}
 
 Rates = dict[str, float]  # {one of MATMULS: FLOP/s}
@@ -104,17 +105,21 @@ def measured(model: GPT, tokens: int) -> tuple[float, Rates]:
     return error, dict(zip(MATMULS, rates, strict=True))
 
 
-def measure(counts: dict[tuple[int, int], int], tokens: int, rounds: int = 3) -> Rates:
+def measure(counts: dict[tuple[int, int], int], tokens: int, rounds: int = 10) -> Rates:
     """The FLOP/s of linear layers, forward and backward, in each way of MATMULS.
 
     counts: {(in, out): number of layers}. In each round all ways take turns; the shortest time of each counts.
+    Large products have fewer rounds, at least 4. The first one also loads the kernels.
     Afterwards the last one is set.
     """
     seconds = dict.fromkeys(MATMULS, 0.0)
     for (k, n), count in counts.items():
         x, weight = torch.ones(tokens, k, requires_grad=True), torch.ones(n, k, requires_grad=True)
         grad, shortest = torch.ones(tokens, n), dict.fromkeys(MATMULS, math.inf)
-        for _ in range(rounds + 1):  # the first one also loads the kernels
+        end = time.perf_counter() + ENOUGH
+        for turn in range(rounds):
+            if turn >= 4 and time.perf_counter() > end:
+                break
             for name in MATMULS:
                 kernels.use_matmul(name)
                 began = time.perf_counter()
