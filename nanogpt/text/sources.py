@@ -196,10 +196,17 @@ class Finder:
             paths = [Path(p) for p in sorted(glob.glob(argument, recursive=True))]
             if not paths:
                 raise UserError(f"{argument}: matches no file")
+        several = len(paths) > 1
+        empty = [path for path in paths if several and path.is_file() and path.stat().st_size == 0]
+        if empty:  # as those in a folder, which often has some, such as Python's __init__.py
+            self.notes.append(f"{argument}: left out {len(empty):,} empty file{'s' if len(empty) > 1 else ''}")
+            paths = [path for path in paths if path not in set(empty)]
+            if not paths:
+                raise UserError(f"{argument}: matches only empty files")
         for path in paths:
             if path.is_dir():
-                yield from self.in_folder(path, required=len(paths) == 1)
-            elif len(paths) == 1 or not self.is_own(path):
+                yield from self.in_folder(path, required=not several)
+            elif not several or not self.is_own(path):
                 yield describe(path)
 
     def in_folder(self, folder: Path, required: bool) -> Iterator[Source]:

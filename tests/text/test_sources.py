@@ -150,6 +150,15 @@ def test_globs_and_several_sources():
     assert [s.name for s in listed("a.txt", "link.txt")] == ["a.txt"]
 
 
+def test_empty_files_among_several_are_left_out():
+    for name, text in {"a.py": "a", "f/__init__.py": "", "f/b.py": "b", "f/g/__init__.py": ""}.items():
+        write(name, text)
+    found, notes = find(["**/*.py"], "data/own", None)
+    assert [s.name for s in found] == ["a.py", "f/b.py"]
+    assert notes == ["**/*.py: left out 2 empty files"]
+    assert refused("f/**/__init__.py") == ["f/**/__init__.py: matches only empty files"]
+
+
 def test_name_with_brackets_is_not_a_glob():
     assert documents(listed(write("a[1].txt", "text")))[0] == ["text"]
 
