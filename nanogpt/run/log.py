@@ -21,6 +21,7 @@ from nanogpt.run.distributed import Dist
 from nanogpt.run.picture import draw_losses
 from nanogpt.run.records import drop_after
 from nanogpt.run.speed import PLAUSIBLE, device_peak, expected_seconds, peak_beside, takes_hours
+from nanogpt.run.threads import Others, available_cores, threads_beside
 from nanogpt.run.trackers import Tracker, name_of, one_line
 
 Step = tuple[int, float, dict[str, float]]  # (number of the update, learning rate, metrics)
@@ -65,6 +66,8 @@ class Log:
         self.epoch_windows, self.per_step = run.batches.epoch_windows, run.batches.per_step
         cfg, dist, state = run.cfg, run.dist, run.state
         self.windows_before = state.windows - state.step * self.per_step  # 0 unless the batch size has changed
+        alone = dist.device.type == "cpu" and dist.world_size == 1 and cfg.threads == "auto"
+        self.others = Others() if alone else None  # whose load has not been mentioned yet
         self.measurements = 3  # how many more measurements of the peak may bring nothing
         self.last_step, self.seconds, self.mark = state.step, 0.0, time.perf_counter()
         self.file = self.bar = None
@@ -155,9 +158,24 @@ class Log:
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {share}"
             f"{rate:,.0f} tok/s, lr {lr:.2e}, grad norm {grad_norm:.2f}, epoch {epoch:.2f}"
         )
+        self._mention_others()
         self._record(step=step, epoch=epoch, lr=lr, **metrics, ms=seconds * 1000, tokens_per_second=rate, mfu=mfu)
         if self.bar:
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+
+    def _mention_others(self) -> None:
+        """Say once if this run would be faster with fewer threads, since other programs use some of the cores.
+
+        The run does not take fewer by itself: their number changes the last bits of its results.
+        """
+        if not self.others or (busy := self.others.busy_cores()) is None:
+            return
+        cores = available_cores()
+        if better := threads_beside(busy, cores, torch.get_num_threads()):
+            self.others = None
+            self.say(
+                f"threads: other programs keep {busy:.1f} of {cores} cores busy; --threads={better} is faster beside them"
+            )
 
     @contextmanager
     def paused(self) -> Iterator[None]:

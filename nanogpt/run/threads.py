@@ -2,10 +2,12 @@
 
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+WINDOW = 2.0  # seconds, at least, over which the load of other programs is measured
 CGROUPS = Path("/sys/fs/cgroup")  # where Linux has the control groups of a container, version 2 or 1
 
 
@@ -45,3 +47,45 @@ def choose_threads(threads: int | str, say: Callable[[str], Any], cgroups: Path 
             say(f"threads: {threads}, because {why} (--threads)")
     if threads != torch.get_num_threads():
         torch.set_num_threads(int(threads))
+
+
+class Others:
+    """The load of other programs on the cores that this process may use, as Linux counts it."""
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self.stat, self.mark = stat, self._read(stat)
+
+    def busy_cores(self) -> float | None:
+        """How many cores they kept busy since the last answer; None within WINDOW seconds, or if the system does not say.
+
+        A container with a quota of time does not learn whose time its cores' is.
+        """
+        now = self._read(self.stat)
+        if self.mark is None or now is None or now[0] - self.mark[0] < WINDOW:
+            return None
+        (seconds, every, own), self.mark = (a - b for a, b in zip(now, self.mark, strict=True)), now
+        return max(0.0, (every - own) / seconds)
+
+    @staticmethod
+    def _read(stat: Path) -> tuple[float, float, float] | None:
+        """(the time, seconds that the cores have worked, seconds that this process has worked)."""
+        try:
+            names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+            if len(names) > available_cores():
+                return None
+            lines = [line.split() for line in stat.read_text().splitlines()]
+            # the columns are user, nice, system, idle, waiting for disks, and two kinds of interrupts
+            ticks = sum(int(n) for name, *times in lines if name in names for n in (*times[:3], *times[5:7]))
+            return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+        except (OSError, ValueError, AttributeError):
+            return None
+
+
+def threads_beside(busy: float, cores: int, threads: int) -> int | None:
+    """A smaller number of threads that would be faster while other programs keep `busy` cores busy, or None.
+
+    Each operation waits for its slowest thread. One that shares its core with another program takes twice as long, so
+    threads on the free cores alone are faster, if at least half of the cores are free.
+    """
+    free = round(cores - busy)
+    return free if cores / 2 <= free < min(cores, threads) else None

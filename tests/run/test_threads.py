@@ -1,11 +1,15 @@
 """How many threads a process uses: its share of the cores, a container's quota, or what the user says."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
-from nanogpt.run.threads import available_cores, choose_threads
+from nanogpt.run import threads
+from nanogpt.run.threads import Others, available_cores, choose_threads, threads_beside
 
 
 @pytest.fixture(autouse=True)
@@ -77,3 +81,41 @@ def test_the_users_number_counts(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert chosen(tmp_path, before=5) == (5, [])
+
+
+@pytest.mark.parametrize(
+    "busy, cores, threads, better",
+    [(0.2, 2, 2, None), (1.0, 2, 2, 1), (2.0, 2, 2, None), (1.0, 2, 1, None), (4.4, 16, 16, 12), (9.0, 16, 16, None)],
+)
+def test_threads_fit_on_the_free_cores_if_those_are_half_or_more(busy, cores, threads, better):
+    assert threads_beside(busy, cores, threads) == better
+
+
+def test_the_time_of_other_programs_is_what_the_cores_have_worked_without_this_one(tmp_path, monkeypatch):
+    stat, tick = tmp_path / "stat", 1 / os.sysconf("SC_CLK_TCK")
+    stat.write_text("cpu 9 9 9 9 9 9 9\ncpu0 0 0 0 50 0 0 0 0\ncpu7 10 0 0 0 0 0 0 0\ncpu9 0 0 0 0 0 0 0\n")
+    monkeypatch.setattr(threads, "WINDOW", 0.0)
+    others = Others(stat)
+    stat.write_text(
+        "cpu 9 9 9 9 9 9 9\ncpu0 500000 1 2 999 999 3 4 999\ncpu7 10 0 0 0 0 0 0 0\ncpu9 7000 0 0 0 0 0 0\n"
+    )
+    began = others.mark[0]
+    busy = others.busy_cores()
+    assert busy == pytest.approx(500010 * tick / (others.mark[0] - began), rel=0.01)
+
+
+def test_no_system_that_says_no_load(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "WINDOW", 0.0)
+    assert Others(tmp_path / "missing").busy_cores() is None
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="Linux alone counts the time of cores here")
+def test_another_program_is_noticed(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(threads, "WINDOW", 0.0)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        others, end = Others(), time.monotonic() + 60
+        while not (busy := others.busy_cores()) and others.mark and time.monotonic() < end:
+            time.sleep(0.5)
+        other.kill()
+    assert others.mark is None or busy > 0  # unknown in a container with a quota
