@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -55,8 +56,11 @@ def one_thread():
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """What tests measure about this machine is not remembered for its user."""
+    """What tests measure about this machine is not remembered for its user, and compiled code fits a simulated CPU."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # PyTorch finds compiled code whatever CPU it is for
+        folder = Path(tempfile.gettempdir()) / f"torchinductor_{capability}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @pytest.fixture(autouse=True)

@@ -111,8 +111,9 @@ class CompileErrors(logging.Filter):
         logging.getLogger("torch._dynamo.convert_frame").addFilter(self)
 
     def note(self, error: object) -> None:
-        """Record an error's first line; after the trial, print the first of them."""
+        """Record an error's first line that says something; after the trial, print the first of them."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        lines = [line for line in lines if not line.endswith("raised:")] or lines  # a heading of PyTorch's
         self.reasons.append(lines[0] if lines else type(error).__name__)
         if self.say and len(self.reasons) == 1:
             self.say(f"compile: a part runs uncompiled ({self.reasons[0]})")

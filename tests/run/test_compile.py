@@ -128,6 +128,6 @@ def test_a_part_that_fails_to_compile_later_is_told_once(monkeypatch, capsys):
     dist = Dist(CPU, torch.float32, out=sys.stdout)
     with torch._dynamo.config.patch(suppress_errors=False):  # puts back what is set meanwhile
         compile.compiled(model, SimpleNamespace(compile=True), dist, (4, 8), (3, 8))
-    logger.warning("no C++ compiler\nand why")
+    logger.warning("backend='inductor' raised:\nno C++ compiler\nand why")  # the first line is PyTorch's heading
     logger.warning("again")
     assert capsys.readouterr().out.splitlines()[2:] == ["compile: a part runs uncompiled (no C++ compiler)"]
