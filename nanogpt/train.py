@@ -32,7 +32,7 @@ def train(cfg: TrainConfig, dist: distributed.Dist) -> None:
                 run.record(losses, lr)  # and compare with the best so far: --patience
                 run.save()  # in the background
             if run.is_finished():
-                run.record_exact(run.measure(evaluate.exact_validation))
+                run.record_exact(evaluate.exact_validation)
                 break
             optim.set_lr(run.optimizer, lr, cfg)
             metrics = train_step(run)  # run.step is one more from here on

@@ -16,6 +16,7 @@ from nanogpt.text.dataset import open_dataset
 
 FEW = 3  # iterations before the first look at the clock
 LOOKS = 50  # at the clock, in the whole run
+EXACT = 0.2  # of the time, at most, for the exact loss at the end
 LEAVE = 1.5  # seconds for the last checkpoint, the picture of the losses, and Python's end
 
 
@@ -100,10 +101,25 @@ class Clock:
         """Count an evaluation of both splits."""
         self.evaluations, self.evaluating = self.evaluations + 1, self.evaluating + seconds
 
+    def exact_seconds(self, val_tokens: int) -> float:
+        """Estimated seconds of the exact loss, at the rate of the evaluations before, each of which read both splits."""
+        read = 2 * self.cfg.eval_iters * self.cfg.batch_size * self.cfg.block_size
+        return self.evaluating / max(1, self.evaluations) * val_tokens / read
+
+    def refuses_exact(self, val_tokens: int) -> str | None:
+        """A line that says why the exact loss is left out, or None if there is time for it. A collective operation."""
+        seconds = self.exact_seconds(val_tokens)
+        if not self.dist.max(int(self.dist.is_main and seconds > EXACT * self.seconds)):
+            return None
+        return (
+            f"exact val loss: left out, since it would take {duration(seconds)} of --minutes={self.cfg.minutes:g}; "
+            f"nanogpt eval --out_dir={self.cfg.out_dir} computes it"
+        )
+
     def follow(self, step: int, val_tokens: int) -> None:
         """After `step` steps, fit the iterations to the time that is left, unless they are settled.
 
-        val_tokens: of the last evaluation, which reads all of them. A collective operation at some steps.
+        val_tokens: of the exact loss at the end. A collective operation at some steps.
         """
         if step == 1 or step == self.next:
             self.marks.append((step, time.perf_counter() - self.evaluating))
@@ -112,9 +128,9 @@ class Clock:
         cfg, recent = self.cfg, step - max(20, step // 4)
         before = max((mark for mark in self.marks if mark[0] <= recent), default=self.marks[0])
         each = (self.marks[-1][1] - before[1]) / (step - before[0])
-        tokens = cfg.gradient_accumulation_steps * cfg.batch_size * cfg.block_size
         one = self.evaluating / max(1, self.evaluations)
-        left = self.left() - one - each * val_tokens / tokens / 3  # a forward pass is a third of a step
+        exact = self.exact_seconds(val_tokens)
+        left = self.left() - one - (exact if exact <= EXACT * self.seconds else 0.0)
         fitting = step + int(max(0.0, left) / (each + one / cfg.eval_interval))
         self.set(self.dist.max(min(max(step + 1, fitting), self.most) if self.dist.is_main else 0))
         falls = (1 - cfg.cooldown_frac) * cfg.max_iters if cfg.lr_schedule == "linear" else cfg.warmup_iters

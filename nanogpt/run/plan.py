@@ -27,12 +27,14 @@ TOKENS_PER_PARAMETER = 20  # the best use of a given amount of arithmetic (Hoffm
 MAX_EPOCHS = 10  # with Muon, more repetitions of the text teach nothing; see benchmarks/LOG.md
 TRIAL, GLIMPSE = 3.0, 0.4  # seconds for all trials, and for one that only shows whether to try a larger model
 UNMEASURED = 2e11  # FLOP/s assumed without a trial, about those of two cores of a Xeon
+DOUBT = 3.0  # times the rate that a glimpse finds may be the rate in a run
 STEADY = 6  # steps, at least, for which a trial's batch leaves time
 
-# From small to large, with batch sizes and learning rates. The first three were tried (benchmarks/LOG.md); the rates of
+# From small to large, with batch sizes and learning rates. The first four were tried (benchmarks/LOG.md); the rates of
 # the others follow from them and from what others report.
 SHAPES: list[dict[str, Any]] = [
     dict(n_layer=2, n_head=2, n_embd=64, block_size=64, batch_size=24, muon_lr=0.05, learning_rate=0.03),
+    dict(n_layer=3, n_head=3, n_embd=96, block_size=96, batch_size=20, muon_lr=0.04, learning_rate=0.02),
     dict(n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, muon_lr=0.03, learning_rate=0.01),
     dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch_size=16, muon_lr=0.03, learning_rate=5e-3),
     dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, muon_lr=0.03, learning_rate=5e-3),
@@ -127,19 +129,19 @@ def rounded(iterations: float) -> int:
 
 
 def choose(plans: list[Plan], rate: float, dist: Dist, seconds: float = HOUR) -> Plan:
-    """The largest model for which there is enough text, enough time at `rate` FLOP/s, and enough memory on a GPU.
+    """The largest model for which there is enough text, enough time at `rate` FLOP/s, and enough memory on a GPU."""
+    fitting = [plan for plan in plans if fits(plan, rate, dist, seconds)]
+    return fitting[-1] if fitting else plans[0]
 
-    The repeated text must have a token for each parameter, and the seconds must suffice for two.
-    """
+
+def fits(plan: Plan, rate: float, dist: Dist, seconds: float) -> bool:
+    """Whether the text, read MAX_EPOCHS times, has a token for each parameter, the seconds suffice for two, and so on."""
     room = 0.8 * total_memory(dist.device) if dist.device.type == "cuda" else math.inf
-    fitting = [
-        plan
-        for plan in plans
-        if MAX_EPOCHS * plan.train_tokens >= plan.params
+    return (
+        MAX_EPOCHS * plan.train_tokens >= plan.params
         and seconds * rate / plan.flops >= 2 * plan.params
         and plan.memory() <= room
-    ]
-    return fitting[-1] if fitting else plans[0]
+    )
 
 
 # -- trials
@@ -166,21 +168,27 @@ class Trial:
 def try_out(plans: list[Plan], memory: float, dist: Dist, seconds: float = HOUR) -> Trial | None:
     """The Trial of the plan that fits, or of the largest that there is time for; None if `memory` bytes do not allow any.
 
-    seconds: that the run may take. Short trials of the plans, from the smallest on, show how long the next one may take, and which plan is worth the
-    rest of the time.
+    seconds: that the run may take. First come glimpses of the plans, from the smallest on, as far as there may be time
+    for one in a run: larger models compute faster, and small batches, which a glimpse has time for, more slowly. Then the
+    largest of them is tried for longer, and the one before it if it does not fit after all.
     """
-    end, found, last = time.perf_counter() + min(TRIAL, seconds / 20), None, 0
-    for n, plan in enumerate(plans[: plans.index(choose(plans, math.inf, dist, seconds)) + 1]):
+    end = time.perf_counter() + min(TRIAL, seconds / 20)
+    tried: list[tuple[Plan, Trial]] = []
+    for plan in plans:
+        now, found = time.perf_counter(), tried[-1][1] if tried else None
+        if found and (found.seconds(plan) > (end - now) / 2 or not fits(plan, DOUBT * found.rate, dist, seconds)):
+            break
+        if dist.device.type == "cpu" and plan.memory(1) > memory:
+            break
+        tried.append((plan, measure(plan, memory, dist, min(now + GLIMPSE, end))))
+    found = None
+    for plan, found in reversed(tried):
         now = time.perf_counter()
-        if dist.device.type == "cpu" and plan.memory(1) > memory or found and found.seconds(plan) > (end - now) / 2:
+        if found.seconds(plan) < end - now:
+            last = plan is plans[0]
+            found = measure(plan, memory, dist, end if last else now + (end - now) * 2 / 3)
+        if fits(plan, found.rate, dist, seconds):
             break
-        found, last = measure(plan, memory, dist, min(now + GLIMPSE, end)), n
-        if choose(plans, found.rate, dist, seconds) in plans[:n]:
-            break
-    if found:
-        plan = plans[min(last, plans.index(choose(plans, found.rate, dist, seconds)))]
-        if found.seconds(plan) < end - time.perf_counter():
-            found = measure(plan, memory, dist, end)
     return found
 
 

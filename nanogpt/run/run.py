@@ -119,7 +119,12 @@ class Run:
         self.state.step += 1
         self.state.windows += self.batches.per_step or 0
         if self.clock:
-            self.clock.follow(self.step, len(self.eval_batches["val"].dataset.tokens))
+            self.clock.follow(self.step, self.val_tokens)
+
+    @property
+    def val_tokens(self) -> int:
+        """Number of tokens of the validation split."""
+        return len(self.eval_batches["val"].dataset.tokens)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state but the weights, by name; not copies."""
@@ -198,9 +203,12 @@ class Run:
         self.state.note(losses)
         self.log.evaluation(self.step, losses, lr)
 
-    def record_exact(self, result: dict) -> None:
-        """Report what `evaluate.exact_validation` found."""
-        self.log.exact(self.step, result)
+    def record_exact(self, evaluation: "Callable[[Run, int], dict]") -> None:
+        """Measure and report the exact loss, unless that takes too much of `--minutes`. Raises as `measure` does."""
+        if self.clock and (why := self.clock.refuses_exact(self.val_tokens)):
+            self.log.say(why)
+        else:
+            self.log.exact(self.step, self.measure(evaluation))
 
     def report(self, metrics: dict[str, Tensor], lr: float) -> None:
         """Report a step by its metrics {name: scalar}, at once or a few steps later: the host does not wait for them.

@@ -58,7 +58,7 @@ def test_larger_texts_and_faster_machines_get_larger_models():
 
 def test_a_model_fits_the_gpu(monkeypatch):
     runs, gpu = [run(10**10, shape=shape) for shape in plan.SHAPES], Dist(torch.device("cuda"), torch.bfloat16)
-    for room, chosen in ((1e12, -1), (runs[-1].memory(), -2), (runs[2].memory(), 1), (1e6, 0)):
+    for room, chosen in ((1e12, -1), (runs[-1].memory(), -2), (runs[3].memory(), 2), (1e6, 0)):
         about = SimpleNamespace(total_memory=room)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, about=about: about)
         assert choose(runs, 1e16, gpu) is runs[chosen]
@@ -162,13 +162,30 @@ def test_trials_end_in_time(monkeypatch):
         return measure
 
     monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    for speed, largest in ((1e8, 0), (3e10, 1), (1e12, 3), (1e16, 5)):
+    for speed, largest in ((1e8, 0), (3e10, 2), (1e12, 4), (1e16, 6)):
         monkeypatch.setattr(plan, "measure", slow(speed))
         now[0], tried[:] = 0.0, []
         found = plan.try_out(runs, 1e12, CPU)
         assert max(n for n, _ in tried) == largest and found.rate > 0
         assert all(end <= plan.TRIAL for _, end in tried)
         assert len(tried) == 1 if speed == 1e8 else now[0] <= plan.TRIAL  # then the first glimpse took too long already
+
+
+@pytest.mark.parametrize("share, chosen", [(1.2, 2), (0.9, 1)])
+def test_a_glimpse_does_not_rule_a_model_out(monkeypatch, share, chosen):
+    """In a glimpse, all models compute at half of the rate that they have in a longer trial."""
+    runs, now = [run(10**9, shape=shape) for shape in plan.SHAPES], [0.0]
+    rate = share * 2 * runs[2].params * runs[2].flops / 600  # for two tokens a parameter of the third in ten minutes
+
+    def measure(run, memory, dist, end):
+        found = rate if end - now[0] > plan.GLIMPSE else rate / 2
+        now[0] = end
+        return plan.Trial([found] * 3, 1e-13, 0.0)
+
+    monkeypatch.setattr(plan, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(plan, "measure", measure)
+    found = plan.try_out(runs, 1e12, CPU, 600)
+    assert choose(runs, found.rate, CPU, 600) is runs[chosen] and now[0] <= plan.TRIAL
 
 
 def test_the_advice_process_never_fails():

@@ -74,7 +74,7 @@ class Machine:
         for name, clock in (("perf_counter", lambda: self.now), ("process_time", lambda: 0.0)):
             monkeypatch.setattr(minutes.time, name, clock)
 
-    def train(self, clock, cfg, iteration, evaluation=0.0):
+    def train(self, clock, cfg, iteration, evaluation=0.0, val_tokens=1000):
         """Run to the end; iteration: seconds, as a function of the step. Returns the seconds of the whole run."""
         began, step = self.now, 0
         while step < cfg.max_iters:
@@ -83,7 +83,9 @@ class Machine:
                 clock.evaluated(evaluation)
             self.now += iteration(step)
             step += 1
-            clock.follow(step, 1000)
+            clock.follow(step, val_tokens)
+        if not clock.refuses_exact(val_tokens):
+            self.now += evaluation * val_tokens / (2 * cfg.eval_iters * cfg.batch_size * cfg.block_size)
         return self.now - began
 
 
@@ -99,6 +101,23 @@ def test_a_run_takes_its_minutes_whatever_the_trial_found(monkeypatch, dist, ite
     clock.set(guess)
     took = machine.train(clock, cfg, lambda step: iteration, evaluation)
     assert 0.9 * 120 < took < 1.1 * 120
+
+
+@pytest.mark.parametrize("val_tokens, refused", [(20_000, False), (50_000, True)])
+def test_the_exact_loss_takes_its_part_of_the_time_or_is_left_out(monkeypatch, dist, val_tokens, refused):
+    sizes = dict(eval_iters=10, batch_size=4, block_size=16, gradient_accumulation_steps=1)  # 1,280 tokens in a second
+    machine, cfg = Machine(monkeypatch), TrainConfig(minutes=2.0, lr_schedule="linear", eval_interval=1000, **sizes)
+    clock = Clock(cfg, dist)
+    clock.most = config.MANY
+    clock.set(10**5)
+    took = machine.train(clock, cfg, lambda step: 0.01, 1.0, val_tokens)
+    assert 0.9 * 120 < took < 1.1 * 120
+    line = clock.refuses_exact(val_tokens)
+    assert bool(line) == refused
+    assert not refused or line == (
+        "exact val loss: left out, since it would take about 39 seconds of --minutes=2; "
+        "nanogpt eval --out_dir=out computes it"
+    )
 
 
 def test_a_machine_that_becomes_slower_gets_fewer_iterations(monkeypatch, dist):
