@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import sys
@@ -152,7 +153,8 @@ class Failures:
         except Exception as e:
             if isinstance(e, UserError) and e.exit_code > 128:
                 raise
-            within(TELLING, partial(self._tell, e), f"{self.me}: the other processes do not answer ({reason_of(e)})")
+            with without_sigterm():  # which torchrun sends to the others as soon as a process has ended
+                within(TELLING, partial(self._tell, e), f"{self.me}: the other processes do not answer ({reason_of(e)})")
             silent = RunFailed()
             silent.exit_code = self.exit_code
             raise silent from None
@@ -269,6 +271,16 @@ def show(lines: str) -> None:
     with suppress(OSError, ValueError):
         sys.stderr.write(lines)
         sys.stderr.flush()
+
+
+@contextmanager
+def without_sigterm() -> Iterator[None]:
+    """Context in which SIGTERM does not end this process."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def within(seconds: float, work: Callable[[], None], otherwise: str) -> None:

@@ -150,6 +150,34 @@ def test_a_restart_before_anything_was_saved_starts_as_it_was_told(tmp_path, tin
     assert list(losses(tmp_path / "out")) == list(range(1, 9))
 
 
+KILLED = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from nanogpt import train
+from nanogpt.commands import cli
+
+real = train.train_step
+
+def train_step(run):
+    if os.environ["RANK"] == "0" and run.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(run)
+
+train.train_step = train_step
+cli.enter("train")
+"""
+
+
+def test_the_others_report_process_0_before_torchrun_ends_them(tmp_path, tiny):
+    """torchrun sends them SIGTERM a tenth of a second after it has ended."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    done = torchrun(3, cwd=tmp_path, program=tmp_path / "killed.py")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    why = "ended without a word, or does not answer: killed, stopped, or cut off; the run stops"
+    assert re.fullmatch(f"error: process 0 on {HOST}: {re.escape(why)}", line)
+
+
 # -- processes that differ
 
 
