@@ -17,9 +17,9 @@ import math
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,9 @@ class Writer:
         self.out_dir, self.keep, self.always, self.fail = Path(out_dir), keep, always, fail
         self.step, self.folder = newest  # the step is that of the checkpoint being written, while one is
         self.copies: dict[str, dict[str, Tensor]] = {}
-        self.thread: threading.Thread | None = None
+        self.pool = ThreadPoolExecutor(1, "checkpoint")
+        self.pool.submit(int)  # starts its thread: later, if memory is short, Python may wait for one for ever
+        self.writing: Future | None = None
         self.failed = False
         self.place = files.identity(out_dir)
 
@@ -127,8 +129,7 @@ class Writer:
         groups = [self._copy("model", model_tensors, whole), self._copy("optimizer", other_tensors, whole)]
         if self.failed:
             return
-        self.thread = threading.Thread(target=self._write, args=(*groups, info), name="checkpoint")
-        self.thread.start()
+        self.writing = self.pool.submit(self._write, *groups, info)
 
     def _copy(self, group: str, tensors: Mapping[str, Tensor], whole: Callable) -> dict[str, Tensor]:
         """CPU copies, in memory that is reused by each save: new pages cost more than the copying."""
@@ -170,15 +171,14 @@ class Writer:
 
     def last(self) -> Path | None:
         """Wait until nothing is being written; returns the folder of the newest checkpoint, or None."""
-        if self.thread:
-            self.thread.join()
+        self.wait()
         return self.folder
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
-        if self.thread:
-            self.thread.join()
-            self.thread = None
+        if self.writing:
+            self.writing.result()
+            self.writing = None
 
 
 def write(out_dir: Path | str, model_tensors: dict[str, Tensor], other_tensors: dict[str, Tensor], info: dict) -> Path:

@@ -470,15 +470,16 @@ def test_what_the_main_process_cannot_write_ends_the_others_too(start_two, every
 
 def fail_late():
     """In another process: a checkpoint fails when the next one is due."""
-    save, due = checkpoint.Writer.save, threading.Event()
+    save, due, first = checkpoint.Writer.save, threading.Event(), threading.Event()
 
     def write(*args):
         assert due.wait(60)
         raise OSError(28, "No space left on device")
 
     def save_and_tell(self, *args):
-        if self.thread:
+        if first.is_set():
             due.set()
+        first.set()
         save(self, *args)
 
     checkpoint.Writer.save, checkpoint.write = save_and_tell, write

@@ -41,7 +41,7 @@ def ranks(start_ranks):
 
     def ranks(processes, *args, **more):
         doors = start_ranks(processes, *BATCH, *args, **more)
-        assert [door.end(120) for door in doors] == [0] * processes, "\n".join(door.printed for door in doors)
+        assert [door.end() for door in doors] == [0] * processes, "\n".join(door.printed for door in doors)
         return doors[0].printed
 
     return ranks
@@ -115,13 +115,13 @@ def test_sharded_runs_stop_together_and_are_saved(start_ranks):
     doors = start_ranks(3, *BATCH, "--shard=full", "--max_iters=100000", "--eval_interval=100000")
     doors[0].wait_for("^iter 3:")
     doors[2].send(15)
-    assert [door.end(60) for door in doors] == [143] * 3, doors[0].printed
+    assert [door.end() for door in doors] == [143] * 3, doors[0].printed
     assert "saved in out/checkpoints/step-" in doors[0].printed
 
 
 def test_a_diverged_sharded_run_ends_on_all_processes(start_ranks):
     doors = start_ranks(2, *BATCH, "--shard=full", "--learning_rate=1e18", "--grad_clip=0", "--warmup_iters=0")
-    assert [door.end(60) for door in doors] == [1, 1]
+    assert [door.end() for door in doors] == [1, 1]
     said = "\n".join(door.printed for door in doors)  # by the process that ended first
     assert "this update was not applied" in said, said
 
@@ -173,7 +173,7 @@ def hold_shards():
 
 def test_each_process_holds_its_rows_alone(start_ranks):
     doors = start_ranks(3, before=hold_shards)
-    assert [door.end(60) for door in doors] == [0] * 3, "\n".join(door.printed for door in doors)
+    assert [door.end() for door in doors] == [0] * 3, "\n".join(door.printed for door in doors)
 
 
 def gather_in_bfloat16():
@@ -199,7 +199,7 @@ def gather_in_bfloat16():
 
 def test_blocks_may_be_gathered_in_bfloat16(start_two):
     doors = start_two(before=gather_in_bfloat16)
-    assert [door.end(60) for door in doors] == [0, 0], "\n".join(door.printed for door in doors)
+    assert [door.end() for door in doors] == [0, 0], "\n".join(door.printed for door in doors)
 
 
 def own_matrices():
@@ -221,7 +221,7 @@ def own_matrices():
 
 def test_an_owner_works_on_whole_matrices(start_ranks):
     doors = start_ranks(3, before=own_matrices)
-    assert [door.end(60) for door in doors] == [0] * 3, "\n".join(door.printed for door in doors)
+    assert [door.end() for door in doors] == [0] * 3, "\n".join(door.printed for door in doors)
 
 
 @pytest.mark.parametrize(
