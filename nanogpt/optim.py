@@ -23,9 +23,6 @@ class Optimizer(Protocol):
     def step(self, skip: Tensor | None = None) -> None:
         """Update the parameters, unless the scalar `skip` on the device is 1."""
 
-    def zero_grad(self) -> None:
-        """Set all gradients to None."""
-
 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), in one fused kernel for all parameters.
@@ -78,12 +75,6 @@ class AdamW:
                 maximize=False,
                 found_inf=skip,
             )
-
-    def zero_grad(self) -> None:
-        """Set all gradients to None."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
 
 
 class Muon:
@@ -175,12 +166,6 @@ class Muon:
         done = matrices.new_zeros(size, *matrices.shape[1:])  # the same size on all ranks, to be gathered
         done[: len(mine)] = orthogonalize(mine)
         return self.dist.gather(done)[: len(matrices)]
-
-    def zero_grad(self) -> None:
-        """Set all gradients to None."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

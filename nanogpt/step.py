@@ -51,7 +51,7 @@ def gradients(run, micro_batch: int) -> Tensor:
     cfg, dist, batches, state = run.cfg, run.dist, run.batches, run.state
     micro_steps, B = data.share_batch(cfg, dist.world_size, micro_batch)
     mine = data.part_of_rank(batches.per_step, dist.rank, dist.world_size)
-    run.optimizer.zero_grad()  # of an attempt that ran out of memory
+    dist.clear_gradients(run.model)  # of an attempt that ran out of memory
     if cfg.dropout:
         torch.manual_seed(data.step_seed(cfg.seed, state.step, dist.rank))  # so no random state has to be saved
     loss = torch.zeros((), device=dist.device)
@@ -73,10 +73,10 @@ def update(run, loss: Tensor) -> dict[str, Tensor]:
     """
     run.scaler.unscale_(run.optimizer)
     loss = run.dist.mean(loss)  # of the global batch from here on
-    # metrics of gradients belong here: .grad is averaged and unscaled, the next line clips it, zero_grad clears it
+    # metrics of gradients belong here: .grad is averaged and unscaled, the next line clips it
     grad_norm = optim.clip_gradients(run.gpt, run.cfg.grad_clip, run.dist)
     skip, spike = run.health.judge(run.step, loss, grad_norm)
     run.scaler.step(run.optimizer, skip)  # calls optimizer.step(skip): the device decides, and the host does not wait
     run.scaler.update()
-    run.optimizer.zero_grad()  # frees its memory for an evaluation
+    run.dist.clear_gradients(run.model)  # frees their memory for an evaluation
     return {"loss": loss, "grad_norm": grad_norm, "spike": spike}

@@ -95,7 +95,7 @@ def try_out(
             fast(idx, idx.clone())
     finally:
         model.train(train_shape is not None)
-        model.zero_grad(set_to_none=True)
+        dist.clear_gradients(model)
 
 
 class CompileErrors(logging.Filter):

@@ -80,7 +80,8 @@ class Dist:
 
         A collective operation. DDP arranges gradients in buckets, and anew after its first backward pass, in the order
         in which they became ready. From three processes on the order of additions depends on it, so that pass is made
-        here, with one token: a resumed run then adds in the same order as one that was never stopped.
+        here, with one token: a resumed run then adds in the same order as one that was never stopped. From here on each
+        `.grad` is a view of a bucket: see `clear_gradients`.
         """
         if self.world_size == 1 or self.shards:
             return model
@@ -89,12 +90,20 @@ class Dist:
         ids = [self.device.index] if self.device.type == "cuda" else None
         ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
         ddp.broadcast_buffers = False  # at each step: the RoPE tables stay the same on all ranks
+        ddp.register_comm_hook(self.world_size, average)
         idx = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         forward_backward(ddp, idx, idx, self)
         with ddp.no_sync(), self.autocast():
             ddp(idx, idx)  # buckets are arranged anew when the next forward pass begins
-        ddp.zero_grad(set_to_none=True)
+        self.clear_gradients(ddp)
         return ddp
+
+    def clear_gradients(self, model: Any) -> None:
+        """Forget the gradients of a model that `wrap` returned.
+
+        DDP keeps its buckets in any case. If `.grad` were None, the first micro-batches would be added up beside them.
+        """
+        model.zero_grad(set_to_none=self.world_size == 1 or self.shards is not None)
 
     def averaging(self, model: Any, when: bool) -> AbstractContextManager:
         """Context of a backward pass, which averages the gradients over all processes only if `when` is true.
@@ -210,6 +219,16 @@ class Dist:
         """Wait for all processes."""
         if self.world_size > 1:
             td.barrier(group=self.host_group)
+
+
+def average(world_size: int, bucket: td.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average a bucket of gradients over all processes; DDP calls this in the backward pass.
+
+    DDP itself multiplies by 1 / world_size or divides by world_size, depending on where a gradient was before: from three
+    processes on, not the same bits.
+    """
+    work = td.all_reduce(bucket.buffer().mul_(1 / world_size), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:

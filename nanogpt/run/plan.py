@@ -220,7 +220,7 @@ def measure(plan: Plan, memory: float, dist: Dist, end: float) -> Trial:
             work()
             synchronize(dist.device)
             times.append(time.perf_counter())
-        optimizer.zero_grad()
+        model.zero_grad()
         return times[1] - times[0], times[2] - times[1]
 
     step(1)  # loads what it needs

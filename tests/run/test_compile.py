@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 from nanogpt import step, train
 from nanogpt.model import GPT, GPTConfig
-from nanogpt.run import compile
+from nanogpt.run import compile, distributed
 from nanogpt.run.distributed import Dist
 
 CPU = torch.device("cpu")
@@ -50,7 +49,6 @@ def test_the_model_is_compiled_whole_and_once_for_each_mode(monkeypatch, archite
 def begins_to_average():
     """In each of two processes: train compiled, and tell when buckets are averaged and parts of the backward pass run."""
     from torch._dynamo.backends.common import aot_autograd
-    from torch.nn.parallel import DistributedDataParallel
 
     events, real = [], torch.compile
 
@@ -64,13 +62,9 @@ def begins_to_average():
     def forward_graph(module, inputs):
         return make_boxed_func(module.forward)
 
-    def averaged(group, bucket):
+    def average(world_size, bucket, real=distributed.average):
         events.append("average")
-        return default_hooks.allreduce_hook(group, bucket)
-
-    def wrapped(self, *args, init=DistributedDataParallel.__init__, **kwargs):
-        init(self, *args, **kwargs)
-        self.register_comm_hook(None, averaged)
+        return real(world_size, bucket)
 
     def train_step(run, real=step.train_step):
         events.clear()
@@ -80,7 +74,7 @@ def begins_to_average():
 
     backend = aot_autograd(fw_compiler=forward_graph, bw_compiler=backward_graph)
     torch.compile = lambda model: real(model, backend=backend)
-    DistributedDataParallel.__init__ = wrapped
+    distributed.average = average
     train.train_step = train_step
 
 

@@ -7,7 +7,9 @@ import torch
 
 from nanogpt.commands import cli
 from nanogpt.config import RunFailed, UserError
+from nanogpt.model import GPT, GPTConfig
 from nanogpt.run import distributed
+from nanogpt.step import forward_backward
 
 ONE = SimpleNamespace(device="cpu", dtype="float32", backend="auto")
 
@@ -97,6 +99,44 @@ def work_together():
         assert dist.max(cfg.seed) == cfg.seed == -dist.max(-cfg.seed)
         dist.say("both agree")
     cli.leave(0)
+
+
+def accumulate():
+    """In each of three processes: DDP's buckets hold the gradients of all micro-batches, not of the last one alone."""
+    with distributed.setup(ONE) as dist:
+        torch.manual_seed(1)
+        gpt = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
+        parameters, windows = list(gpt.parameters()), torch.randint(20, (6, 8))
+        for mine in windows.chunk(3):  # the mean over all, in one process
+            forward_backward(gpt, mine, mine, dist, divisor=3)
+        expected = [p.grad for p in parameters]
+        gpt.zero_grad()
+        model = dist.wrap(gpt)
+        buckets = memory_of(parameters)
+        for _ in range(2):  # steps
+            for i, when in enumerate((False, True)):
+                mine = windows[[2 * dist.rank + i]]
+                with dist.averaging(model, when):
+                    forward_backward(model, mine, mine, dist, divisor=2)
+                assert memory_of(parameters) == buckets
+            for p, grad in zip(parameters, expected, strict=True):
+                torch.testing.assert_close(p.grad, grad)
+            dist.clear_gradients(model)
+            assert not any(p.grad.any() for p in parameters)
+    cli.leave(0)
+
+
+def memory_of(parameters):
+    """{address: bytes} of what the gradients of parameters are stored in."""
+    stored = [p.grad.untyped_storage() for p in parameters]
+    found = {storage.data_ptr(): storage.nbytes() for storage in stored}
+    assert sum(found.values()) == sum(p.nbytes for p in parameters)
+    return found
+
+
+def test_gradients_are_accumulated_where_they_are_averaged(start_ranks):
+    doors = start_ranks(3, before=accumulate)
+    assert [d.end() for d in doors] == [0] * 3, doors[0].printed
 
 
 def test_what_two_processes_do_together(start_two):
