@@ -157,15 +157,18 @@ class Muon:
         return [rows.to(pieces[0].dtype) for rows in self.shards.by_owners(sent, held, first, orthogonalize)]
 
     def orthogonalize_share(self, matrices: Tensor) -> Tensor:
-        """`orthogonalize` a stack (N, rows, columns), each rank its share; in bfloat16 on GPUs, and beside layers in it."""
+        """`orthogonalize` a stack (N, rows, columns), each rank its share; in bfloat16 on GPUs, and beside layers in it.
+
+        The stack may be overwritten.
+        """
         matrices = matrices.bfloat16() if matrices.is_cuda or casts_to_bfloat16() else matrices
         if self.dist is None or self.dist.world_size == 1:
             return orthogonalize(matrices)
-        size = -(-len(matrices) // self.dist.world_size)
-        mine = matrices[self.dist.rank * size :][:size]  # empty if there are fewer matrices than ranks
-        done = matrices.new_zeros(size, *matrices.shape[1:])  # the same size on all ranks, to be gathered
-        done[: len(mine)] = orthogonalize(mine)
-        return self.dist.gather(done)[: len(matrices)]
+        shares = matrices.split(-(-len(matrices) // self.dist.world_size))  # fewer than ranks, if matrices are
+        if self.dist.rank < len(shares):
+            shares[self.dist.rank].copy_(orthogonalize(shares[self.dist.rank]))
+        self.dist.complete(shares)
+        return matrices
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -6,7 +6,7 @@ There is one process unless `torchrun` started several (LOCAL_RANK is set). devi
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -148,6 +148,11 @@ class Dist:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         td.all_gather(parts, tensor)
         return torch.cat(parts)
+
+    def complete(self, parts: Sequence[torch.Tensor]) -> None:
+        """Fill in place what other processes have made: part i is made by process i. The last may be shorter."""
+        for work in [td.broadcast(part, src=rank, async_op=True) for rank, part in enumerate(parts)]:
+            work.wait()
 
     def max(self, number: int) -> int:
         """The largest of an integer over all processes."""

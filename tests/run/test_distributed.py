@@ -87,6 +87,9 @@ def work_together():
         mine = torch.tensor([1.0, 4.0 * dist.rank])
         assert dist.mean(mine).tolist() == [1.0, 2.0] and mine.tolist() == [1.0, 4.0 * dist.rank]
         assert dist.gather(mine).tolist() == [1.0, 0.0, 1.0, 4.0]
+        parts = torch.full((3,), 7.0 + dist.rank).split(2)
+        dist.complete(parts)
+        assert torch.cat(parts).tolist() == [7.0, 7.0, 8.0]
         for failure in (UserError("no room"), ZeroDivisionError()):
             why = str(failure) or "ZeroDivisionError"
             with pytest.raises((RunFailed, type(failure))[dist.rank]) as caught:
