@@ -13,6 +13,8 @@ from nanogpt.model import GPT
 class Optimizer(Protocol):
     """What a run needs of an optimizer, besides `_step_supports_amp_scaling` and `found_inf`, which are for float16.
 
+    One whose update allocates much has a `peak_bytes`, as Muon.
+
     param_groups: dicts with `params` and `lr`; see `set_lr`. state: {parameter: {name: tensor}}, complete before the
     first step; it is saved and restored.
     """
@@ -127,15 +129,20 @@ class Muon:
             for tensors in ([m[0].grad for m in matrices], [m[1] for m in matrices], [m[0] for m in matrices])
         )
         lr = self.group["lr"]
+        ahead = torch.cat(grads)  # a copy, which becomes the steps in place; peak_bytes counts what is allocated
+        steps = list(ahead.split([len(g) for g in grads]))
         if skip is not None:  # keeps a gradient that is not finite out of the buffers
-            grads, lr = [torch.where(skip > 0, b, g) for b, g in zip(buffers, grads, strict=True)], lr * (1 - skip)
-        torch._foreach_lerp_(buffers, grads, 1 - self.momentum)
-        ahead = torch._foreach_lerp(grads, buffers, self.momentum)  # Nesterov momentum
-        steps = self.orthogonalize_all(ahead, matrices)
+            lr = lr * (1 - skip)
+            for buffer, step in zip(buffers, steps, strict=True):
+                torch.where(skip > 0, buffer, step, out=step)
+        torch._foreach_lerp_(buffers, steps, 1 - self.momentum)
+        torch._foreach_lerp_(steps, buffers, self.momentum)  # Nesterov momentum
+        self.orthogonalize_all(ahead, matrices)
         if self.group["weight_decay"]:
             torch._foreach_mul_(weights, 1 - lr * self.group["weight_decay"])
         height, width = shape
-        torch._foreach_sub_(weights, torch._foreach_mul(steps, lr * max(1, height / width) ** 0.5))
+        torch._foreach_mul_(steps, lr * max(1, height / width) ** 0.5)
+        torch._foreach_sub_(weights, steps)
 
     def rows_here(self, p: Tensor, parts: int, i: int, shard: int | None = None) -> slice:
         """Where the rows of part i of a parameter are in what this rank, or another shard, holds of it."""
@@ -144,31 +151,48 @@ class Muon:
         start, stop = (min(max(row, held.start), held.stop) for row in (i * n // parts, (i + 1) * n // parts))
         return slice(start - held.start, stop - held.start)
 
-    def orthogonalize_all(self, pieces: list[Tensor], matrices: list[tuple]) -> list[Tensor]:
-        """The rows that this rank holds of the orthogonalized matrices, given those of the matrices; in bfloat16 on a GPU."""
-        if self.shards is None:
-            return list(self.orthogonalize_share(torch.stack(pieces)).to(pieces[0].dtype).unbind())
-        held = []
-        for p, _, parts, i in matrices:
-            slices = [self.rows_here(p, parts, i, shard) for shard in range(self.shards.count)]
-            held.append([s.stop - s.start for s in slices])
-        first = self.first[matrices[0][0], matrices[0][3]]  # in turn over all shapes, so that the owners' work is even
-        sent = [piece.bfloat16() if piece.is_cuda or casts_to_bfloat16() else piece for piece in pieces]
-        return [rows.to(pieces[0].dtype) for rows in self.shards.by_owners(sent, held, first, orthogonalize)]
+    def orthogonalize_all(self, rows: Tensor, matrices: list[tuple]) -> None:
+        """Orthogonalize matrices of one shape in place; in bfloat16 on a GPU, and beside layers in it.
 
-    def orthogonalize_share(self, matrices: Tensor) -> Tensor:
-        """`orthogonalize` a stack (N, rows, columns), each rank its share; in bfloat16 on GPUs, and beside layers in it.
-
-        The stack may be overwritten.
+        rows: those of the matrices that this rank holds, one matrix after the other.
         """
-        matrices = matrices.bfloat16() if matrices.is_cuda or casts_to_bfloat16() else matrices
-        if self.dist is None or self.dist.world_size == 1:
-            return orthogonalize(matrices)
-        shares = matrices.split(-(-len(matrices) // self.dist.world_size))  # fewer than ranks, if matrices are
-        if self.dist.rank < len(shares):
-            shares[self.dist.rank].copy_(orthogonalize(shares[self.dist.rank]))
-        self.dist.complete(shares)
-        return matrices
+        work = rows.bfloat16() if in_bfloat16(rows) else rows
+        if self.shards is None:
+            self.orthogonalize_share(work.unflatten(0, (len(matrices), -1)))
+        else:
+            held = []
+            for p, _, parts, i in matrices:
+                slices = [self.rows_here(p, parts, i, shard) for shard in range(self.shards.count)]
+                held.append([s.stop - s.start for s in slices])
+            first = self.first[matrices[0][0], matrices[0][3]]  # in turn over all shapes: the owners' work is even
+            pieces = work.split([of_matrix[self.shards.mine] for of_matrix in held])
+            work = torch.cat(self.shards.by_owners(list(pieces), held, first, orthogonalize))
+        if work is not rows:
+            rows.copy_(work)
+
+    def orthogonalize_share(self, stack: Tensor) -> None:
+        """`orthogonalize` a stack (N, rows, columns) in place, each rank its share."""
+        rank, ranks = (self.dist.rank, self.dist.world_size) if self.dist else (0, 1)
+        shares = stack.split(-(-len(stack) // ranks))  # fewer than ranks, if matrices are
+        if rank < len(shares):
+            shares[rank].copy_(orthogonalize(shares[rank]))
+        if ranks > 1:
+            self.dist.complete(shares)
+
+    def peak_bytes(self) -> int:
+        """The most that an update of a model that is not sharded allocates at a time, besides gradients and state."""
+        most, ranks = 0, self.dist.world_size if self.dist else 1
+        for (height, width), matrices in self.by_shape.items():
+            cast = in_bfloat16(matrices[0][0])
+            stack, share, square = len(matrices) * height * width, -(-len(matrices) // ranks), min(height, width) ** 2
+            work = share * (2 * height * width + square)  # one step of the iteration: x, the next x, a square
+            most = max(most, 4 * stack + (2 * (stack + work) if cast else 4 * work))
+        return most
+
+
+def in_bfloat16(tensor: Tensor) -> bool:
+    """Whether a matrix is orthogonalized in bfloat16: on GPUs, and beside layers in it."""
+    return tensor.is_cuda or casts_to_bfloat16()
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -182,7 +206,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # singular values are at most 1
     for _ in range(steps):
         square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        square = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)  # frees the one before
+        x = torch.baddbmm(x, square, x, beta=3.4445)
     return x.mT if tall else x
 
 

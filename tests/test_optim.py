@@ -1,11 +1,14 @@
 """The optimizers against plain numpy: AdamW, Muon, clipping, and a state that continues bit for bit."""
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from support import losses, torchrun
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanogpt import optim
 from nanogpt.commands import cli
@@ -264,17 +267,55 @@ def test_where_the_device_decides_a_skipped_update_changes_nothing():
     assert changed == {name for name, p in model.named_parameters() if is_matrix(name, p)}
 
 
+class Allocated(TorchDispatchMode):
+    """Context that counts the bytes of new tensors; `most` is the largest number at a time."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.held = {t.untyped_storage()._cdata for t in known}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage and storage._cdata not in self.held:
+                self.held.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.now)
+        return out
+
+    def free(self, storage, size):
+        self.held.discard(storage)
+        self.now -= size
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("casts", [False, True], ids=["float32", "bfloat16"])
+def test_what_an_update_of_muon_allocates_is_known(architecture, casts, monkeypatch):
+    monkeypatch.setattr(optim, "casts_to_bfloat16", lambda: casts)
+    model = make_model(architecture=architecture)
+    optimizer = optim.make_optimizer(model, MUON)
+    backward(model, 1)
+    known = [t for p in model.parameters() for t in (p, p.grad)]
+    with Allocated([*known, *optim.state_tensors(model, optimizer).values()]) as allocated:
+        optimizer.step()
+    assert allocated.most == pytest.approx(optimizer.peak_bytes(), rel=0.01)
+    largest = max(4 * len(matrices) * shape[0] * shape[1] for shape, matrices in optimizer.by_shape.items())
+    assert optimizer.peak_bytes() <= 4 * largest
+
+
 def share_work():
-    """In each of three processes: they share the matrices, and each gets all results and no padding."""
+    """In each of three processes: they share the matrices, and each gets all results."""
     cfg = replace(MUON, device="cpu", dtype="float32", backend="auto")
     with distributed.setup(cfg) as dist:
         optimizer = optim.make_optimizer(make_model(), MUON, dist)
         for n in (1, 3, 4, 7):
             matrices = torch.randn(n, 4, 6, generator=torch.Generator().manual_seed(1))
             expected = optim.orthogonalize(matrices)
-            done = optimizer.orthogonalize_share(matrices)
-            torch.testing.assert_close(done, expected)
-            assert done.untyped_storage().nbytes() == expected.nbytes
+            optimizer.orthogonalize_share(matrices)
+            torch.testing.assert_close(matrices, expected)
     cli.leave(0)
 
 

@@ -148,12 +148,13 @@ def halved(size: int, cfg: TrainConfig, dist: Dist, why: str = "") -> int:
     return half
 
 
-def choose_micro_batch(model: GPT, cfg: TrainConfig, dist: Dist) -> int | None:
+def choose_micro_batch(run: Any) -> int | None:
     """The number of sequences that a process processes at a time, found by trial; None if batch_size decides.
 
     With `batch_size=auto`, as many as fit. Several processes on GPUs try batch_size beforehand, since none of them
-    can repeat a step alone.
+    can repeat a step alone. run: a run.run.Run whose model is not wrapped yet; used are gpt, optimizer, cfg, dist.
     """
+    cfg, dist = run.cfg, run.dist
     _, size = share_batch(cfg, dist.world_size)
     if dist.shards:
         if cfg.auto_batch:
@@ -163,28 +164,29 @@ def choose_micro_batch(model: GPT, cfg: TrainConfig, dist: Dist) -> int | None:
             )
         return None
     if cfg.auto_batch:
-        return largest_micro_batch(model, cfg, dist)
+        return largest_micro_batch(run)
     if dist.world_size == 1 or dist.device.type != "cuda":
         return None
-    while not fits(model, size, cfg, dist):
+    while not fits(run, size):
         size = halved(size, cfg, dist)
     return size
 
 
-def largest_micro_batch(model: GPT, cfg: TrainConfig, dist: Dist) -> int:
+def largest_micro_batch(run: Any) -> int:
     """The largest of `data.micro_batch_sizes` that fits in every process's memory, trying from 1 upward.
 
     Each trial takes more memory than the size needs: see MORE and LATER. A process that exhausts main memory is
     killed, so on a CPU the memory of the next trial is first predicted from the trials before it.
     """
-    if not fits(model, 1, cfg, dist):  # also loads libraries, so that later trials measure only the sequences
+    cfg, dist = run.cfg, run.dist
+    if not fits(run, 1):  # also loads libraries, so that later trials measure only the sequences
         halved(1, cfg, dist)
     size, last, each, peak = 1, 1, 0.0, peak_memory(dist.device)
     sizes = micro_batch_sizes(cfg, dist.world_size)
     for more in sizes:
         tried = math.ceil((1 + MORE) * more)
         too_much = dist.device.type == "cpu" and each * (tried - last) > (1 - SPARE) * free_memory()
-        if dist.max(int(too_much)) or not fits(model, tried, cfg, dist, later(model, dist)):
+        if dist.max(int(too_much)) or not fits(run, tried, later(run.gpt, dist)):
             break
         before, peak = peak, peak_memory(dist.device)
         size, last, each = more, tried, max(each, (peak - before) / (tried - last))
@@ -200,13 +202,13 @@ def later(model: GPT, dist: Dist) -> int:
     return LATER + copies * sum(p.nbytes for p in trained_parameters(model).values())
 
 
-def fits(model: GPT, size: int, cfg: TrainConfig, dist: Dist, beside: int = 0) -> bool:
-    """Whether a forward and backward pass of `size` sequences, and `beside` bytes, fit in every process's memory."""
-    failed = 0
+def fits(run: Any, size: int, beside: int = 0) -> bool:
+    """Whether a step with micro-batches of `size` sequences, and `beside` bytes, fit in every process's memory."""
+    model, dist, failed = run.gpt, run.dist, 0
     with dist.agree():
         try:
             kept = torch.empty(beside, dtype=torch.uint8, device=dist.device)  # on a CPU, only address space
-            try_step(model, size, cfg, dist)
+            try_step(run, size)
             del kept
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e):
@@ -217,12 +219,14 @@ def fits(model: GPT, size: int, cfg: TrainConfig, dist: Dist, beside: int = 0) -
     return not dist.max(failed)
 
 
-def try_step(model: GPT, size: int, cfg: TrainConfig, dist: Dist) -> None:
-    """Allocate what a micro-step after the first takes: it has gradients already."""
-    for p in trained_parameters(model).values():
+def try_step(run: Any, size: int) -> None:
+    """Allocate what a micro-step after the first takes, which has gradients already, and then what the update takes."""
+    for p in trained_parameters(run.gpt).values():
         p.grad = torch.zeros_like(p)
-    idx = torch.zeros((size, cfg.block_size), dtype=torch.int64, device=dist.device)
-    forward_backward(model, idx, idx, dist)
+    idx = torch.zeros((size, run.cfg.block_size), dtype=torch.int64, device=run.dist.device)
+    forward_backward(run.gpt, idx, idx, run.dist)
+    update = getattr(run.optimizer, "peak_bytes", lambda: 0)()
+    torch.empty(update, dtype=torch.uint8, device=run.dist.device)  # no update: it would exchange shares
 
 
 def give_back(device: torch.device) -> None:

@@ -282,7 +282,7 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
     dist.require_same(resumed | {f"the fingerprint of {s}.bin": found for s, found in run.fingerprints().items()})
     products.choose_products(run.gpt, cfg, dist, cfg.batch_size * cfg.block_size)
     if not cfg.eval_only:
-        run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run.gpt, cfg, dist)
+        run.state.micro_batch = run.state.micro_batch or memory.choose_micro_batch(run)
         with dist.agree():
             kept = None
             if run.base.get("from") == trained.KEPT and isinstance(found, Checkpoint) and not resuming:

@@ -7,15 +7,17 @@ import ctypes
 import os
 import re
 import resource
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from exporting import ARCHITECTURES
 from support import ending, losses
 
-from nanogpt import data
+from nanogpt import data, optim
 from nanogpt.commands import cli
 from nanogpt.config import RunFailed, TrainConfig
 from nanogpt.model import GPT, GPTConfig, numbers_held
@@ -53,6 +55,11 @@ def at_most(size):
         return real(self, idx, targets)
 
     GPT.forward = forward
+
+
+def trial(model, cfg, dist):
+    """As much of a Run as a trial uses."""
+    return SimpleNamespace(gpt=model, cfg=cfg, dist=dist, optimizer=optim.make_optimizer(model, cfg, dist))
 
 
 def sizes(printed):
@@ -134,7 +141,7 @@ def test_auto_leaves_room_for_what_comes_later(dist):
     tried = []
     model.register_forward_pre_hook(lambda _, args: tried.append(len(args[0])))
     cfg = TrainConfig(block_size=8, batch_size=12, gradient_accumulation_steps=1)
-    assert memory.largest_micro_batch(model, cfg, dist) == 12
+    assert memory.largest_micro_batch(trial(model, cfg, dist)) == 12
     assert tried == [1, 2, 3, 4, 5, 8, 15]
 
 
@@ -250,9 +257,18 @@ def test_trying_leaves_no_trace(dist, capsys):
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
     before, ready = {name: p.clone() for name, p in model.named_parameters()}, []
     model.register_forward_pre_hook(lambda *_: ready.append(all(p.grad is not None for p in model.parameters())))
-    assert memory.fits(model, 4, CFG, dist)
+    assert memory.fits(trial(model, CFG, dist), 4)
     assert ready == [True]  # a step that is not the first has gradients in memory already
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_a_trial_leaves_room_for_the_update(dist):
+    """Where a sequence fits and the update does not, nothing fits."""
+    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
+    run = trial(model, replace(CFG, optimizer="muon"), dist)
+    assert memory.fits(run, 1)
+    run.optimizer.peak_bytes = lambda: 2**60
+    assert not memory.fits(run, 1)
 
 
 def test_auto_ends_with_a_line_where_not_one_sequence_fits(dist, monkeypatch):
@@ -262,7 +278,7 @@ def test_auto_ends_with_a_line_where_not_one_sequence_fits(dist, monkeypatch):
     monkeypatch.setattr(GPT, "forward", forward)
     model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16))
     with pytest.raises(RunFailed, match="out of memory with a single sequence at a time"):
-        memory.largest_micro_batch(model, CFG, dist)
+        memory.largest_micro_batch(trial(model, CFG, dist))
 
 
 def test_the_peak_is_that_of_this_process(dist):

@@ -246,9 +246,8 @@ def test_what_cannot_be_sharded_is_a_line(monkeypatch, capsys, run):
         memory.choose_shards(cfg, GPTConfig(), dist)
     with pytest.raises(UserError, match="--batch_size=auto: what fits is found by trial"):
         dist.shards = Shards(6, 1, 0)
-        memory.choose_micro_batch(
-            None, SimpleNamespace(auto_batch=True, batch_size=6, gradient_accumulation_steps=6), dist
-        )
+        cfg = SimpleNamespace(auto_batch=True, batch_size=6, gradient_accumulation_steps=6)
+        memory.choose_micro_batch(SimpleNamespace(cfg=cfg, dist=dist))
     with pytest.raises(UserError, match="takes no --lora_rank"):
         run("--shard=full", "--lora_rank=4", "--init_from=gpt2")
     assert "shard: none, because there is one process (--shard)" in run("--shard=full", "--max_iters=1")
