@@ -129,6 +129,28 @@ def accumulate():
     cli.leave(0)
 
 
+def look_up():
+    """In each of two processes: the tables of rotary embeddings are sent once, when the model is wrapped."""
+    with distributed.setup(ONE) as dist:
+        gpt = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16, architecture="qwen3"))
+        table = next(gpt.buffers())
+        sent = table.clone()
+        table += dist.rank
+        model = dist.wrap(gpt)
+        assert torch.equal(table, sent)
+        table += dist.rank
+        idx = torch.zeros((1, 8), dtype=torch.int64)
+        for _ in range(2):  # DDP would send them from the second on, since the model was wrapped without averaging
+            forward_backward(model, idx, idx, dist)
+        assert torch.equal(table, sent + dist.rank)  # as it was, on both
+    cli.leave(0)
+
+
+def test_a_step_does_not_send_the_rotary_tables(start_two):
+    doors = start_two(before=look_up)
+    assert [d.end() for d in doors] == [0, 0], doors[0].printed + doors[1].printed
+
+
 def memory_of(parameters):
     """{address: bytes} of what the gradients of parameters are stored in."""
     stored = [p.grad.untyped_storage() for p in parameters]
