@@ -162,6 +162,13 @@ class Dist:
         td.all_reduce(tensor, op=td.ReduceOp.MAX, group=self.host_group)
         return int(tensor)
 
+    def of_main(self, value: Any) -> Any:
+        """What the main process passes, on all processes: something small."""
+        values = [value]
+        if self.world_size > 1:
+            td.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
+
     def fail(self, failure: Exception) -> None:
         """Record what this process failed at where it must not raise: in a thread, or between collective operations.
 

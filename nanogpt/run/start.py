@@ -92,6 +92,17 @@ def find_weights(cfg: TrainConfig, dist: Dist) -> Checkpoint | str | None:
     return found
 
 
+def open_chosen(name: str, cfg: TrainConfig, dist: Dist) -> Checkpoint:
+    """The checkpoint of this name, which process 0 chose and verified; each other machine verifies what it sees of it.
+
+    Raises UserError if it is not sound here.
+    """
+    folder = Path(cfg.out_dir if cfg.init_from in ("resume", "auto") else cfg.init_from) / "checkpoints" / name
+    if dist.local_rank == 0 and (problem := checkpoint.damage(folder)):
+        raise UserError(f"{folder}: process 0 took it, and here it is damaged ({problem}); all machines must share it")
+    return checkpoint.read(folder)
+
+
 def make_model(cfg: TrainConfig, found: Any, dataset: Dataset, dist: Dist) -> tuple[GPT, dict]:
     """(the model that `find_weights` found, or a new one, on the CPU; with LoRA, `trained.describe_base` of it).
 
@@ -268,7 +279,11 @@ def prepare_run(cfg: TrainConfig, dist: Dist, lock: files.Lock) -> tuple[Run, Pa
             checkpoint.check_out_dir(cfg.out_dir)
         if cfg.init_from in ("resume", "auto") and not cfg.eval_only:
             take(lock, cfg, dist, create=False)  # before the checkpoint is chosen: another run may be adding one
-        found = find_weights(cfg, dist)
+        found = find_weights(cfg, dist) if dist.is_main else None
+    chosen = dist.of_main(found.folder.name if isinstance(found, Checkpoint) and not found.in_memory else None)
+    with dist.agree():
+        if not dist.is_main:
+            found = open_chosen(chosen, cfg, dist) if chosen else find_weights(cfg, dist)
         resuming = found is not None and cfg.init_from in ("resume", "auto")
         datasets, model, base = make_parts(cfg, found, resuming, dist)
     model = dist.place(model)

@@ -15,12 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from faults import flip
 from support import ROOT, SMALL, ending, losses, torchrun
 
 from nanogpt import train
 from nanogpt.commands import cli
 from nanogpt.config import RunFailed, UserError
-from nanogpt.run import distributed
+from nanogpt.run import checkpoint, distributed
 
 HOST = re.escape(socket.gethostname())
 
@@ -243,6 +244,43 @@ def test_weights_that_differ_end_the_run_at_the_next_evaluation(start_ranks, tmp
     (line,) = reported(doors)
     assert line.endswith("step 4: the weights on process 1 are not those on process 0: the run stops")
     assert "step 0: train loss" in doors[0].printed and "step 4: train loss" not in doors[0].printed
+
+
+# -- a checkpoint that is resumed
+
+
+def report_verified():
+    """In each of three processes: it says which checkpoints it reads every byte of; the third is on another machine."""
+    real = checkpoint.damage
+    checkpoint.damage = lambda folder: print("verified", Path(folder).name, flush=True) or real(folder)
+    if os.environ["RANK"] == "2":
+        os.environ["LOCAL_RANK"] = "0"
+
+
+def test_one_process_of_each_machine_verifies_the_checkpoint(start_ranks, run, tmp_path):
+    run("--batch_size=3", "--keep_checkpoints=9")
+    flip(tmp_path / "out/checkpoints/step-00000008/optimizer.safetensors")
+    doors = start_ranks(3, "--init_from=resume", before=report_verified)
+    assert [d.end() for d in doors] == [0] * 3, "".join(d.printed for d in doors)
+    verified = [re.findall(r"^verified step-0+(\d)$", d.printed, re.M) for d in doors]
+    assert [found[:2] for found in verified] == [["8", "4"], [], ["4"]]
+    assert [d.printed.count("damaged") for d in doors] == [1, 0, 0]
+
+
+def hides(name):
+    """In each of two processes, on two machines: the second does not see a file of the checkpoint."""
+    if os.environ["RANK"] == "1":
+        os.environ["LOCAL_RANK"] = "0"
+        real = checkpoint.damage
+        checkpoint.damage = lambda folder: (Path(folder) / name).unlink() or real(folder)
+
+
+def test_a_checkpoint_that_another_machine_sees_damaged_is_refused(start_two, run):
+    run()
+    doors = start_two("--init_from=resume", before=partial(hides, "optimizer.safetensors"))
+    assert [d.end() for d in doors] == [2, 2]
+    (line,) = reported(doors)
+    assert "step-00000008: process 0 took it, and here it is damaged (optimizer.safetensors is missing)" in line
 
 
 # -- two machines: network namespaces, joined by a cable
