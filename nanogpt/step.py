@@ -72,7 +72,7 @@ def update(run, loss: Tensor) -> dict[str, Tensor]:
     It is not applied if it or the loss is not finite or, with --skip_spikes, if the loss is a spike.
     """
     run.scaler.unscale_(run.optimizer)
-    loss = run.dist.mean(loss)  # of the global batch from here on
+    loss = run.dist.mean_loss(loss)  # of the global batch from here on
     # metrics of gradients belong here: .grad is averaged and unscaled, the next line clips it
     grad_norm = optim.clip_gradients(run.gpt, run.cfg.grad_clip, run.dist)
     skip, spike = run.health.judge(run.step, loss, grad_norm)

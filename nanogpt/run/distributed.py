@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any, TextIO
@@ -38,7 +38,9 @@ class Dist:
     out: TextIO = sys.stdout  # where `say` prints
     host_group: Any = None  # connects the hosts; their devices go on meanwhile
     shards: Shards | None = None  # how the model is divided among the processes, if it is: see memory.choose_shards
+    asked: bool = False  # whether this process was asked to stop: see signals.py
     failure: Exception | None = None  # what this process failed at, until all processes know: see `fail`
+    flags: list[tuple] = field(default_factory=list)  # of the latest two steps, unless they are read: see `may_stop`
 
     @property
     def is_main(self) -> bool:
@@ -115,13 +117,35 @@ class Dist:
             return nullcontext()
         return nullcontext() if when or self.world_size == 1 else model.no_sync()
 
-    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The mean of a tensor over all processes, without waiting for the device."""
-        if self.world_size > 1:
-            tensor = tensor.clone()
-            td.all_reduce(tensor)
-            tensor /= self.world_size
-        return tensor
+    def mean_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """The mean of a step's loss over all processes, without waiting for the device.
+
+        The same reduction says whether a process wants all to stop: see `may_stop`.
+        """
+        if self.world_size == 1:
+            return loss
+        both = torch.stack([loss, torch.full_like(loss, self.asked or self.failure is not None)])
+        td.all_reduce(both)
+        flag, copied = both[1], None
+        if flag.is_cuda:
+            flag, copied = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self.flags = [*self.flags[-1:], (flag, copied)]
+        return both[0] / self.world_size
+
+    def may_stop(self) -> bool:
+        """Whether to ask all processes if they stop; the same on all. True, unless the loss's reductions say no.
+
+        A flag is read once the next step has been queued on a GPU, so that it does not run dry; on a CPU, at once.
+        """
+        if not self.flags:
+            return True
+        late = int(self.device.type == "cuda")
+        ready, self.flags = self.flags[: len(self.flags) - late], self.flags[len(self.flags) - late :]
+        for _, copied in ready:
+            if copied:
+                copied.synchronize()
+        return any(flag.item() > 0 for flag, _ in ready)
 
     def norm(self, norm: torch.Tensor) -> torch.Tensor:
         """The norm of a vector, given that of its part here, if the model is sharded; else the same."""
@@ -172,7 +196,7 @@ class Dist:
     def fail(self, failure: Exception) -> None:
         """Record what this process failed at where it must not raise: in a thread, or between collective operations.
 
-        The first failure counts. All processes stop at the next `Stop.agree`, and raise at the next `agree`.
+        The first failure counts. All processes stop after this step or the next, and raise at the next `agree`.
         """
         self.failure = self.failure or failure
 

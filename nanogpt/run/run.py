@@ -153,8 +153,11 @@ class Run:
             self.log = start_log(self)
 
     def agree_to_go_on(self) -> bool:
-        """Whether no process was asked to stop or has failed. A collective operation: all processes must call it."""
-        return not self.stop.agree_to_stop()
+        """Whether no process was asked to stop or has failed. A collective operation: all processes must call it.
+
+        Several processes learn it from the reduction of the loss, on a GPU a step later, and then agree.
+        """
+        return not (self.dist.may_stop() and self.stop.agree_to_stop())
 
     def evaluation_is_due(self) -> bool:
         """Whether to evaluate at this step; a resumed run does not repeat an evaluation."""

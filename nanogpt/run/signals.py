@@ -62,6 +62,7 @@ class Stop:
         if signum == signal.SIGINT and self.interrupted:
             os._exit(130)  # the second one stops at once
         self.interrupted = self.interrupted or signum == signal.SIGINT
+        self.dist.asked = True
         if self.signum is None:
             self.signum = signum
             if self.dist.is_main:

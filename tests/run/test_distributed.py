@@ -85,7 +85,12 @@ def work_together():
         assert dist.max(5 + dist.rank) == 6
         assert dist.sum([dist.rank + 1, 0.5]) == [3, 1.0]
         mine = torch.tensor([1.0, 4.0 * dist.rank])
-        assert dist.mean(mine).tolist() == [1.0, 2.0] and mine.tolist() == [1.0, 4.0 * dist.rank]
+        assert dist.may_stop()  # nothing says no
+        for asked, failure in ((False, None), (True, None), (False, RunFailed())):
+            dist.asked, dist.failure = (asked, failure) if dist.rank else (False, None)
+            assert dist.mean_loss(mine[1]).item() == 2.0
+            assert dist.may_stop() == (asked or failure is not None)
+        dist.failure = None
         assert dist.gather(mine).tolist() == [1.0, 0.0, 1.0, 4.0]
         parts = torch.full((3,), 7.0 + dist.rank).split(2)
         dist.complete(parts)

@@ -62,6 +62,21 @@ def test_a_process_of_two_that_gets_the_signal_takes_the_other_along(start_two):
     assert "Traceback" not in doors[0].printed + doors[1].printed and "saving" not in doors[1].printed
 
 
+def report_agreeing():
+    """In each of two processes: it says each time that it asks the other whether they stop."""
+    real = Stop.agree_to_stop
+    Stop.agree_to_stop = lambda stop: print("asks", flush=True) or real(stop)
+
+
+def test_a_step_takes_no_reduction_to_agree_on_going_on(start_two):
+    asked = []
+    for steps in (3, 9):
+        doors = start_two(f"--max_iters={steps}", "--eval_interval=100", before=report_agreeing)
+        assert [d.end() for d in doors] == [0, 0], doors[0].printed
+        asked.append([d.printed.count("asks\n") for d in doors])
+    assert asked[0] == asked[1]
+
+
 def test_a_second_interrupt_stops_at_once(start, tmp_path):
     door = start(before=partial(dwell_in_training, awaited=3))
     door.wait_for("^NOW")
