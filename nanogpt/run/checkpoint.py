@@ -126,10 +126,10 @@ class Writer:
         """
         self.wait()
         self.step = self.step if self.failed else info["step"]
-        groups = [self._copy("model", model_tensors, whole), self._copy("optimizer", other_tensors, whole)]
+        model, others = self._copy("model", model_tensors, whole), self._copy("optimizer", other_tensors, whole)
         if self.failed:
             return
-        self.writing = self.pool.submit(self._write, *groups, info)
+        self.writing = self.pool.submit(self._write, model, others, info)
 
     def _copy(self, group: str, tensors: Mapping[str, Tensor], whole: Callable) -> dict[str, Tensor]:
         """CPU copies, in memory that is reused by each save: new pages cost more than the copying."""

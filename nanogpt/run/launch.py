@@ -154,7 +154,9 @@ class Failures:
             if isinstance(e, UserError) and e.exit_code > 128:
                 raise
             with without_sigterm():  # which torchrun sends to the others as soon as a process has ended
-                within(TELLING, partial(self._tell, e), f"{self.me}: the other processes do not answer ({reason_of(e)})")
+                within(
+                    TELLING, partial(self._tell, e), f"{self.me}: the other processes do not answer ({reason_of(e)})"
+                )
             silent = RunFailed()
             silent.exit_code = self.exit_code
             raise silent from None
