@@ -288,7 +288,10 @@ def without_sigterm() -> Iterator[None]:
 def within(seconds: float, work: Callable[[], None], otherwise: str) -> None:
     """Call `work`; if it has not returned after so many seconds, print the line `otherwise`, and leave it to itself."""
     thread = threading.Thread(target=work, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:  # there is no memory for a thread
+        return work()
     thread.join(seconds)
     if thread.is_alive():
         show(f"error: {otherwise}\n")
