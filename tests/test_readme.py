@@ -65,7 +65,7 @@ class Rule:
 
 def while_served(then, serve="nanogpt serve --out_dir=out-shakespeare-char"):
     """Run a server on a free port for as long as `then` takes, which finds its address in $address."""
-    start = f"{serve} --device=cpu --port=0 >serve.log 2>&1 & server=$!; trap 'kill $server' EXIT; "
+    start = f": >serve.log; {serve} --device=cpu --port=0 >serve.log 2>&1 & server=$!; trap 'kill $server' EXIT; "
     find = "address=$(sed -n 's/^serving .* at \\(http[^ ]*\\).*/\\1/p' serve.log) && [ -n \"$address\" ]"
     return f"{start} until {find}; do kill -0 $server || exit 1; sleep 0.1; done; {then}"
 

@@ -80,7 +80,10 @@ def test_a_machine_holds_one_copy_of_a_hybrid_run(optimizer, run, ranks, undrawn
     assert_same_losses("four", "one")
 
 
-@pytest.mark.parametrize("processes, optimizer", [(2, "muon"), (3, "adamw"), (3, "muon"), (4, "muon")])
+@pytest.mark.parametrize(
+    "processes, optimizer",
+    [(2, "muon"), (3, "adamw"), (3, "muon"), (4, "muon"), pytest.param(8, "muon", marks=pytest.mark.slow)],
+)
 def test_a_resumed_sharded_run_is_the_same_run(processes, optimizer, ranks, tiny, monkeypatch):
     monkeypatch.chdir(tiny.parent.parent)
     args = ["--shard=full", f"--optimizer={optimizer}", "--dropout=0.1"]
@@ -126,6 +129,7 @@ def test_a_diverged_sharded_run_ends_on_all_processes(start_ranks):
     assert "this update was not applied" in said, said
 
 
+@pytest.mark.slow  # it compiles: half a minute
 def test_another_runs_weights_and_compiled_blocks(run, ranks, undrawn):
     """A run that starts from another's weights, compiled block by block."""
     run(*BATCH, "--out_dir=first", "--max_iters=2")
