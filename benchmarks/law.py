@@ -3,7 +3,7 @@
     python benchmarks/law.py run --dataset=shakespeare_char [--root=data] [--out=law.jsonl] [--seeds=1337]
     python benchmarks/law.py fit law.jsonl [more.jsonl ...]
 
-`run` trains the small models of nanogpt/run/plan.py, and some between them, on different numbers of tokens, with the
+`run` trains the small models of nanogpt/run/plan.py, and one between them, on different numbers of tokens, with the
 settings that `--minutes` would choose, and appends a line of JSON for each to --out; what is there already is not run
 again. `fit` prints, for each dataset, the law
 
@@ -34,16 +34,16 @@ from nanogpt.text.dataset import open_dataset  # noqa: E402
 
 TOKENS = [0.25e6, 0.5e6, 1e6, 2e6, 4e6]  # of the runs
 MOST = 1.1e13  # FLOPs of a run, at most
-BETWEEN = [  # shapes besides those of the plan, with learning rates between theirs
-    dict(n_layer=3, n_head=3, n_embd=96, block_size=96, batch_size=20, muon_lr=0.04, learning_rate=0.02),
-    dict(n_layer=4, n_head=4, n_embd=192, block_size=192, batch_size=16, muon_lr=0.03, learning_rate=7e-3),
-]
+BETWEEN = dict(  # a shape besides those of the plan, with learning rates between theirs
+    n_layer=4, n_head=4, n_embd=192, block_size=192, batch_size=16, muon_lr=0.03, learning_rate=7e-3
+)
+FEW = 200  # iterations; runs with fewer are printed, and not fitted: they learn little a step, whatever the model
 
 
 def runs(dataset, root):
     """The Plans to run, each with its number of iterations."""
     train, val = (open_dataset(dataset, split, 1, root) for split in ("train", "val"))
-    shapes = sorted(plan.SHAPES[:3] + BETWEEN, key=lambda shape: shape["n_embd"])
+    shapes = sorted([*plan.SHAPES[:4], BETWEEN], key=lambda shape: shape["n_embd"])
     for shape, tokens in product(shapes, TOKENS):
         found = plan.Plan(shape, padded(train.vocab_size), len(train.tokens), len(val.tokens))
         found.max_iters = int(tokens / found.batch)
@@ -111,7 +111,7 @@ def report(paths):
     found = [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
     for dataset in sorted({d["dataset"] for d in found}):
         runs = [d for d in found if d["dataset"] == dataset]
-        law, error = fit(runs)
+        law, error = fit([d for d in runs if d["iterations"] >= FEW])
         E, A, a, B, b, R = law
         print(
             f"\n{dataset}, {len(runs)} runs: {E:.3f} + {A:.3f} / N^{a:.2f} + {B:.3f} / D^{b:.2f}, R = {R:g}; ", end=""

@@ -59,8 +59,7 @@ def own_cache(tmp_path_factory):
     """What tests measure about this machine is not remembered for its user, and compiled code fits a simulated CPU."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
     if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # PyTorch finds compiled code whatever CPU it is for
-        folder = Path(tempfile.gettempdir()) / f"torchinductor_{capability}"
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"torchinductor_{capability}")
 
 
 @pytest.fixture(autouse=True)

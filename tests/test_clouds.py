@@ -54,6 +54,8 @@ def test_skypilot_knows_every_field():
     assert re.fullmatch(r"\w+:\d+", task["resources"]["accelerators"]) and type(task["num_nodes"]) is int
     for mount in task["file_mounts"].values():
         assert set(mount) == {"source", "mode"} and mount["mode"] in ("COPY", "MOUNT", "MOUNT_CACHED")
+    for script in (task["setup"], task["run"]):
+        assert subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True).stderr == ""
 
 
 @pytest.mark.parametrize("recipe", [KUBERNETES, SKYPILOT])

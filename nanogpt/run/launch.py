@@ -291,7 +291,8 @@ def within(seconds: float, work: Callable[[], None], otherwise: str) -> None:
     try:
         thread.start()
     except RuntimeError:  # there is no memory for a thread
-        return work()
+        work()
+        return
     thread.join(seconds)
     if thread.is_alive():
         show(f"error: {otherwise}\n")

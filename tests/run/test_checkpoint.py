@@ -907,6 +907,17 @@ def test_what_is_written_is_the_state_at_the_save_and_not_what_came_after(tmp_pa
     assert torch.equal(checkpoint.newest(tmp_path).model_tensors()["w"], torch.ones(3))
 
 
+def test_a_save_needs_no_new_thread(tmp_path, monkeypatch):
+    """Python may wait for ever for one that gets no memory."""
+    writer = checkpoint.Writer(tmp_path, 2, True, pytest.fail)
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail("a thread was started"))
+    for step in (1, 2):
+        info = dict(step=step, state={"losses": None, "improved": False}, **REST)
+        writer.save({"w": torch.ones(3)}, {"m": torch.ones(1)}, info)
+    writer.wait()
+    assert checkpoint.newest(tmp_path).step == 2
+
+
 def test_a_second_save_waits_for_the_first(tmp_path, monkeypatch):
     at_work, most, real = [], [], checkpoint.save_file
 

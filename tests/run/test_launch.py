@@ -21,7 +21,7 @@ from support import ROOT, SMALL, ending, losses, torchrun
 from nanogpt import train
 from nanogpt.commands import cli
 from nanogpt.config import RunFailed, UserError
-from nanogpt.run import checkpoint, distributed
+from nanogpt.run import checkpoint, distributed, launch
 
 HOST = re.escape(socket.gethostname())
 
@@ -177,6 +177,16 @@ def test_the_others_report_process_0_before_torchrun_ends_them(tmp_path, tiny):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     why = "ended without a word, or does not answer: killed, stopped, or cut off; the run stops"
     assert re.fullmatch(f"error: process 0 on {HOST}: {re.escape(why)}", line)
+
+
+def test_a_failure_is_told_without_a_thread_if_there_is_no_memory_for_one(monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    told = []
+    monkeypatch.setattr(threading.Thread, "start", start)
+    launch.within(30, partial(told.append, "the failure"), "the others do not answer")
+    assert told == ["the failure"]
 
 
 # -- processes that differ

@@ -449,3 +449,12 @@ def test_a_run_that_takes_long_says_so_and_what_it_is_doing(start):
 
 def test_a_short_run_has_nothing_to_say_about_time(run):
     assert "time: " not in run("--max_iters=2")
+
+
+def test_a_run_beside_other_programs_names_a_better_number_of_threads_once(run, monkeypatch):
+    monkeypatch.setattr(nanogpt.run.log.Others, "busy_cores", lambda others: 1.0)
+    monkeypatch.setattr(nanogpt.run.log, "available_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    line = "threads: other programs keep 1.0 of 2 cores busy; --threads=1 is faster beside them"
+    assert run("--log_interval=1").splitlines().count(line) == 1
+    assert line not in run("--log_interval=1", "--threads=1")

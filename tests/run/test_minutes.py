@@ -148,3 +148,13 @@ def test_a_run_of_seconds_and_its_resumption(tiny, run, monkeypatch):
     assert saved.step == iterations == saved.settings["lr_decay_iters"] == metrics("out")[-1]["step"]
     printed = run("--init_from=resume")
     assert f"nothing is left to train: --max_iters is {iterations}" in printed
+
+
+@pytest.mark.parametrize("share, measured", [(0.0, False), (1e9, True)])
+def test_a_run_without_time_for_the_exact_loss_says_so(tiny, run, monkeypatch, share, measured):
+    small = [a for a in SMALL if not a.startswith(("--max_iters", "--lr_decay"))]
+    monkeypatch.setattr("support.SMALL", small)
+    monkeypatch.setattr(minutes, "EXACT", share)
+    printed = run("--minutes=0.02", "--lr_schedule=linear")
+    assert ("exact val loss: left out" in printed) == (not measured)
+    assert any("exact_loss" in record for record in metrics("out")) == measured

@@ -129,7 +129,6 @@ def test_a_diverged_sharded_run_ends_on_all_processes(start_ranks):
     assert "this update was not applied" in said, said
 
 
-@pytest.mark.slow  # it compiles: half a minute
 def test_another_runs_weights_and_compiled_blocks(run, ranks, undrawn):
     """A run that starts from another's weights, compiled block by block."""
     run(*BATCH, "--out_dir=first", "--max_iters=2")
